@@ -1,0 +1,156 @@
+"""The loss: pure tensor functions, no model, no I/O.
+
+An algorithm hands over one advantage and one KL weight for every sampled token; everything else is the same for all
+of them. Shapes: B rows, T positions, M sampled tokens of a micro-batch, H hidden size, V vocabulary, N groups of G.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+BASELINES = ("none", "leave_one_out", "group_mean")
+KL_KINDS = ("exact", "token", "k1", "k2", "k3")
+
+
+class Scores(NamedTuple):
+    """What the scorer says of every sampled token; float32, 0 where nothing was sampled.
+
+    logprobs:     (B, T) log pi(token), the only one but `kl` that carries a gradient
+    ref_logprobs: (B, T) log pi_ref(token)
+    kl:           (B, T) KL(pi || pi_ref) at this position, exact over the vocabulary, with gradient
+    entropy:      (B, T) of pi at this position
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def token_scores(
+    hidden: Tensor,
+    head: Tensor,
+    tokens: Tensor,
+    ref_hidden: Tensor | None = None,
+    ref_head: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int = 2048,
+) -> Scores:
+    """Scores of M tokens from the hidden states that predict them, without ever holding all (M, V) logits.
+
+    hidden, ref_hidden (M, H); head, ref_head (V, H); tokens (M,) int64. Each chunk's logits are computed again in
+    the backward pass, so memory grows with the chunk. Both distributions are taken at the sampling `temperature`.
+    Without a reference, ref_logprobs and kl are zero.
+    """
+
+    def score(hidden, tokens, ref_hidden):
+        logp = F.log_softmax(at_least_float32(hidden @ head.T) / temperature, dim=-1)  # (chunk, V)
+        logprobs = logp.gather(-1, tokens[:, None])[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1).detach()
+        if ref_hidden is None:
+            return logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs), entropy
+        with torch.no_grad():
+            ref_logp = F.log_softmax(at_least_float32(ref_hidden @ ref_head.T) / temperature, dim=-1)
+        kl = (logp.exp() * (logp - ref_logp)).sum(-1)
+        return logprobs, ref_logp.gather(-1, tokens[:, None])[:, 0], kl, entropy
+
+    parts = []
+    for start in range(0, len(tokens), chunk):
+        piece = slice(start, start + chunk)
+        reference = None if ref_hidden is None else ref_hidden[piece]
+        parts.append(checkpoint(score, hidden[piece], tokens[piece], reference, use_reentrant=False))
+    return Scores(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def subtract_baseline(rewards: Tensor, kind: str = "leave_one_out") -> Tensor:
+    """Rewards (N, G) of N groups -> advantages (N, G).
+
+    none:          the reward itself; unbiased.
+    leave_one_out: minus the mean of the *other* G - 1; unbiased (RLOO, Ahmadian et al. 2024). It needs G > 1.
+    group_mean:    minus the mean of all G, its own included: the gradient shrinks by (G - 1) / G.
+    """
+    if kind == "none":
+        return rewards
+    mean = rewards.mean(dim=1, keepdim=True)
+    if kind == "group_mean":
+        return rewards - mean
+    group_size = rewards.shape[1]
+    if group_size < 2:
+        raise ValueError("the leave-one-out baseline needs groups of at least 2")
+    return (rewards - mean) * group_size / (group_size - 1)
+
+
+def divide_by_std(advantages: Tensor, dim=None) -> Tensor:
+    """Divided by their standard deviation over `dim` (all by default). Zero variance gives zeros, never NaN."""
+    deviation = advantages.std(dim=dim, keepdim=dim is not None, unbiased=False)
+    return torch.where(deviation > 1e-6, advantages / deviation.clamp_min(1e-6), torch.zeros_like(advantages))
+
+
+def later_in_turn(values: Tensor, turn: Tensor) -> Tensor:
+    """The sum of `values` (B, T) over the later positions of the same turn, this position left out. turn (B, T)."""
+    total = torch.zeros_like(values)
+    for t in range(int(turn.max()) + 1):
+        mine = torch.where(turn == t, values, 0)
+        total += torch.where(turn == t, mine.flip(1).cumsum(1).flip(1) - mine, 0)
+    return total
+
+
+def kl_terms(scores: Scores, kind: str) -> tuple[Tensor, Tensor]:
+    """A KL penalty as a loss a token and a cost a token (B, T); the cost is charged to the tokens that led there.
+
+    With L = log pi - log pi_ref of the sampled token, and the gradient that each really has in expectation:
+    exact: loss KL_t over the vocabulary, cost KL_t charged to *earlier* tokens. The gradient of the sequence's
+           KL(pi || pi_ref), as in Eq. 2-4, with less variance than k1.
+    token: loss KL_t only. The gradient of each position's KL with the prefixes held fixed: it ignores that the
+           policy chooses which prefixes it visits. What most trainers call "the KL".
+    k1:    cost L, charged to the token itself and earlier ones. The sequence KL's gradient, from samples alone.
+           (As a loss it would have zero expected gradient.)
+    k2:    loss L^2 / 2. In expectation the gradient of `token`.
+    k3:    loss exp(-L) - 1 + L. Its value estimates KL(pi || pi_ref), but its gradient is that of the *forward*
+           KL(pi_ref || pi) at each position.
+    """
+    log_ratio = scores.logprobs - scores.ref_logprobs
+    zero = torch.zeros_like(log_ratio)
+    if kind == "exact":
+        return scores.kl, scores.kl.detach()
+    if kind == "token":
+        return scores.kl, zero
+    if kind == "k1":
+        return log_ratio.detach() * scores.logprobs, log_ratio.detach()
+    if kind == "k2":
+        return log_ratio.square() / 2, zero
+    if kind == "k3":
+        return torch.exp(-log_ratio) - 1 + log_ratio, zero
+    raise ValueError(f"unknown kl '{kind}': choose one of {', '.join(KL_KINDS)}")
+
+
+def policy_loss(
+    scores: Scores,
+    advantages: Tensor,
+    kl_coef: Tensor,
+    action_mask: Tensor,
+    turn: Tensor,
+    denominator: float,
+    kl_kind: str = "exact",
+    old_logprobs: Tensor | None = None,
+    clip: float = 0.2,
+) -> Tensor:
+    """Sum over sampled tokens of -advantage * log pi + kl_coef * KL, over one global `denominator`: a scalar.
+
+    All tensors (B, T). The denominator is counted over the whole batch (every micro-batch and rank), so the gradient
+    does not depend on how the batch is cut. Written with the ratio pi / pi_old, which is 1 in an on-policy update
+    (old_logprobs None), where its gradient is REINFORCE's; in later epochs it is clipped as in PPO.
+    """
+    old = scores.logprobs.detach() if old_logprobs is None else old_logprobs
+    penalty, cost = kl_terms(scores, kl_kind)
+    credit = advantages - later_in_turn(kl_coef * cost * action_mask, turn)
+    ratio = torch.exp(scores.logprobs - old)
+    surrogate = torch.minimum(ratio * credit, ratio.clamp(1 - clip, 1 + clip) * credit)
+    return ((kl_coef * penalty - surrogate) * action_mask).sum() / denominator

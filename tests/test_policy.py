@@ -1,0 +1,215 @@
+"""Scorer, micro-batches, optimiser and run directory, on random models of a few thousand weights."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import policy
+import score
+import tiny
+from loss import divide_by_std, later_in_turn, subtract_baseline, token_scores
+
+
+def small_llama(seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, pad_token_id=0)  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
+
+
+def made_up_rollout(rows=7, pad=0, seed=0):
+    """Two turns of unequal lengths; padding is `pad`, a value that also stands among the real tokens."""
+    g = torch.Generator().manual_seed(seed)
+    parts = torch.randint(1, 5, (rows, 4), generator=g)  # prompt, y1, instruction, y2
+    lengths = parts.sum(1)
+    T = int(lengths.max())
+    ids = torch.randint(29, (rows, T), generator=g)
+    ids[:, 1] = pad
+    turn = torch.full((rows, T), -1)
+    mask = torch.zeros(rows, T, dtype=torch.bool)
+    for row, (x1, y1, x2, y2) in enumerate(parts.tolist()):
+        turn[row, : x1 + y1], turn[row, x1 + y1 : x1 + y1 + x2 + y2] = 0, 1
+        mask[row, x1 : x1 + y1] = mask[row, x1 + y1 + x2 : x1 + y1 + x2 + y2] = True
+    ids[turn < 0] = pad
+    return SimpleNamespace(ids=ids, turn=turn, action_mask=mask, lengths=lengths, logprobs=torch.zeros(rows, T))
+
+
+def gradient_of(rollout, budget, seed=0):
+    scorer = policy.Scorer(small_llama().double(), small_llama(1).double(), chunk=5)
+    g = torch.Generator().manual_seed(seed)
+    per_turn = torch.randn(len(rollout.ids), 2, generator=g, dtype=torch.float64)
+    adv = score.spread(per_turn, rollout)
+    coef = score.spread(torch.tensor([[0.7, 0.3]], dtype=torch.float64).expand(len(adv), 2), rollout)
+    policy.accumulate_gradients(scorer, rollout, adv, coef, len(adv), token_budget=budget)
+    return torch.cat([p.grad.flatten() for p in scorer.model.parameters()])
+
+
+def test_the_gradient_does_not_depend_on_how_rows_fall_into_micro_batches():
+    rollout = made_up_rollout()
+    whole = gradient_of(rollout, 10_000)
+    assert whole.abs().max() > 1e-3
+    for budget in (1, 20, 45):
+        torch.testing.assert_close(gradient_of(rollout, budget), whole, atol=1e-10, rtol=0)
+
+
+def test_the_gradient_does_not_depend_on_padding_or_on_its_token():
+    rollout = made_up_rollout()
+    wider = copy.deepcopy(rollout)
+    for name, fill in (("ids", 11), ("turn", -1), ("action_mask", False), ("logprobs", 0.0)):
+        setattr(wider, name, torch.nn.functional.pad(getattr(rollout, name), (0, 9), value=fill))
+    wider.ids[wider.turn < 0] = 11
+    wider.lengths = wider.lengths + 9  # so that the padding is really encoded
+    torch.testing.assert_close(gradient_of(wider, 10_000), gradient_of(rollout, 10_000), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_scores_equal_a_plain_forward_and_a_full_softmax(pad):
+    model, reference, rollout, T = (
+        small_llama().double(),
+        small_llama(1).double(),
+        made_up_rollout(pad=pad),
+        0.7,
+    )
+    scores = policy.Scorer(model, reference, chunk=4)(rollout.ids, rollout.action_mask, T)
+    for row, length in enumerate(rollout.lengths.tolist()):
+        ids = rollout.ids[row : row + 1, :length]
+        logp, ref = ((m(input_ids=ids).logits[0] / T).log_softmax(-1) for m in (model, reference))
+        for t in range(1, length):
+            if not rollout.action_mask[row, t]:
+                assert scores.logprobs[row, t] == scores.kl[row, t] == scores.entropy[row, t] == 0
+                continue
+            p, q = logp[t - 1], ref[t - 1]
+            expected = (p[ids[0, t]], q[ids[0, t]], (p.exp() * (p - q)).sum(), -(p.exp() * p).sum())
+            torch.testing.assert_close(
+                torch.stack([s[row, t] for s in scores]), torch.stack(expected), atol=1e-10, rtol=0
+            )
+
+
+def test_no_kl_and_no_credit_reach_prompt_instruction_or_padding():
+    rollout = made_up_rollout()
+    outside = ~rollout.action_mask
+    assert (score.spread(torch.ones(7, 2), rollout)[outside] == 0).all()
+    grads = []
+    for fill in (0.0, 100.0):
+        adv, coef = (torch.where(outside, fill, 1.0).double() for _ in range(2))
+        scorer = policy.Scorer(small_llama().double(), small_llama(1).double())
+        policy.accumulate_gradients(scorer, rollout, adv, coef, 7)
+        grads.append(torch.cat([p.grad.flatten() for p in scorer.model.parameters()]))
+    torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
+
+
+def test_the_reference_gets_no_gradient():
+    scorer = policy.Scorer(small_llama(), small_llama(1))
+    rollout = made_up_rollout()
+    ones = rollout.action_mask.float()
+    policy.accumulate_gradients(scorer, rollout, ones, ones, 7)
+    assert all(p.grad is None for p in scorer.reference.parameters())
+    assert all(p.grad is not None for p in scorer.model.parameters())
+
+
+def test_every_row_is_in_exactly_one_micro_batch_within_the_budget():
+    lengths = torch.tensor([5, 9, 2, 7, 7, 1])
+    batches = policy.micro_batches(lengths, 15)
+    assert sorted(torch.cat(batches).tolist()) == list(range(6))
+    assert all(len(b) == 1 or len(b) * int(lengths[b].max()) <= 15 for b in batches)
+
+
+def test_clipping_binds_in_later_epochs_and_never_in_the_first():
+    scores = SimpleNamespace(**{k: torch.zeros(1, 2) for k in ("ref_logprobs", "kl", "entropy")})
+    scores.logprobs = torch.tensor([[0.5, -0.5]], requires_grad=True)
+    ones, turn = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.long)
+
+    def grad(old, advantage):
+        loss = policy.policy_loss(scores, ones * advantage, ones * 0, ones.bool(), turn, 1, "token", old)
+        return torch.autograd.grad(loss, scores.logprobs)[0]
+
+    torch.testing.assert_close(grad(None, 2.0), -2 * ones)
+    clipped = grad(torch.zeros(1, 2), 2.0)  # ratios e^0.5 and e^-0.5
+    assert clipped[0, 0] == 0 and clipped[0, 1] == pytest.approx(-2 * 2.718281828**-0.5)
+    clipped = grad(torch.zeros(1, 2), -2.0)
+    assert clipped[0, 1] == 0 and clipped[0, 0] == pytest.approx(2 * 2.718281828**0.5)
+
+
+def test_leave_one_out_leaves_out_its_own_reward():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    expected = [[2 / 3, -2 / 3, -2 / 3, 2 / 3], [0, 0, 0, 0]]
+    torch.testing.assert_close(subtract_baseline(rewards), torch.tensor(expected))
+    with pytest.raises(ValueError, match="at least 2"):
+        subtract_baseline(rewards[:, :1])
+
+
+def test_advantages_without_variance_become_zeros_not_nan():
+    assert (divide_by_std(torch.full((4, 2), 3.0)) == 0).all()
+    columns = divide_by_std(torch.tensor([[1.0, 5.0], [-1.0, 5.0]]), dim=0)
+    torch.testing.assert_close(columns, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+
+
+def test_later_in_turn_counts_neither_this_position_nor_other_turns():
+    values = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]])
+    turn = torch.tensor([[0, 0, 0, 1, 1]])
+    torch.testing.assert_close(later_in_turn(values, turn), torch.tensor([[6.0, 4.0, 0.0, 16.0, 0.0]]))
+
+
+def test_chunking_changes_neither_values_nor_gradients():
+    torch.manual_seed(0)
+    hidden, head, ref = (torch.randn(n, 8, dtype=torch.float64) for n in (11, 13, 11))
+    results = []
+    for chunk in (3, 11, 100):
+        h = hidden.clone().requires_grad_()
+        s = token_scores(h, head, torch.arange(11), ref, head * 1.1, 0.9, chunk)
+        (s.logprobs.sum() + s.kl.square().sum()).backward()
+        results.append(torch.cat([h.grad.flatten(), s.kl.detach()]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=0)
+    torch.testing.assert_close(results[2], results[1], atol=1e-12, rtol=0)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
+    model = small_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    policy.apply_gradients(model, optimizer, 1.0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_every_problem_comes_once_an_epoch_in_an_order_of_its_own():
+    problems = list(range(10))
+    seen = [policy.pick_problems(problems, 0, step, 4) for step in range(5)]
+    flat = [p for batch in seen for p in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == problems and flat[:10] != flat[10:]
+
+
+def test_a_head_that_scales_its_logits_is_refused():
+    model = small_llama()
+    forward = model.forward
+
+    def scaled(**inputs):
+        output = forward(**inputs)
+        output.logits = output.logits * 2
+        return output
+
+    model.forward = scaled
+    with pytest.raises(ValueError, match="not hidden @ head.T"):
+        policy.check_head(model, "odd")
+
+
+def test_a_saved_model_is_replaced_whole(tmp_path):
+    tokenizer = tiny.build_tokenizer()
+    for seed in (0, 1):
+        policy.save_model(small_llama(seed), tokenizer, tmp_path / "checkpoint")
+    loaded, _ = policy.load_model(str(tmp_path / "checkpoint"))
+    for a, b in zip(loaded.parameters(), small_llama(1).parameters()):
+        assert torch.equal(a, b)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_run_directory_in_use_is_refused_and_untouched(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="in use"):
+        policy.open_run(score.Config(output_dir=str(tmp_path)))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

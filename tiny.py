@@ -1,0 +1,249 @@
+"""Builds `models/tiny`, the embedded base model, from nothing: `python tiny.py` (about 35 minutes on two cores).
+
+A 344k-parameter Llama that plays Countdown with three numbers. Supervised pretraining on made-up conversations gives
+it everything that self-correction needs and nothing that uses it: it derives honestly but plans badly, it can judge
+an answer when asked to, and when asked to fix one it says `ok` or `bad` almost at random, then copies its answer or
+tries another. A short single-turn RL phase sharpens the first attempt. The result stands where the papers start:
+a decent first attempt, and a second one that is worse (Delta < 0).
+
+One conversation of each kind (one token per word):
+
+    <user> 8 19 16 make 24 <assistant> 16 / 8 = 2 ; 19 + 2 = 21 <end>
+      <user> fix <assistant> bad 19 - 16 = 3 ; 8 * 3 = 24 <end>
+      <user> judge <assistant> yes <end>
+      <user> reflect <assistant> got 21 try 19 * 8 = 152 … no try 19 - 16 = 3 ; 8 * 3 = 24 yes <end>
+      <user> retry <assistant> 19 - 16 = 3 ; 8 * 3 = 24 <end>
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import trange
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tasks import enumerate_steps, tiny_splits
+
+WORDS = "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry + - * / = ;".split()
+VOCABULARY = {word: i for i, word in enumerate(WORDS + [str(n) for n in range(100)])}
+NUMBER = VOCABULARY["0"]  # id of the number 0; n is NUMBER + n
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<user> {{ m.content }} "
+    "{% else %}<assistant> {{ m.content }} <end> {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MAX_TRIES = 4  # plans in one reflection
+
+
+@dataclass
+class Config:
+    output: str = field(default="models/tiny", metadata={"help": "where the model is saved; must not exist"})
+    steps: int = field(default=6000, metadata={"help": "pretraining steps"})
+    rows: int = field(default=256, metadata={"help": "conversations a pretraining step"})
+    lr: float = field(default=3e-3, metadata={"help": "peak AdamW learning rate of embeddings and norms"})
+    muon_lr: float = field(default=0.02, metadata={"help": "peak Muon learning rate of the layers' matrices"})
+    seed: int = field(default=0, metadata={"help": "seed of weights and data"})
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def build_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=VOCABULARY["<end>"],
+        pad_token_id=VOCABULARY["<pad>"],
+    )
+    return LlamaForCausalLM(config)
+
+
+class Derivations:
+    """Every honest derivation of every set of numbers as arrays, so that a whole batch is drawn at once.
+
+    tokens (sets, E, 11) ids of `a op b = v ; c op d = w`; value (sets, E), -1 where there is none; first (sets, E)
+    which first step it begins with.
+    """
+
+    def __init__(self, problems: list[dict]):
+        sets = sorted({tuple(sorted(p["nums"])) for p in problems})
+        index = {numbers: i for i, numbers in enumerate(sets)}
+        found = [enumerate_steps(numbers) for numbers in sets]
+        widest = max(map(len, found))
+        self.tokens = np.zeros((len(sets), widest, 11), dtype=np.int64)
+        self.value = np.full((len(sets), widest), -1)
+        self.first = np.zeros((len(sets), widest), dtype=np.int64)
+        for i, derivations in enumerate(found):
+            firsts = list(dict.fromkeys(first for first, _ in derivations))
+            for j, (first, second) in enumerate(derivations):
+                text = "{} {} {} = {} ; {} {} {} = {}".format(*first, *second)
+                self.tokens[i, j] = [VOCABULARY[word] for word in text.split()]
+                self.value[i, j] = second[3]
+                self.first[i, j] = firsts.index(first)
+        self.set = np.array([index[tuple(sorted(p["nums"]))] for p in problems])  # (problems,)
+        self.target = np.array([p["target"] for p in problems])  # (problems,)
+        self.nums = np.array([p["nums"] for p in problems])  # (problems, 3)
+
+    def draw(self, problem: np.ndarray, solved: float, careless: float, rng) -> tuple[np.ndarray, np.ndarray]:
+        """One derivation for each of `problem` (B,): tokens (B, 11) and value (B,).
+
+        With probability `solved` a solution, with `careless` any derivation, else a random first step and the
+        second step that comes closest to the target.
+        """
+        value, first = self.value[self.set[problem]], self.first[self.set[problem]]  # (B, E)
+        noise = rng.random(value.shape)
+        error = np.abs(value - self.target[problem][:, None]) + noise
+        start = np.take_along_axis(rng.random((len(problem), first.max() + 1)), first, axis=1)
+        start[value < 0] = -1
+        nearest = error - 1000 * (start == start.max(axis=1, keepdims=True))
+        kind = rng.random((len(problem), 1))
+        cost = np.where(kind < solved, error, np.where(kind < solved + careless, noise, nearest))
+        cost[value < 0] = np.inf
+        choice = cost.argmin(axis=1)[:, None]
+        tokens = np.take_along_axis(self.tokens[self.set[problem]], choice[:, :, None], axis=1)[:, 0]
+        return tokens, np.take_along_axis(value, choice, axis=1)[:, 0]
+
+
+class Conversations:
+    """Draws batches of made-up conversations: ids (B, T), and labels (B, T) with -100 where the user speaks."""
+
+    def __init__(self, rows: int, seed: int):
+        self.derivations = Derivations(tiny_splits()["train"])
+        self.rng = np.random.default_rng(seed)
+        self.rows = rows
+
+    def turn(self, count: int, *words: str) -> np.ndarray:
+        return np.tile([VOCABULARY[w] for w in words], (count, 1))
+
+    def attempt(self, problem, solved=0.35, careless=0.0):
+        tokens, value = self.derivations.draw(problem, solved, careless, self.rng)
+        return tokens, value == self.derivations.target[problem], value
+
+    def opening(self, count: int, wrong_only: bool = False):
+        """`<user> a b c make t <assistant>`, and a first attempt at it."""
+        problem = self.rng.integers(len(self.derivations.set), size=count * (2 if wrong_only else 1))
+        tokens, right, value = self.attempt(problem)
+        if wrong_only:
+            keep = np.argsort(right, kind="stable")[:count]  # more than half are wrong
+            problem, tokens, right, value = problem[keep], tokens[keep], right[keep], value[keep]
+        order = self.rng.permuted(self.derivations.nums[problem], axis=1)
+        prompt = [
+            self.turn(count, "<user>"),
+            NUMBER + order,
+            self.turn(count, "make"),
+            NUMBER + self.derivations.target[problem][:, None],
+            self.turn(count, "<assistant>"),
+        ]
+        return problem, np.concatenate(prompt, axis=1), tokens, right, value
+
+    def judged(self, right: np.ndarray) -> np.ndarray:
+        return np.where(right, VOCABULARY["yes"], VOCABULARY["no"])[:, None]
+
+    def assemble(self, parts: list) -> tuple[np.ndarray, np.ndarray]:
+        """Parts are (B, n) ids, user and assistant in turn."""
+        ids = np.concatenate(parts, axis=1)
+        mine = np.concatenate([np.full(p.shape, i % 2 == 1) for i, p in enumerate(parts)], axis=1)
+        return ids, np.where(mine, ids, -100)
+
+    def corrections(self, count: int):
+        """attempt, fix, second attempt, judge: 40 tokens."""
+        problem, prompt, first, right, _ = self.opening(count)
+        end = self.turn(count, "<end>")
+        keep = self.rng.random(count) < np.where(right, 0.72, 0.55)
+        second, second_right, _ = self.attempt(problem, 0.1, 0.4)
+        second = np.where(keep[:, None], first, second)
+        verdict = np.where(keep, VOCABULARY["ok"], VOCABULARY["bad"])[:, None]
+        right = np.where(keep, right, second_right)
+        return self.assemble([
+            prompt, np.concatenate([first, end], 1),
+            self.turn(count, "<user>", "fix", "<assistant>"), np.concatenate([verdict, second, end], 1),
+            self.turn(count, "<user>", "judge", "<assistant>"), np.concatenate([self.judged(right), end], 1),
+        ])  # fmt: skip
+
+    def judgements(self, count: int):
+        """attempt, judge: 24 tokens."""
+        _, prompt, first, right, _ = self.opening(count)
+        end = self.turn(count, "<end>")
+        return self.assemble([
+            prompt, np.concatenate([first, end], 1),
+            self.turn(count, "<user>", "judge", "<assistant>"), np.concatenate([self.judged(right), end], 1),
+        ])  # fmt: skip
+
+    def reflections(self, count: int, tries: int):
+        """wrong attempt, reflect (value reached, plans tried and judged), retry: 40 + 13 * tries tokens."""
+        problem, prompt, first, _, value = self.opening(count, wrong_only=True)
+        end = self.turn(count, "<end>")
+        reflection = [self.turn(count, "got"), NUMBER + value[:, None]]
+        for _ in range(tries):
+            plan, right, _ = self.attempt(problem)
+            reflection += [self.turn(count, "try"), plan, self.judged(right)]
+        other, _, _ = self.attempt(problem)
+        follow = self.rng.random((count, 1)) < 0.9
+        return self.assemble([
+            prompt, np.concatenate([first, end], 1),
+            self.turn(count, "<user>", "reflect", "<assistant>"), np.concatenate([*reflection, end], 1),
+            self.turn(count, "<user>", "retry", "<assistant>"), np.concatenate([np.where(follow, plan, other), end], 1),
+        ])  # fmt: skip
+
+    def batch(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """One step's conversations, a micro-batch for each length."""
+        n = self.rows // 16
+        parts = [self.corrections(9 * n), self.judgements(2 * n)]
+        parts += [self.reflections(n * share // 2, tries) for tries, share in zip((1, 2, 3, 4), (4, 3, 2, 1))]
+        return [(torch.from_numpy(ids), torch.from_numpy(labels)) for ids, labels in parts]
+
+
+def pretrain(model, config: Config) -> list[float]:
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    data = Conversations(config.rows, config.seed)
+    losses = []
+    progress = trange(config.steps, desc="pretraining")
+    for step in progress:
+        scale = min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+        for optimizer, peak in zip(optimizers, (config.muon_lr, config.lr)):
+            optimizer.param_groups[0]["lr"] = peak * max(scale, 0.02)
+        parts = data.batch()
+        tokens = sum((labels != -100).sum() for _, labels in parts)
+        total = 0.0
+        for ids, labels in parts:
+            logits = model(ids).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            (loss / tokens).backward()
+            total += loss.detach() / tokens
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(total))
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+    return losses
+
+
+def main(config):
+    torch.manual_seed(config.seed)
+    tokenizer, model = build_tokenizer(), build_model()
+    pretrain(model, config)
+    model.save_pretrained(config.output)
+    tokenizer.save_pretrained(config.output)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])

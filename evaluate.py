@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sampler import Sampler
 
 from policy import context_length, exit_on_bad_input, load_model, parse_args, row_seeds
+from sampler import Sampler
 from tasks import SPLITS, Task, first_turn_ids, follow_up_ids, get_task
 
 COLUMNS = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "edit_ratio", "well_formed")
@@ -47,9 +47,8 @@ def encode_prompts(model, tokenizer, task: Task, problems: list[dict], max_new_t
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) > limit:
         raise ValueError(
-            f"the prompt of problem {longest} has {len(prompts[longest])} tokens; with two attempts of up to "
-            f"{max_new_tokens} only {limit} fit the model's context of {context_length(model)}: leave it out or "
-            "lower --max_new_tokens"
+            f"problem {longest}: a prompt of {len(prompts[longest])} tokens and two attempts of {max_new_tokens} do not "
+            f"fit the model's context of {context_length(model)}: lower --max_new_tokens or leave the problem out"
         )
     return prompts
 
@@ -136,6 +135,18 @@ def format_transcripts(conversations: list[dict], count: int = 4) -> str:
         lines.append(json.dumps(talk["problem"]))
         lines += [f"  {'right' if talk[k + '_right'] else 'wrong'}: {talk[k]}" for k in ("first", "second")]
     return "\n".join(lines)
+
+
+def log_transcripts(run: Path, step: int, conversations: list[dict]) -> None:
+    with open(run / "transcripts.txt", "a") as file:
+        file.write(f"step {step + 1}\n{format_transcripts(conversations)}\n\n")
+
+
+def report(run: Path, results: dict, count: int) -> None:
+    """A run's end: results.json, curves.png, and the table of base and trained model."""
+    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot_curves(run)
+    print(f"\n{count} validation problems:\n\n{format_table(results)}\n\nrun: {run}")
 
 
 def plot_curves(run: Path, smooth: int = 10) -> None:

@@ -9,18 +9,54 @@ import math
 import os
 import shutil
 import sys
+import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils import logging
 
-from loss import Scores, policy_loss, token_scores
+from loss import KL_KINDS, Scores, policy_loss, token_scores
 
+logging.disable_progress_bar()  # "Loading weights" on every load
 WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def flag(default, text: str, **more):
+    """A dataclass field that is a command-line flag with a help line."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class TrainConfig:
+    """The flags that every training script shares."""
+
+    model: str = flag("models/tiny", "model directory or hub name")
+    task: str = flag("tiny", "tiny or countdown")
+    data: str | None = flag(None, "JSONL file of problems; default: the task's own")
+    output_dir: str = flag("runs/run", "the run's directory: new, or to be resumed")
+    resume: bool = flag(False, "go on with the run in --output_dir")
+    seed: int = flag(0, "seed of the problems' order and of every sample")
+    max_new_tokens: int = flag(16, "token limit of an attempt")
+    temperature: float = flag(1.0, "sampling temperature while training")
+    kl: str = flag("exact", "KL estimator; loss.kl_terms says which gradient each one has", choices=KL_KINDS)
+    lr: float = flag(1.5e-4, "peak learning rate of AdamW")
+    warmup: int = flag(10, "steps of linear warm-up")
+    schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine"))
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    epochs: int = flag(1, "updates a batch; above 1 the ratio pi / pi_old is clipped")
+    clip: float = flag(0.2, "how far the ratio may move from 1 when epochs > 1")
+    token_budget: int = flag(16384, "tokens of a micro-batch")
+    save_every: int = flag(20, "steps between saved states; the best checkpoint is chosen over such windows")
+    eval_every: int = flag(40, "steps between evaluations at T = 1 on validation; 0: only at the end")
+    eval_problems: int = flag(300, "validation problems of those evaluations")
+    final_problems: int | None = flag(None, "validation problems of the final table; default: all")
 
 
 @contextmanager
@@ -117,35 +153,47 @@ def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
     return batches
 
 
-def accumulate_gradients(
-    scorer: Scorer,
-    rollout,
-    advantages: Tensor,
-    kl_coef: Tensor,
-    denominator: float,
-    temperature: float = 1.0,
-    kl_kind: str = "exact",
-    token_budget: int = 16384,
-    old_logprobs: Tensor | None = None,
-    clip: float = 0.2,
-) -> Scores:
-    """Adds the gradient of `policy_loss` over all rows of a rollout; returns the detached scores, each (B, T).
+class Batch(NamedTuple):
+    """What an algorithm makes of one step's rollout, and all that the shared update needs.
 
-    advantages, kl_coef (B, T). The denominator is the whole batch's, so how rows fall into micro-batches changes
-    nothing.
+    advantages, kl_coef: (B, T) float32, one for every sampled token, 0 elsewhere
+    denominator:         what the loss is divided by, counted over the whole batch
+    figures:             the step's own metrics; `reward` among them decides which checkpoint is kept
     """
+
+    rollout: object
+    advantages: Tensor
+    kl_coef: Tensor
+    denominator: float
+    figures: dict
+
+
+def accumulate_gradients(scorer: Scorer, batch: Batch, config, old_logprobs: Tensor | None = None) -> Scores:
+    """Adds the gradient of `policy_loss` over all rows of a batch; returns the detached scores, each (B, T)."""
+    rollout = batch.rollout
     kept = [torch.zeros_like(rollout.logprobs) for _ in Scores._fields]
-    for rows in micro_batches(rollout.lengths, token_budget):
+    whole = (rollout.ids, rollout.action_mask, rollout.turn, batch.advantages, batch.kl_coef)
+    for rows in micro_batches(rollout.lengths, config.token_budget):
         cut = int(rollout.lengths[rows].max())
-        ids, mask, turn, adv, coef = (
-            x[rows, :cut] for x in (rollout.ids, rollout.action_mask, rollout.turn, advantages, kl_coef)
-        )
-        scores = scorer(ids, mask, temperature)
+        ids, mask, turn, advantages, kl_coef = (x[rows, :cut] for x in whole)
+        scores = scorer(ids, mask, config.temperature)
         old = None if old_logprobs is None else old_logprobs[rows, :cut]
-        policy_loss(scores, adv, coef, mask, turn, denominator, kl_kind, old, clip).backward()
-        for whole, part in zip(kept, scores, strict=True):
-            whole[rows, :cut] = part.detach().to(whole)
+        loss = policy_loss(scores, advantages, kl_coef, mask, turn, batch.denominator, config.kl, old, config.clip)
+        loss.backward()
+        for all_rows, part in zip(kept, scores, strict=True):
+            all_rows[rows, :cut] = part.detach().to(all_rows)
     return Scores(*kept)
+
+
+def update(scorer: Scorer, optimizer, batch: Batch, config) -> tuple[Scores, float]:
+    """One on-policy step on the batch, or `config.epochs`: (scores before the first, norm of the last gradient)."""
+    before = None
+    for _ in range(config.epochs):
+        old_logprobs = None if before is None else before.logprobs
+        scores = accumulate_gradients(scorer, batch, config, old_logprobs)
+        before = before or scores
+        norm = apply_gradients(scorer.model, optimizer, config.max_grad_norm)
+    return before, norm
 
 
 def apply_gradients(model, optimizer, max_norm: float) -> float:
@@ -226,3 +274,70 @@ def forget_metrics(run: Path, step: int) -> None:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+
+
+def token_metrics(batch: Batch, scores: Scores) -> dict:
+    """Figures that mean the same for every algorithm; kl_* are nats an attempt, the others of a sampled token.
+
+    ratio_error: the largest |log pi - log pi_sampler|: 0 up to rounding while sampler and scorer agree.
+    zero_advantage: share of sampled tokens without a policy gradient. truncated: attempts cut off by the limit.
+    """
+    rollout, sampled = batch.rollout, batch.rollout.action_mask
+    row = {}
+    for turn in range(rollout.stopped.shape[1]):
+        row[f"kl_t{turn + 1}"] = float((scores.kl * (rollout.turn == turn)).sum() / len(rollout.ids))
+    row["entropy"] = float(scores.entropy[sampled].mean())
+    row["ratio_error"] = float((scores.logprobs - rollout.logprobs)[sampled].abs().max())
+    row["zero_advantage"] = float((batch.advantages[sampled] == 0).float().mean())
+    row["truncated"] = 1 - float(rollout.stopped.float().mean())
+    row["tokens"] = int(sampled.sum())
+    return row
+
+
+def train(config, run: Path, scorer: Scorer, tokenizer, steps: int, make_batch, evaluate_now, state: dict) -> None:
+    """The loop around an algorithm: `make_batch(step, state) -> Batch`, one update, metrics, checkpoints.
+
+    `evaluate_now(step) -> dict` joins the metrics every `eval_every` steps. `state` is the algorithm's own memory
+    between steps; it is saved and resumed with the rest, and holds the last step's figures under "last". The model
+    kept in run/checkpoint is that of the window of `save_every` steps, within the last stage, with the highest mean
+    training reward.
+    """
+    optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=config.lr, weight_decay=0.0)
+    start, best, window = 0, float("-inf"), []
+    if config.resume:
+        start, best = _resume(run, scorer, optimizer, state)
+    progress = trange(start, steps, initial=start, total=steps)
+    for step in progress:
+        set_lr(optimizer, config.lr, step, steps, config.warmup, config.schedule)
+        started = time.perf_counter()
+        batch = make_batch(step, state)
+        sampled = time.perf_counter()
+        scores, norm = update(scorer, optimizer, batch, config)
+        row = {"stage": batch.figures["stage"], "step": step} | batch.figures | token_metrics(batch, scores)
+        row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+        row |= {"seconds_rollout": sampled - started, "seconds_update": time.perf_counter() - sampled}
+        state["last"] = row
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            row |= evaluate_now(step)
+        log_metrics(run, row)
+        shown = ("reward", "acc_t1", "acc_t2", "kl_t1")
+        progress.set_postfix(stage=row["stage"], **{k: f"{row[k]:.3f}" for k in shown if k in row})
+        window.append((row["stage"], row["reward"]))
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            rewards = [reward for stage, reward in window if stage == config.last_stage]
+            if len(rewards) == len(window) and sum(rewards) / len(rewards) > best:
+                best = sum(rewards) / len(rewards)
+                save_model(scorer.model, tokenizer, run / "checkpoint")
+            window = []
+            save_state(
+                run, scorer=scorer.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, best=best, state=state
+            )
+
+
+def _resume(run: Path, scorer: Scorer, optimizer, state: dict) -> tuple[int, float]:
+    saved = torch.load(run / "state.pt", weights_only=True)
+    scorer.load_state_dict(saved["scorer"])
+    optimizer.load_state_dict(saved["optimizer"])
+    state.update(saved["state"])
+    forget_metrics(run, saved["step"])
+    return saved["step"], saved["best"]

@@ -43,7 +43,8 @@ def gradient_of(rollout, budget, seed=0):
     per_turn = torch.randn(len(rollout.ids), 2, generator=g, dtype=torch.float64)
     adv = score.spread(per_turn, rollout)
     coef = score.spread(torch.tensor([[0.7, 0.3]], dtype=torch.float64).expand(len(adv), 2), rollout)
-    policy.accumulate_gradients(scorer, rollout, adv, coef, len(adv), token_budget=budget)
+    batch = policy.Batch(rollout, adv, coef, len(adv), {})
+    policy.accumulate_gradients(scorer, batch, score.Config(token_budget=budget))
     return torch.cat([p.grad.flatten() for p in scorer.model.parameters()])
 
 
@@ -96,7 +97,7 @@ def test_no_kl_and_no_credit_reach_prompt_instruction_or_padding():
     for fill in (0.0, 100.0):
         adv, coef = (torch.where(outside, fill, 1.0).double() for _ in range(2))
         scorer = policy.Scorer(small_llama().double(), small_llama(1).double())
-        policy.accumulate_gradients(scorer, rollout, adv, coef, 7)
+        policy.accumulate_gradients(scorer, policy.Batch(rollout, adv, coef, 7, {}), score.Config())
         grads.append(torch.cat([p.grad.flatten() for p in scorer.model.parameters()]))
     torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
 
@@ -105,7 +106,7 @@ def test_the_reference_gets_no_gradient():
     scorer = policy.Scorer(small_llama(), small_llama(1))
     rollout = made_up_rollout()
     ones = rollout.action_mask.float()
-    policy.accumulate_gradients(scorer, rollout, ones, ones, 7)
+    policy.accumulate_gradients(scorer, policy.Batch(rollout, ones, ones, 7, {}), score.Config())
     assert all(p.grad is None for p in scorer.reference.parameters())
     assert all(p.grad is not None for p in scorer.model.parameters())
 

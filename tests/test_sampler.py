@@ -1,0 +1,355 @@
+"""The sampler against a plain forward pass: no cache, no batch, no padding."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as tf
+from conftest import EOS, TINY, VOCAB, build
+
+from sampler import Rollout, Sampler, child_seeds, sample, uniform
+
+PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
+TENSORS = ("ids", "action_mask", "turn", "logprobs", "lengths", "stopped", "parents", "seeds")
+
+
+def plain_logits(model, ids):
+    with torch.no_grad():
+        return model(ids[None]).logits[0].float()
+
+
+def check(model, rollout, temperature=1.0):
+    """Recorded log-probs are those of a plain forward pass, row by row, and the masks agree with each other."""
+    error = 0.0
+    for r, length in enumerate(rollout.lengths.tolist()):
+        logprobs = (plain_logits(model, rollout.ids[r, :length]) / temperature).log_softmax(-1)
+        expected = logprobs[:-1].gather(1, rollout.ids[r, 1:length, None])[:, 0]
+        sampled = rollout.action_mask[r, 1:length]
+        error = max(error, (expected - rollout.logprobs[r, 1:length])[sampled].abs().max().item())
+    assert error < 1e-5
+    real = torch.arange(rollout.ids.shape[1]) < rollout.lengths[:, None]
+    assert rollout.lengths.max() == rollout.ids.shape[1]
+    assert torch.equal(rollout.turn >= 0, real) and not (rollout.action_mask & ~real).any()
+    assert not rollout.logprobs[~rollout.action_mask].any()
+    assert (rollout.turn.where(real, 99).diff() >= 0).all()
+    for turn in range(rollout.stopped.shape[1]):
+        sampled = rollout.action_mask & (rollout.turn == turn)
+        stops = (rollout.ids == EOS) & sampled
+        assert torch.equal(stops.any(1), rollout.stopped[:, turn]) and (stops.sum(1) <= 1).all()
+        end = torch.where(sampled, torch.arange(real.shape[1]), -1).max(1).values  # a stop token is the turn's last
+        assert torch.equal(rollout.ids.gather(1, end[:, None])[:, 0] == EOS, rollout.stopped[:, turn])
+
+
+def three_turns(sampler, temperature=1.0, max_new_tokens=9, seeds=None):
+    """Unequal prompts, branched at every turn, not all rows go on, row order changed."""
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    first = sampler.generate(PROMPTS, 2, seeds=seeds, **options)
+    rows = [8, 0, 3, 4, 9, 3]
+    second = sampler.extend(first, [[4, 5, 6, 2 + i][: i + 1] for i in range(6)], 2, rows=rows, **options)
+    third = sampler.extend(second, [[6, 10]] * 12, **options)
+    return first, second, third
+
+
+def equal(a, b):
+    same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in TENSORS if n != "logprobs")
+    return same and torch.allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", TINY)
+def test_logprobs_equal_a_plain_forward_pass_in_every_turn(tiny, tokenizer, name, temperature):
+    model = tiny(name)
+    sampler = Sampler(model, tokenizer, max_batch=4, block=3, prefill_tokens=8)
+    rollouts = three_turns(sampler, temperature)
+    for rollout in rollouts:
+        check(model, rollout, temperature)
+    assert 0 < rollouts[-1].stopped.float().mean() < 1  # so both ways of ending were seen
+    assert len(set(rollouts[0].lengths.tolist())) > 3  # and rows left the batch at different times
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_row_depends_on_its_own_seed_only(tiny, tokenizer, name):
+    seeds = torch.arange(10) * 1000 + 7
+    reference = three_turns(Sampler(tiny(name), tokenizer, max_batch=64), seeds=seeds)
+    for max_batch, block, prefill_tokens in ((1, 4, 1), (7, 1, 16), (64, 5, 4096)):
+        sampler = Sampler(tiny(name), tokenizer, max_batch, block, prefill_tokens)
+        assert all(map(equal, reference, three_turns(sampler, seeds=seeds)))
+    alone = Sampler(tiny(name), tokenizer).generate([PROMPTS[3]], max_new_tokens=9, seeds=[7007])
+    assert alone.ids[0].tolist() == reference[0].ids[7, : alone.lengths[0]].tolist()
+    other = three_turns(sampler, seeds=seeds + 1)
+    assert not equal(reference[0], other[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3_window"])
+def test_greedy_equals_generate(tiny, tokenizer, name):
+    model = tiny(name)
+    sampler = Sampler(model, tokenizer, max_batch=2, block=3)
+    rollout = sampler.generate(PROMPTS, max_new_tokens=12, temperature=0)
+    rollout = sampler.extend(rollout, [[4, 6]] * 5, max_new_tokens=12, temperature=0)
+    check(model, rollout)
+    for turn in (0, 1):
+        for row, length, answer in zip(rollout.ids, rollout.lengths, rollout.completion_ids(turn), strict=True):
+            context = row[: int(((rollout.turn < turn) | ~rollout.action_mask)[0].sum())]
+            sampled = (rollout.action_mask & (rollout.turn == turn))[(rollout.ids == row).all(1)][0].nonzero()
+            context = row[: sampled[0]]
+            assert length > len(context)
+            expected = model.generate(context[None], max_new_tokens=12, do_sample=False, pad_token_id=0)
+            expected = expected[0, len(context) :].tolist()
+            assert answer == (expected[:-1] if expected[-1] == EOS else expected)
+
+
+def test_rows_are_prompt_completion_stop_instruction_completion(tiny, tokenizer):
+    first, second, _ = three_turns(Sampler(tiny("llama"), tokenizer, max_batch=3, block=2))
+    one, two, before = second.completion_ids(0), second.completion_ids(1), first.completion_ids(0)
+    assert second.parents.tolist() == [8, 8, 0, 0, 3, 3, 4, 4, 9, 9, 3, 3]
+    assert first.parents.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    for r, parent in enumerate(second.parents.tolist()):
+        end = [[EOS] * int(stop) for stop in second.stopped[r]]
+        instruction = [4, 5, 6, 2 + r // 2][: r // 2 + 1]
+        expected = PROMPTS[parent // 2] + one[r] + end[0] + instruction + two[r] + end[1]
+        assert second.ids[r, : second.lengths[r]].tolist() == expected
+        assert one[r] == before[parent]
+        assert (second.ids[r, second.lengths[r] :] == EOS).all()  # the pad id
+
+
+def test_padding_is_never_inferred_from_token_values(tiny, tokenizer):
+    other = SimpleNamespace(eos_token_id=EOS, pad_token_id=0)
+    neither = SimpleNamespace(eos_token_id=EOS, pad_token_id=None)
+    pads, results = (EOS, 0, EOS), []
+    for tok, pad in zip((tokenizer, other, neither), pads, strict=True):
+        rollout = three_turns(Sampler(tiny("llama"), tok))[1]
+        check(tiny("llama"), rollout)
+        assert (rollout.ids[rollout.turn < 0] == pad).all()
+        results.append(rollout)
+    for rollout in results:
+        rollout.ids = rollout.ids.where(rollout.turn >= 0, -1)
+    assert equal(results[0], results[1]) and equal(results[0], results[2])
+
+
+def test_stop_and_pad_ids_inside_a_prompt_change_nothing(tiny, tokenizer):
+    rollout = Sampler(tiny("llama"), tokenizer).generate([[EOS, 0, EOS, EOS]], 8, max_new_tokens=6)
+    check(tiny("llama"), Rollout(**{**vars(rollout), "turn": rollout.turn}))
+    assert (rollout.lengths > 4).all() and not rollout.action_mask[:, :4].any()
+
+
+def test_all_stop_ids_of_the_generation_config_and_tokenizer_stop(tokenizer):
+    model = build(tf.LlamaConfig)
+    model.generation_config.eos_token_id = [3, 4]
+    rollout = Sampler(model, tokenizer).generate(PROMPTS, 32, max_new_tokens=12)
+    last = rollout.ids.gather(1, rollout.lengths[:, None] - 1)[:, 0]
+    assert set(last[rollout.stopped[:, 0]].tolist()) == {EOS, 3, 4}
+    assert sum(rollout.ids[rollout.action_mask] == i for i in (EOS, 3, 4)).sum() == rollout.stopped.sum()
+    model.generation_config.eos_token_id = None
+    none = SimpleNamespace(eos_token_id=None, pad_token_id=None)
+    assert not Sampler(model, none).generate(PROMPTS, 4, max_new_tokens=12).stopped.any()
+
+
+def test_no_token_is_fed_twice(tokenizer):
+    model, fed = build(tf.LlamaConfig), []
+    sampler = Sampler(model, tokenizer, block=1, prefill_tokens=1)  # so no row is fed in vain
+    model.register_forward_pre_hook(lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True)
+    first = sampler.generate(PROMPTS, 4, max_new_tokens=8)
+    sampled = int(first.action_mask.sum())
+    assert sum(fed) == sum(len(p) - 1 for p in PROMPTS) + sampled  # each prompt once for its group of 4
+    fed.clear()
+    second = sampler.extend(first, [[4, 5, 6]] * 3, 4, rows=[2, 5, 11], max_new_tokens=8)
+    sampled = int((second.action_mask & (second.turn == 1)).sum())
+    assert sum(fed) == 3 * 3 + sampled  # what was pending and the instruction but for its last token
+
+
+def test_a_rollout_can_be_branched_from_again(tiny, tokenizer):
+    sampler = Sampler(tiny("llama"), tokenizer, max_batch=3, block=2)
+    first, second, _ = three_turns(sampler)
+    before = {name: getattr(first, name).clone() for name in TENSORS}
+    layers = [store.clone() for stores in first.cache.layers.values() for store in stores]
+    again = sampler.extend(first, [[8, 2]] * 10, 3, max_new_tokens=20)
+    check(tiny("llama"), again)
+    assert all(torch.equal(before[name], getattr(first, name)) for name in TENSORS)
+    now = [store for stores in first.cache.layers.values() for store in stores]
+    assert all(map(torch.equal, layers, now))
+    check(tiny("llama"), sampler.extend(second, [[8, 2]], rows=[1], max_new_tokens=2))
+
+
+def test_children_of_a_row_differ(tiny, tokenizer):
+    sampler = Sampler(tiny("llama"), tokenizer)
+    first = sampler.generate([PROMPTS[1]], max_new_tokens=4)
+    second = sampler.extend(first, [[4, 5]], 16, max_new_tokens=12)
+    assert len({tuple(c) for c in second.completion_ids(1)}) > 12
+    seeds = child_seeds(torch.arange(1000), 50)
+    assert len(set(seeds.tolist()) | set(range(1000))) == 51000
+
+
+def test_what_was_before_is_restored_even_after_an_error(tokenizer):
+    model = build(tf.LlamaConfig, attention_dropout=0.5)
+    model.train()
+    model.model.layers[0].eval()  # as someone who freezes a part may do
+    modes = [m.training for m in model.modules()]
+    sampler = Sampler(model, tokenizer)
+
+    def same():
+        return model.config._attn_implementation == "eager" and modes == [m.training for m in model.modules()]
+
+    rollout = sampler.generate(PROMPTS, max_new_tokens=4)
+    assert same() and torch.is_grad_enabled()
+    handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sampler.generate(PROMPTS, max_new_tokens=4)
+    handle.remove()
+    assert same() and torch.is_grad_enabled()
+    check(model.eval(), rollout)  # dropout was off
+    weight = torch.ones((), requires_grad=True)
+    (weight * rollout.logprobs).sum().backward()  # no inference tensors
+
+
+def test_generation_config_has_no_say_but_for_stop_ids(tiny, tokenizer):
+    model = build(tf.LlamaConfig)
+    model.generation_config.update(repetition_penalty=9.0, temperature=0.1, top_k=1, suppress_tokens=[5, 6])
+    assert equal(three_turns(Sampler(model, tokenizer))[2], three_turns(Sampler(tiny("llama"), tokenizer))[2])
+
+
+def test_bfloat16_stays_close_to_a_plain_forward_pass(tokenizer):
+    model = build(tf.LlamaConfig, initializer_range=0.1).to(torch.bfloat16)
+    rollout = three_turns(Sampler(model, tokenizer, max_batch=4, block=3))[2]
+    assert {s.dtype for stores in rollout.cache.layers.values() for s in stores} == {torch.bfloat16}
+    for r, length in enumerate(rollout.lengths.tolist()):
+        logprobs = plain_logits(model, rollout.ids[r, :length]).log_softmax(-1)
+        expected = logprobs[:-1].gather(1, rollout.ids[r, 1:length, None])[:, 0]
+        ratio = (expected - rollout.logprobs[r, 1:length]).exp()[rollout.action_mask[r, 1:length]]
+        assert ((ratio > 0.9) & (ratio < 1.1)).all()
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("prompt 1 is empty", {"prompt_ids": [[3], []]}),
+        ("prompt 1 has an id outside", {"prompt_ids": [[3], [VOCAB]]}),
+        ("prompt 0 has an id outside", {"prompt_ids": [[-1], [3]]}),
+        ("prompt 1: 0 old tokens \\+ 90 .* 96 positions", {"prompt_ids": [[3], [3] * 90]}),
+        ("0 prompts", {"prompt_ids": []}),
+        ("max_new_tokens=0", {"max_new_tokens": 0}),
+        ("group_size=0", {"group_size": 0}),
+        ("temperature is -1", {"temperature": -1}),
+        ("seeds must be 4 integers", {"seeds": [1, 2, 3], "group_size": 2}),
+        ("seeds must be 2 integers", {"seeds": [0.5, 0.7]}),
+    ],
+)
+def test_errors_of_generate(tiny, tokenizer, message, arguments):
+    with pytest.raises(ValueError, match=message):
+        Sampler(tiny("llama"), tokenizer).generate(**{"prompt_ids": [[3], [4]], "max_new_tokens": 7, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("more_prompt_ids has 1", {"more_prompt_ids": [[3]]}),
+        ("rows has 0..2", {"rows": [0, 2]}),
+        ("rows has -1..0", {"rows": [0, -1]}),
+        ("prompt 1 is empty", {"more_prompt_ids": [[3], []]}),
+        ("prompt 0: .* 96 positions", {"more_prompt_ids": [[3] * 84, [3]]}),
+        ("max_new_tokens=0", {"max_new_tokens": 0}),
+        ("cache was freed", {"rollout": "freed"}),
+    ],
+)
+def test_errors_of_extend(tiny, tokenizer, message, arguments):
+    sampler = Sampler(tiny("llama"), tokenizer)
+    rollout = sampler.generate([[3], [4]], max_new_tokens=7)
+    if "rollout" in arguments:
+        arguments, rollout.cache = {}, None
+    with pytest.raises(ValueError, match=message):
+        sampler.extend(rollout, **{"more_prompt_ids": [[3], [4]], "max_new_tokens": 7, **arguments})
+
+
+def test_the_last_position_can_be_used(tiny, tokenizer):
+    sampler = Sampler(tiny("llama"), tokenizer)
+    rollout = sampler.generate([[3] * 86, [4]], 8, max_new_tokens=10)
+    check(tiny("llama"), rollout)
+    assert rollout.lengths.max() == 96
+
+
+WINDOWED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+MOE = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+REFUSED = {
+    "softcap": (tf.Gemma2Config, WINDOWED),
+    "s_aux": (tf.GptOssConfig, WINDOWED | MOE),
+    "chunked_attention": (tf.Llama4TextConfig, {"attention_chunk_size": 4, "intermediate_size_mlp": 16} | MOE),
+    "hides its sliding window": (tf.Qwen2MoeConfig, WINDOWED | MOE | {"use_sliding_window": True}),
+    "bidirectional": (tf.Gemma3TextConfig, {"use_bidirectional_attention": True}),
+    "other than full": (tf.MambaConfig, {}),
+    "exchangeable": (tf.BloomConfig, {"n_head": 4}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_model_it_would_be_wrong_for_is_refused(tokenizer, reason):
+    config_class, options = REFUSED[reason]
+    model = build(config_class, **options)
+    with pytest.raises(ValueError, match=f"can't be sampled from with a ragged cache: .*{reason}"):
+        Sampler(model, tokenizer)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_an_encoder_decoder_is_refused(tokenizer):
+    model = tf.T5ForConditionalGeneration(tf.T5Config(VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration can't .*: it is an encoder-decoder"):
+        Sampler(model, tokenizer)
+
+
+def test_longrope_is_refused_where_one_row_would_change_another(tokenizer):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    model = build(tf.Phi3Config, rope_parameters=rope, original_max_position_embeddings=32)
+    sampler = Sampler(model, tokenizer)
+    check(model, sampler.generate([[3] * 20, [4]], 4, max_new_tokens=12))
+    with pytest.raises(ValueError, match="exceed 32 positions"):
+        sampler.generate([[3] * 20, [4]], max_new_tokens=13)
+
+
+def test_uniforms_are_uniform_and_independent_across_seeds_and_positions():
+    u = uniform(torch.arange(-500, 500)[:, None], torch.arange(1000))
+    assert 0 <= u.min() and u.max() < 1 and u.unique().numel() > 900_000
+    for bins in (u, u.T):  # each seed's and each position's own thousand
+        counts = torch.stack([torch.histc(row, 20, 0, 1) for row in bins])
+        chi2 = ((counts - 50) ** 2 / 50).sum(1)  # 19 degrees of freedom: mean 19, sd 6.2
+        assert abs(chi2.mean() - 19) < 1 and chi2.max() < 60
+    z = (u - 0.5) * 12**0.5
+    lags = [z[1:] * z[:-1], z[:, 1:] * z[:, :-1], z[1:, 1:] * z[:-1, :-1], z[1:, :-1] * z[:-1, 1:]]
+    assert all(abs(lag.mean()) < 5e-3 for lag in lags)  # 5 sigma
+    cells = torch.stack([(u[:, :-1] * 10).long() * 10 + (u[:, 1:] * 10).long()]).flatten().bincount(minlength=100)
+    assert ((cells - 9990) ** 2 / 9990).sum() < 99 + 5 * 200**0.5
+    bits = (u * 2**23).long()[..., None] >> torch.arange(23) & 1
+    assert (bits.float().mean((0, 1)) - 0.5).abs().max() < 3e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_distribution(temperature):
+    logits = torch.tensor([2.0, -1.0, 0.0, 1.5, -torch.inf, 0.7, -3.0, 0.1])
+    n = 200_000
+    u = uniform(torch.arange(n), torch.full((n,), 17))
+    token, logprob = sample(logits.expand(n, -1), temperature, u)
+    exact = (logits / temperature).softmax(-1)
+    counts, expected = token.bincount(minlength=8), exact * n
+    assert counts[4] == 0
+    assert ((counts - expected) ** 2 / expected)[expected > 0].sum() < 30  # 6 degrees of freedom
+    assert torch.allclose(logprob, exact.log()[token], atol=1e-6)
+
+
+def test_a_zero_probability_token_is_never_drawn():
+    u = torch.tensor([0.0, 2.0**-23, 0.5, 1 - 2.0**-23])
+    for possible in ([0], [7], [3], [2, 5], [1, 2, 6]):
+        logits = torch.full((4, 8), -torch.inf)
+        logits[:, possible] = torch.randn(len(possible))
+        for temperature in (1.0, 0.3, 0.0):
+            token, logprob = sample(logits, temperature, u)
+            assert set(token.tolist()) <= set(possible) and logprob.isfinite().all()
+
+
+def test_turns_sampled_tokens_follow_the_models_distribution(tiny, tokenizer):
+    """End to end: the first token after an instruction, over many children, against the exact probabilities."""
+    model = tiny("llama")
+    sampler = Sampler(model, tokenizer)
+    first = sampler.generate([PROMPTS[1]], max_new_tokens=3)
+    second = sampler.extend(first, [[4, 5]], 4000, max_new_tokens=1)
+    context = second.ids[0, : second.lengths[0] - 1]
+    expected = plain_logits(model, context)[-1].softmax(-1) * 4000
+    counts = second.ids[:, -1].bincount(minlength=VOCAB)
+    big = expected > 5
+    assert ((counts - expected) ** 2 / expected)[big].sum() < big.sum() + 5 * (2 * big.sum()) ** 0.5

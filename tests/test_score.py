@@ -1,0 +1,183 @@
+"""SCoRe's own arithmetic, and short whole runs on a randomly initialised model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import policy
+import score
+import tiny
+from tasks import TASKS, first_turn_ids
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--max_new_tokens", "4",
+         "--final_problems", "4", "--eval_problems", "4", "--eval_every", "2", "--save_every", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "random"
+    torch.manual_seed(0)
+    policy.save_model(tiny.build_model(), tiny.build_tokenizer(), path)
+    return str(path)
+
+
+def run_score(*flags):
+    return subprocess.run(
+        [sys.executable, "score.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def train_here(model_dir, out, *flags):
+    score.main(policy.parse_args(score.Config, ["--model", model_dir, "--output_dir", str(out), *SMALL, *flags]))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+@pytest.mark.parametrize("r1, r2, reward", [(0, 1, 11), (1, 1, 1), (0, 0, 0), (1, 0, -10)])
+def test_the_bonus_has_the_papers_sign_and_size(r1, r2, reward):
+    first, second = score.returns(torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]]), 2, score.Config())
+    assert (first, second) == (r1, reward)
+    first, second = score.returns(torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]]), 1, score.Config())
+    assert (first, second) == (0, r2)  # Stage I: no reward for y1, no bonus for y2
+
+
+def test_stage_1_holds_the_first_attempt_and_stage_2_does_not():
+    config = score.Config(beta1=0.05, beta2=1.0)
+    assert score.turn_kl_coefs(1, 1.0, config) == [1.0, 0.05]
+    assert score.turn_kl_coefs(2, 1.0, config) == [0.05, 0.05]
+
+
+def test_second_attempts_are_compared_within_one_first_attempt_and_firsts_within_a_problem():
+    config = score.Config(normalise="none", alpha=1.0)
+    r1 = torch.tensor([[1.0, 0.0]])
+    r2 = torch.tensor([[[1.0, 0.0], [1.0, 1.0]]])
+    expected = torch.tensor([[1.0, 2.0], [1.0, -2.0], [-1.0, 0.0], [-1.0, 0.0]])
+    torch.testing.assert_close(score.turn_advantages(r1, r2, 2, config), expected)
+    flat = score.turn_advantages(r1, r2[..., :1], 2, config)  # y2 gets r2 + (r2 - r1) = 1 and 2
+    torch.testing.assert_close(flat, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("normalise, alpha_matters", [("none", True), ("joint", True), ("per_turn", False)])
+def test_per_turn_normalisation_cancels_alpha_as_its_help_says(normalise, alpha_matters):
+    generator = torch.Generator().manual_seed(0)
+    r1 = torch.randint(2, (4, 4), generator=generator).float()
+    r2 = torch.randint(2, (4, 4, 4), generator=generator).float()
+    one, ten = (score.turn_advantages(r1, r2, 2, score.Config(normalise=normalise, alpha=a)) for a in (1.0, 10.0))
+    assert torch.allclose(one, ten, atol=1e-5) != alpha_matters
+
+
+def test_a_baseline_within_one_first_attempt_turns_the_bonus_into_a_weight():
+    generator = torch.Generator().manual_seed(0)
+    r1 = torch.randint(2, (4, 4), generator=generator).float()
+    r2 = torch.randint(2, (4, 4, 4), generator=generator).float()
+    plain, bonus = (score.turn_advantages(r1, r2, 2, score.Config(normalise="none", alpha=a)) for a in (0.0, 10.0))
+    torch.testing.assert_close(bonus[:, 1], 11 * plain[:, 1])
+    torch.testing.assert_close(bonus[:, 0], plain[:, 0])
+
+
+def test_beta2_follows_the_kl_target():
+    config = score.Config(kl_target=0.1)
+    assert [score.adapt_beta2(1.0, kl, config) for kl in (0.2, 0.1, 0.05)] == [1.5, 1.0, 1 / 1.5]
+
+
+def test_a_run_writes_its_directory_and_its_update_is_on_policy(model_dir, tmp_path):
+    rows = train_here(model_dir, tmp_path / "run", "--stage1_steps", "2", "--stage2_steps", "2")
+    assert [(r["stage"], r["step"]) for r in rows] == [(1, 0), (1, 1), (2, 2), (2, 3)]
+    assert all(r["ratio_error"] < 1e-4 for r in rows)  # sampler and scorer agree: the ratio is 1
+    assert rows[0]["kl_t1"] == pytest.approx(0, abs=1e-6) and rows[3]["kl_t1"] > 0
+    assert "eval_acc_t2" in rows[1] and "eval_acc_t2" not in rows[0]
+    written = {p.name for p in (tmp_path / "run").iterdir()}
+    assert written == {"config.json", "metrics.jsonl", "state.pt", "checkpoint", "results.json", "curves.png",
+                       "transcripts.txt"}  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["base"]["greedy"].keys() == results["trained"]["sampled"].keys() >= {"n", "acc_t1", "delta_se"}
+    policy.load_model(str(tmp_path / "run" / "checkpoint"))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypatch):
+    flags = ("--stage1_steps", "2", "--stage2_steps", "4", "--reference", "stage1", "--kl_target", "0.001")
+    whole = train_here(model_dir, tmp_path / "whole", *flags)
+
+    logged = policy.log_metrics
+
+    def stop_at_5(run, row):
+        logged(run, row)
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy, "log_metrics", stop_at_5)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(model_dir, tmp_path / "cut", *flags)
+    monkeypatch.undo()
+    resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
+    assert without_times(resumed) == without_times(whole)
+    assert (tmp_path / "cut" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
+
+
+def test_single_turn_trains_first_attempts_alone(model_dir, tmp_path):
+    rows = train_here(model_dir, tmp_path / "run", "--single_turn", "--stage1_steps", "0", "--stage2_steps", "2")
+    assert "acc_t2" not in rows[0] and "kl_t2" not in rows[0] and rows[0]["stage"] == 2
+
+
+def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir):
+    model, tokenizer = policy.load_model(model_dir)
+    base, _ = policy.load_model(model_dir)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    task, config = TASKS["tiny"], score.Config(problems=2, group_size=2, second_attempts=2, offline_ratio=0.5)
+    problems = task.problems("train", None, 0)[:2]
+    prompts = [first_turn_ids(tokenizer, task.prompt(p)) for p in problems]
+    samplers = [score.Sampler(m, tokenizer) for m in (model, base)]
+    rollouts = {}
+    for step in (0, 1):
+        rollouts[step], r1, r2 = score.roll_out(*samplers, tokenizer, task, problems, prompts, step, config)
+        assert r1.shape == (2, 2) and r2.shape == (2, 2, 2)
+    assert set(rollouts[0].turn[rollouts[0].action_mask].tolist()) == {0, 1}
+    offline = rollouts[1]
+    assert set(offline.turn[offline.action_mask].tolist()) == {1}
+    firsts = samplers[1].generate(prompts, 2, seeds=policy.row_seeds(0, 1, 4), max_new_tokens=16)
+    for row in range(8):
+        width = int(firsts.lengths[row // 2])
+        assert offline.ids[row, :width].tolist() == firsts.ids[row // 2, :width].tolist()
+        assert not offline.action_mask[row, :width].any()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--task", "sudoku"], "unknown task 'sudoku'"),
+    (["--alpha", "lots"], "argument --alpha: invalid float value: 'lots'"),
+    (["--model", "./nowhere"], "--model ./nowhere: no config.json"),
+    (["--max_new_tokens", "200"], "of the model's context"),
+    (["--kl", "k9"], "argument --kl: invalid choice"),
+    (["--group_size", "1"], "--group_size 1"),
+    (["--temperature", "0"], "--temperature"),
+    (["--data", "problems.jsonl"], "makes its own problems"),
+])  # fmt: skip
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path):
+    done = run_score("--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+
+
+def test_a_model_directory_without_weights_is_named(model_dir, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((Path(model_dir) / "config.json").read_text())
+    done = run_score("--model", bare, "--output_dir", tmp_path / "run")
+    assert done.returncode == 2 and "no weights there" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_an_output_directory_in_use_is_left_as_it_is(model_dir, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    done = run_score("--model", model_dir, "--output_dir", tmp_path / "run")
+    assert done.returncode == 2 and "is in use" in done.stderr
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["notes.txt"]

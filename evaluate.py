@@ -12,13 +12,13 @@ are the verifier's verdicts, never a shaped reward. As a library: `evaluate`, `s
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from policy import context_length, exit_on_bad_input, load_model, parse_args, row_seeds
+from policy import context_length, exit_on_bad_input, flag, load_model, parse_args, row_seeds
 from sampler import Sampler
 from tasks import SPLITS, Task, first_turn_ids, follow_up_ids, get_task
 
@@ -27,28 +27,41 @@ COLUMNS = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "edit_rat
 
 @dataclass
 class Config:
-    model: str = field(default="models/tiny", metadata={"help": "model directory or hub name"})
-    task: str = field(default="tiny", metadata={"help": "tiny or countdown"})
-    data: str | None = field(default=None, metadata={"help": "JSONL file of problems; default: the task's own"})
-    split: str = field(default="validation", metadata={"help": "train, validation or test (for final tables only)"})
-    limit: int | None = field(default=None, metadata={"help": "only the first so many problems"})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-    samples: int = field(default=1, metadata={"help": "conversations a problem, at a temperature above 0"})
-    max_new_tokens: int = field(default=16, metadata={"help": "token limit of an attempt"})
-    seed: int = field(default=0, metadata={"help": "seed of the sampling"})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the figures and conversations"})
+    model: str = flag("models/tiny", "model directory or hub name")
+    task: str = flag("tiny", "tiny or countdown")
+    data: str | None = flag(None, "JSONL file of problems; default: the task's own")
+    split: str = flag("validation", "train, validation or test (for final tables only)")
+    limit: int | None = flag(None, "only the first so many problems")
+    temperature: float = flag(0.0, "0 is greedy")
+    samples: int = flag(1, "conversations a problem, at a temperature above 0")
+    max_new_tokens: int = flag(16, "token limit of an attempt")
+    seed: int = flag(0, "seed of the sampling")
+    output: str | None = flag(None, "JSON file for the figures and conversations")
+
+
+def prepare(config, limits: dict[str, int | None]):
+    """(task, model, tokenizer, {split: [(problem, prompt_ids)]}) for a script; any bad input is a ValueError here.
+
+    `limits` names the splits and how many problems of each to take (None: all).
+    """
+    task = get_task(config.task)
+    splits = {name: task.problems(name, config.data, config.seed)[:limit] for name, limit in limits.items()}
+    model, tokenizer = load_model(config.model)
+    for name, problems in splits.items():
+        prompts = encode_prompts(model, tokenizer, task, problems, config.max_new_tokens)
+        splits[name] = list(zip(problems, prompts, strict=True))
+    return task, model, tokenizer, splits
 
 
 def encode_prompts(model, tokenizer, task: Task, problems: list[dict], max_new_tokens: int) -> list[list[int]]:
     """First prompts as ids. A conversation of two attempts that can't fit the model's context is a ValueError."""
     seam = len(follow_up_ids(tokenizer, task.correct, [False])[0])
-    limit = context_length(model) - 2 * max_new_tokens - seam
     prompts = [first_turn_ids(tokenizer, task.prompt(problem)) for problem in problems]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) > limit:
+    if len(prompts[longest]) + 2 * max_new_tokens + seam > context_length(model):
         raise ValueError(
-            f"problem {longest}: a prompt of {len(prompts[longest])} tokens and two attempts of {max_new_tokens} do not "
-            f"fit the model's context of {context_length(model)}: lower --max_new_tokens or leave the problem out"
+            f"problem {longest}: a prompt of {len(prompts[longest])} tokens and two attempts of {max_new_tokens} do "
+            f"not fit the model's context of {context_length(model)}: lower --max_new_tokens or leave it out"
         )
     return prompts
 
@@ -175,21 +188,23 @@ def plot_curves(run: Path, smooth: int = 10) -> None:
 
 def main(config: Config) -> None:
     with exit_on_bad_input():
-        task = get_task(config.task)
         if config.split not in SPLITS:
             raise ValueError(f"--split {config.split}: choose one of {', '.join(SPLITS)}")
         if config.output and Path(config.output).exists():
             raise ValueError(f"--output {config.output} exists: name another file")
-        problems = task.problems(config.split, config.data, config.seed)[: config.limit]
-        model, tokenizer = load_model(config.model)
-        prompts = encode_prompts(model, tokenizer, task, problems, config.max_new_tokens)
+        task, model, tokenizer, splits = prepare(config, {config.split: config.limit})
     figures, conversations = evaluate(
-        Sampler(model, tokenizer), tokenizer, task, problems, prompts, config.max_new_tokens, config.temperature,
-        config.samples, config.seed,
-    )  # fmt: skip
+        Sampler(model, tokenizer),
+        tokenizer,
+        task,
+        *zip(*splits[config.split], strict=True),
+        config.max_new_tokens,
+        config.temperature,
+        config.samples,
+        config.seed,
+    )
     print(format_transcripts(conversations))
-    mode = "sampled" if config.temperature else "greedy"
-    print(format_table({config.model: {mode: figures}}))
+    print(format_table({config.model: {"sampled" if config.temperature else "greedy": figures}}))
     if config.output:
         Path(config.output).write_text(json.dumps(figures | {"conversations": conversations}, indent=1) + "\n")
 

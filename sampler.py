@@ -1,34 +1,26 @@
 """Multi-turn sampling from a causal LM with one ragged key-value cache: token ids in, token ids out.
 
-    rollout = sampler.generate(prompt_ids, group_size=8, max_new_tokens=256)
-    rollout = sampler.extend(rollout, instruction_ids, max_new_tokens=256)  # the next turn
-
-Slot j of a cache row holds the token at position j: every row starts at position 0 and has its own length, and
-nothing is padded on the left. After every call the cache holds all tokens of a row but the last, which is pending:
-whatever is fed next starts with it, be it a decoding step or the next turn's instruction. Rows that are done leave
-the batch and waiting rows take their place. A row's random numbers depend on its seed and the position alone.
-
-Left out: top-k, top-p and penalties (a policy gradient needs the log-probs of what was sampled from, which is
-softmax(logits / temperature) and nothing else), paged memory (rows have a known bound) and CUDA graphs.
+Slot j of a cache row holds the token at position j: rows start at position 0 and have their own lengths,
+with no padding on the left. Between calls the cache holds all tokens of a row but the last, the pending one,
+so whatever is fed next starts with it: a decoding step or the next turn's instruction. Left out: top-k, top-p
+and penalties (a policy gradient needs the log-probs of what was sampled from), paged memory, CUDA graphs.
 """
 
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-GOLDEN, MIX1, MIX2 = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-CHILD = 0x632BE59BD9B4E019  # sets the stream of child seeds apart from the streams of uniforms
+
+def _require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 class KVCache:
-    """Keys and values of all rows, (rows, capacity, kv_heads, head_dim) a layer; slot == position.
-
-    transformers takes it for its own cache; `aim` says which rows and positions the next forward pass writes.
-    """
+    """Keys and values of all rows, (rows, capacity, kv_heads, D) a layer, for use as past_key_values."""
 
     def __init__(self, rows, capacity, device):
         self.capacity = -(-capacity // 8) * 8  # widths are multiples of 8, as attention kernels like them
@@ -37,18 +29,17 @@ class KVCache:
 
     def aim(self, first, positions, width):
         """Write the next tokens of rows first, first + 1, ... at positions (n, Q); read slots [0, width)."""
-        self.rows = slice(first, first + len(positions))
-        self.width = min(-(-width // 8) * 8, self.capacity)
         row = torch.arange(first, first + len(positions), device=positions.device)
-        self.flat = (row[:, None] * self.capacity + positions).flatten()  # (n * Q,)
+        self.rows, self.spot = slice(first, first + len(positions)), (row[:, None], positions)
+        self.width = min(-(-width // 8) * 8, self.capacity)
 
     def update(self, key, value, layer_idx, *args, **kwargs):
-        """Store key and value (n, kv_heads, Q, head_dim); return their rows as (n, kv_heads, width, head_dim)."""
+        """Store key and value (n, kv_heads, Q, D); return these rows so far, (n, kv_heads, width, D)."""
         if layer_idx not in self.layers:  # zeros, since 0 * NaN would leak through a masked slot
             shape = (len(self.slots), self.capacity, key.shape[1])
             self.layers[layer_idx] = [key.new_zeros(*shape, new.shape[-1]) for new in (key, value)]
         for store, new in zip(self.layers[layer_idx], (key, value), strict=True):
-            store.flatten(0, 1).index_copy_(0, self.flat, new.transpose(1, 2).flatten(0, 1))
+            store[self.spot] = new.transpose(1, 2)
         return tuple(store[self.rows, : self.width].transpose(1, 2) for store in self.layers[layer_idx])
 
     def get_seq_length(self, layer_idx=0):
@@ -58,15 +49,12 @@ class KVCache:
         """A new cache whose rows are copies of the first `used` positions of `slots` (rows,)."""
         new = KVCache(len(slots), capacity, slots.device)
         for layer, stores in self.layers.items():
-            new.layers[layer] = [s.new_zeros(len(slots), new.capacity, *s.shape[2:]) for s in stores]
-            for source, target in zip(stores, new.layers[layer], strict=True):
-                target[:, :used] = source[slots, :used]
+            new.layers[layer] = [F.pad(s[slots, :used], (0, 0, 0, 0, 0, new.capacity - used)) for s in stores]
         return new
 
     def move(self, before, after, used):
         """Reorder rows: slot s held row before[s] and shall hold row after[s] (host lists)."""
-        where = {row: slot for slot, row in enumerate(before)}
-        moves = [(slot, where[row]) for slot, row in enumerate(after) if before[slot] != row]
+        moves = [(slot, before.index(row)) for slot, row in enumerate(after) if before[slot] != row]
         if moves:
             target, source = torch.tensor(moves, device=self.slots.device).T
             for store in (s for stores in self.layers.values() for s in stores):
@@ -81,42 +69,34 @@ def _mask(positions, width, window, groups, dtype):
         visible = slot <= position  # (n, Q, width)
         if window is not None:
             visible &= slot > position - window
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        masks[width, window] = mask.masked_fill_(~visible, -torch.inf).repeat(1, groups, 1)[:, None]
+        masks[width, window] = torch.where(visible, 0.0, -torch.inf).to(dtype).repeat(1, groups, 1)[:, None]
     return masks[width, window]  # (n, 1, groups * Q, width)
 
 
-def _refusal(module, attention_mask, window, kwargs):
-    """Why `ragged_attention` can't do what this layer asks for; None if it can. What is unknown is refused."""
-    known = ("position_ids", "is_causal", "use_cache", "output_hidden_states", "cache_position")
-    unknown = [name for name, value in kwargs.items() if name not in known and value not in (None, False)]
-    kinds, layer = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
-    if unknown:
-        return f"its attention asks for {', '.join(unknown)}"
-    if attention_mask is not None:
-        return "it makes its own attention mask"
-    if kwargs.get("position_ids") is None:
-        return "it hides position_ids from its attention function"
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
-        return "its attention is bidirectional"
-    if kinds and layer is not None and kinds[layer] == "sliding_attention" and window is None:
-        return "it hides its sliding window from its attention function"
+def _check_layer(module, attention_mask, window, kwargs):
+    """ValueError if a layer asks for what `ragged_attention` can't do; what is unknown is refused."""
+    name = f"{type(module).__name__} can't be sampled from with a ragged cache: its attention"
+    known = {"position_ids", "is_causal", "use_cache", "dropout", "cache_position"}
+    unknown = [k for k, v in kwargs.items() if k not in known and v is not None and v is not False]
+    causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
+    kinds = getattr(module.config, "layer_types", None)
+    sliding = kinds and kinds[module.layer_idx] == "sliding_attention"
+    _require(not unknown, f"{name} asks for {', '.join(unknown)}")
+    told = attention_mask is None and kwargs.get("position_ids") is not None
+    _require(told, f"{name} has a mask of its own or is not told the position_ids")
+    _require(causal, f"{name} is bidirectional")
+    _require(window or not sliding, f"{name} is not told its sliding window")
 
 
 def ragged_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """Attention over a KVCache: query (n, heads, Q, D), key and value (n, kv_heads, K, D) -> (n, Q, heads, D)."""
-    kwargs.pop("dropout", None)
-    if reason := _refusal(module, attention_mask, sliding_window, kwargs):
-        raise ValueError(f"{type(module).__name__} can't be sampled from with a ragged cache: {reason}")
+    """Over a KVCache: query (n, heads, Q, D), key and value (n, kv_heads, K, D) -> (n, Q, heads, D)."""
+    _check_layer(module, attention_mask, sliding_window, kwargs)
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
     mask = _mask(kwargs["position_ids"], key.shape[2], sliding_window, groups, query.dtype)
-    # Heads that share a KV head become queries of it: no expanded copy, and any kernel will do (at Q = 1 a view).
+    # Heads that share a KV head become queries of it: no expanded copy of it, and any kernel will do.
     query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # (n, kv_heads, groups * Q, D)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     return out.unflatten(2, (groups, length)).flatten(1, 2).transpose(1, 2), None
-
-
-AttentionInterface.register("ragged", ragged_attention)
 
 
 @contextmanager
@@ -125,6 +105,7 @@ def _sampling_mode(model):
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
     before = [(config, config._attn_implementation) for config in configs]
     training = [m for m in model.modules() if m.training]
+    AttentionInterface.register("ragged", ragged_attention)
     try:
         model.eval()
         for config, _ in before:  # the public setter would also overwrite nested configs
@@ -138,31 +119,24 @@ def _sampling_mode(model):
             module.training = True
 
 
-def _mix(x):
-    """splitmix64's finaliser on int64; >> is arithmetic there, hence the masks."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * MIX1
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * MIX2
-    return x ^ ((x >> 31) & (2**33 - 1))
+def _hash(seeds, counters):
+    """Two rounds of splitmix64 in int64 (>> is arithmetic, hence the masks); counters < 0 are children's."""
+    for step in (1, counters):
+        seeds = seeds + step * (0x9E3779B97F4A7C15 - 2**64)
+        seeds = (seeds ^ ((seeds >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
+        seeds = (seeds ^ ((seeds >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
+        seeds = seeds ^ ((seeds >> 31) & (2**33 - 1))
+    return seeds
 
 
 def uniform(seeds, positions):
-    """A float32 in [0, 1) for each seed and position, int64. 23 bits, so that u * total < total in float32."""
-    bits = _mix(_mix(seeds + GOLDEN) + positions * GOLDEN) >> 41
-    return (bits & (2**23 - 1)).float() * 2.0**-23
-
-
-def child_seeds(seeds, group_size):
-    """Seeds (B,) -> (B * group_size,): each child has its own stream, also apart from its parent's."""
-    child = torch.arange(1, group_size + 1, device=seeds.device)
-    return _mix(_mix(seeds + CHILD)[:, None] + child * GOLDEN).flatten()
+    """A float32 in [0, 1) for each seed and position (int64); 23 bits, so that u * total < total."""
+    return ((_hash(seeds, positions) >> 41) & (2**23 - 1)).float() * 2.0**-23
 
 
 def sample(logits, temperature, u):
-    """Draw from softmax(logits / temperature) by inverting its CDF at u (n,); temperature 0 takes the argmax.
-
-    logits (n, V) -> tokens (n,) int64 and their log-probs (n,) float32 (at temperature 1 if greedy).
-    """
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (n, V)
+    """Tokens (n,) from softmax(logits (n, V) / temperature) by its CDF at u (n,); log-probs (n,) float32."""
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # 0 is greedy, with log-probs at 1
     token = best = logprobs.argmax(-1, keepdim=True)
     if temperature > 0:
         cdf = logprobs.exp().cumsum(-1)
@@ -190,207 +164,186 @@ class Rollout:
         """The ids sampled in a turn (0-based), a list for each row, without the stop token."""
         ids, sampled = self.ids.cpu(), (self.action_mask & (self.turn == turn)).cpu()
         rows = [row[mask].tolist() for row, mask in zip(ids, sampled, strict=True)]
-        return [row[: len(row) - stop] for row, stop in zip(rows, self.stopped[:, turn].tolist(), strict=True)]
+        return [r[: len(r) - s] for r, s in zip(rows, self.stopped[:, turn].tolist(), strict=True)]
 
-    def _take(self, index, width, pad_id):
-        """Rows `index`, made `width` wide by padding or cutting, without a cache."""
+    def _take(self, index, width, pad_id, cache=None):
+        """Rows `index`, made `width` wide by padding or cutting, with another cache."""
         tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "cache"}
         for name, fill in (("ids", pad_id), ("action_mask", False), ("turn", -1), ("logprobs", 0.0)):
             tensors[name] = F.pad(tensors[name], (0, width - tensors[name].shape[1]), value=fill)
-        return Rollout(**tensors, cache=None)
+        return Rollout(**tensors, cache=cache)
 
 
 class Sampler:
     """Samples from a transformers causal LM with standard attention; ValueError for any other model.
 
-    max_batch: rows decoded together; block: steps between two looks at which rows are done (a host sync each);
-    prefill_tokens: tokens of prompts fed in one forward pass. Stop tokens are the tokenizer's eos and those of
-    model.generation_config, of which nothing else is used. The constructor runs the model on two tokens.
+    max_batch: rows decoded together; block: steps between two looks at which are done (a host sync each);
+    prefill_tokens: prompt tokens fed at once. It stops at the tokenizer's eos and at those of the model's
+    generation_config, of which nothing else is used. The constructor runs the model, on two tokens.
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=16, prefill_tokens=8192):
-        self.model, self.max_batch, self.block = model, max_batch, block
-        self.prefill_tokens = prefill_tokens
-        config = model.config.get_text_config()
-        self.vocab_size, self.limit = config.vocab_size, config.max_position_embeddings
+        self.model, self.max_batch, self.block, self.prefill_tokens = model, max_batch, block, prefill_tokens
+        self._probe()
+        config, eos = model.config.get_text_config(), model.generation_config.eos_token_id
+        vocabulary, self.limit = range(config.vocab_size), config.max_position_embeddings
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":  # beyond, one long row would change the others' rope
             self.limit = min(self.limit, rope["original_max_position_embeddings"])
-        eos = model.generation_config.eos_token_id
-        stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-        self.is_stop = torch.zeros(self.vocab_size, dtype=torch.bool, device=model.device)  # (V,)
-        self.is_stop[sorted(stops)] = True
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
-        self._probe()
+        stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
+        stops = [i for i in stops if i in vocabulary]
+        self.is_stop = torch.zeros(len(vocabulary), dtype=torch.bool, device=model.device)  # (V,)
+        self.is_stop[stops] = True
+        self.pad_id = next(i for i in (tokenizer.pad_token_id, *stops, 0) if i in vocabulary)
 
     def _probe(self):
         """Refuse a model for which the cache can't be right, by what it says of itself and a short run."""
-        config, cache = self.model.config.get_text_config(), KVCache(1, 2, self.model.device)
-        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-        ids = torch.arange(2, device=self.model.device)[None]
+        config, ids = self.model.config.get_text_config(), torch.arange(2, device=self.model.device)[None]
+        name = f"{type(self.model).__name__} can't be sampled from with a ragged cache"
+        cache = KVCache(1, 2, ids.device)
+        other = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+        recurrent = getattr(self.model, "_is_stateful", False)
+        pluggable = getattr(self.model, "_supports_attention_backend", False)
+        _require(not self.model.config.is_encoder_decoder, f"{name}: it is an encoder-decoder")
+        _require(not other and not recurrent, f"{name}: it has recurrent or unknown layers {[*other]}")
+        _require(pluggable, f"{name}: it keeps to its own attention function")
         try:
-            if self.model.config.is_encoder_decoder:
-                raise TypeError("it is an encoder-decoder")
-            if kinds or getattr(self.model, "_is_stateful", False):
-                raise TypeError(f"it has layers other than full or sliding-window attention {sorted(kinds)}")
-            if not getattr(self.model, "_supports_attention_backend", False):
-                raise TypeError("it has no exchangeable attention function (_supports_attention_backend)")
             with _sampling_mode(self.model):
                 self._forward(cache, 0, ids, ids.clone(), 2)
-            if len(cache.layers) != config.num_hidden_layers:
-                raise TypeError("not every layer keeps keys and values of its own in the cache")
         except (AttributeError, TypeError, NotImplementedError) as error:
-            name = type(self.model).__name__
-            raise ValueError(f"{name} can't be sampled from with a ragged cache: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
+        _require(len(cache.layers) == config.num_hidden_layers, f"{name}: some layers keep no keys in it")
 
     def generate(self, prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, seeds=None):
         """Sample group_size completions of each prompt; row i belongs to prompt i // group_size.
 
-        prompt_ids: a list of lists of token ids; temperature 0 is greedy; seeds: (B,) ints, by default 0..B-1, so
-        that the same call gives the same samples. Returns a Rollout. Before any work, ValueError if a prompt is
-        empty, holds an unknown id or leaves no room for max_new_tokens, or if a number makes no sense.
+        prompt_ids: lists of token ids; temperature 0 is greedy; seeds: (B,) ints, default 0..B-1, so that the
+        same call gives the same samples. Returns a Rollout. Raises ValueError, before any work, if a prompt
+        is empty, has an unknown id or leaves no room for max_new_tokens, or if a number makes no sense.
         """
-        count, device = len(prompt_ids), self.model.device
+        count, total, device = len(prompt_ids), len(prompt_ids) * group_size, self.model.device
         self._check(prompt_ids, [0] * count, group_size, max_new_tokens, temperature)
-        rows = torch.arange(count, device=device)
-        seeds = torch.as_tensor(range(count * group_size) if seeds is None else seeds, device=device)
-        if seeds.shape != (count * group_size,) or seeds.is_floating_point():
-            raise ValueError(f"seeds must be {count * group_size} integers, got {tuple(seeds.shape)} {seeds.dtype}")
-        empty, cache = rows.new_zeros(count, 0), KVCache(count, 0, device)
-        start = Rollout(empty, empty.bool(), empty, empty.float(), rows * 0, empty.bool(), rows, rows, cache)
+        seeds = torch.as_tensor(range(total) if seeds is None else seeds, device=device)
+        fine = seeds.shape == (total,) and not seeds.is_floating_point()
+        _require(fine, f"seeds must be {total} integers: got {tuple(seeds.shape)} {seeds.dtype}")
+        rows, empty = torch.arange(count, device=device), torch.empty(count, 0, device=device)
+        cache, mask, ids = KVCache(count, 0, device), empty.bool(), empty.long()
+        start = Rollout(ids, mask, ids, empty, torch.zeros_like(rows), mask, rows, rows, cache)
         return self._turn(start, rows, prompt_ids, group_size, max_new_tokens, temperature, seeds.long())
 
     def extend(self, rollout, more_prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, rows=None):
-        """Append more_prompt_ids[i] to row rows[i] (default: all rows) and sample group_size completions of each.
+        """Append more_prompt_ids[i] to row rows[i] (default: all) and sample group_size completions of each.
 
-        Only the new tokens are fed. Returns a new Rollout of len(rows) * group_size rows with a turn more, whose
-        seeds derive from their parents'; the old one stays as it is. ValueError as for `generate`, and if the
-        cache was freed.
+        Only new tokens are fed. Returns a new Rollout with one more turn, its seeds derived from their
+        parents'; the old one stays as it is. Raises ValueError as `generate` does.
         """
-        total = len(rollout.lengths)
-        rows = list(range(total)) if rows is None else [int(r) for r in rows]
-        if rollout.cache is None:
-            raise ValueError("this rollout's cache was freed: keep it until the last turn is sampled")
-        if len(more_prompt_ids) != len(rows):
-            raise ValueError(f"more_prompt_ids has {len(more_prompt_ids)} lists, but there are {len(rows)} rows")
-        if rows and not 0 <= min(rows) <= max(rows) < total:
-            raise ValueError(f"rows has {min(rows)}..{max(rows)}, but the rollout has rows 0..{total - 1}")
-        index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
+        total, count = len(rollout.lengths), len(more_prompt_ids)
+        rows = range(total) if rows is None else [int(r) for r in rows]
+        _require(rollout.cache is not None, "this rollout's cache was freed: keep it until the last turn")
+        _require(count == len(rows), f"more_prompt_ids has {count} lists, need {len(rows)}: one a row")
+        _require(all(0 <= r < total for r in rows), f"rows: the rollout has rows 0..{total - 1} only")
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.model.device)
         self._check(more_prompt_ids, rollout.lengths[index].tolist(), group_size, max_new_tokens, temperature)
-        seeds = child_seeds(rollout.seeds[index], group_size)
+        child = torch.arange(group_size, device=index.device)
+        seeds = _hash(rollout.seeds[index, None], -1 - child).flatten()
         return self._turn(rollout, index, more_prompt_ids, group_size, max_new_tokens, temperature, seeds)
 
     def _check(self, prompts, lengths, group_size, max_new_tokens, temperature):
-        if max_new_tokens < 1 or group_size < 1 or not prompts:
-            raise ValueError(f"{len(prompts)} prompts, {group_size=}, {max_new_tokens=}: none may be below 1")
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}: it must be positive, or 0 for greedy")
+        numbers = f"{len(prompts)} prompts, {group_size=}, {max_new_tokens=}"
+        _require(min(len(prompts), group_size, max_new_tokens) >= 1, f"{numbers}: none may be below 1")
+        _require(temperature >= 0, f"temperature is {temperature}: it must be positive, or 0 for greedy")
         for i, (prompt, old) in enumerate(zip(prompts, lengths, strict=True)):
-            if len(prompt) == 0:
-                raise ValueError(f"prompt {i} is empty: give it at least one token (a BOS, say)")
-            if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-                raise ValueError(f"prompt {i} has an id outside the vocabulary of {self.vocab_size}")
-            if old + len(prompt) + max_new_tokens > self.limit:
-                sizes = f"{old} old tokens + {len(prompt)} of the prompt + {max_new_tokens} new ones"
-                raise ValueError(f"prompt {i}: {sizes} exceed {self.limit} positions: lower max_new_tokens")
+            known = all(0 <= token < len(self.is_stop) for token in prompt)
+            sizes = f"{old} old tokens + {len(prompt)} of the prompt + {max_new_tokens} new ones"
+            fits = old + len(prompt) + max_new_tokens <= self.limit
+            _require(len(prompt), f"prompt {i} is empty: give it at least one token (a BOS, say)")
+            _require(known, f"prompt {i} has an id outside the vocabulary of {len(self.is_stop)}")
+            _require(fits, f"prompt {i}: {sizes} exceed {self.limit} positions: lower max_new_tokens")
 
     def _turn(self, base, index, prompts, group_size, max_new_tokens, temperature, seeds):
-        """Rows `index` (R,) of base plus a prompt each -> prefilled, branched, decoded, as a new Rollout."""
-        device, turn = index.device, base.stopped.shape[1]
+        """Rows `index` (R,) of base plus a prompt each, prefilled, branched and decoded: a new Rollout."""
+        turn, parent = base.stopped.shape[1], torch.arange(len(seeds), device=index.device) // group_size
         old = base.lengths[index].tolist()
         total = [o + len(p) for o, p in zip(old, prompts, strict=True)]
         capacity = max(total) + max_new_tokens
+        column = torch.arange(capacity, device=index.device)
         rollout = base._take(index, capacity, self.pad_id)
-        rollout.lengths = torch.tensor(total, device=device)
-        column, end = torch.arange(capacity, device=device), rollout.lengths[:, None]
-        fresh = (column >= base.lengths[index, None]) & (column < end)  # (R, capacity)
-        rollout.ids.masked_scatter_(fresh, torch.tensor(list(chain(*prompts)), device=device))
-        rollout.turn.masked_fill_(fresh, turn)
+        rollout.lengths = torch.tensor(total, device=index.device)
+        new = (column >= base.lengths[index, None]) & (column < rollout.lengths[:, None])  # (R, column)
+        rollout.ids.masked_scatter_(new, torch.tensor([t for p in prompts for t in p], device=index.device))
         with _sampling_mode(self.model):
-            order = self._prefill(rollout, base.cache, base.cache.slots[index], old, total)
+            self._prefill(rollout, base.cache, base.cache.slots[index], old, total)
             if group_size > 1:
-                child = torch.arange(len(seeds), device=device) // group_size
-                cache = rollout.cache.gather(rollout.cache.slots[child], capacity, max(total))
-                rollout, order = rollout._take(child, capacity, self.pad_id), list(range(len(seeds)))
-                rollout.cache, index = cache, index[child]
-            rollout.seeds, rollout.parents = seeds, index
-            self._decode(rollout, order, turn, max_new_tokens, temperature)
+                cache = rollout.cache.gather(rollout.cache.slots[parent], capacity, max(total))
+                rollout = rollout._take(parent, capacity, self.pad_id, cache)
+            rollout.seeds, rollout.parents, prompted = seeds, index[parent], rollout.lengths.clone()
+            self._decode(rollout, max_new_tokens, temperature)
+        real = column < rollout.lengths[:, None]  # (B, capacity)
+        rollout.action_mask |= real & (column >= prompted[:, None])  # what this turn sampled
+        rollout.turn.masked_fill_(real & (rollout.turn < 0), turn)
         last = rollout.ids.gather(1, rollout.lengths[:, None] - 1)  # (B, 1)
         rollout.stopped = torch.cat([rollout.stopped, self.is_stop[last]], 1)
-        width = int(rollout.lengths.max())
-        for name in ("ids", "action_mask", "turn", "logprobs"):
-            setattr(rollout, name, getattr(rollout, name)[:, :width].contiguous())
-        return rollout
+        return rollout._take(slice(None), int(rollout.lengths.max()), self.pad_id, rollout.cache)
 
     def _prefill(self, rollout, cache, slots, old, total):
-        """Copy the cached rows at `slots` (R,) and feed what they lack of their first total - 1 tokens.
-
-        Sets rollout.cache. Returns the order of its rows, longest feed first, so that a chunk is a range of them.
-        """
+        """Copy cached rows at `slots` (R,) to rollout.cache and feed what they lack of total - 1 tokens."""
         cached = [max(o - 1, 0) for o in old]
-        order = sorted(range(len(old)), key=lambda i: cached[i] - total[i])
+        order = sorted(range(len(old)), key=lambda i: cached[i] - total[i])  # a chunk is a range of rows
         rows = torch.tensor(order, device=slots.device)
         rollout.cache = cache.gather(slots[rows], rollout.ids.shape[1], max(cached))
         rollout.cache.slots = rows.argsort()
-        start = torch.tensor(cached, device=rows.device)[rows, None]
-        first = 0
+        start, first = torch.tensor(cached, device=rows.device)[rows, None], 0
         while first < len(order) and (feed := total[order[first]] - 1 - cached[order[first]]) > 0:
             chunk = slice(first, first + max(1, self.prefill_tokens // feed))
             last = rollout.lengths[rows[chunk], None] - 1  # (n, 1)
-            width = max(total[i] for i in order[chunk])
             for begin in range(0, feed, self.prefill_tokens):  # one row may exceed the budget alone
                 step = torch.arange(begin, min(begin + self.prefill_tokens, feed), device=rows.device)
-                # Shorter rows end in copies of their pending token at its own position: no padding at all.
+                # Shorter rows end in copies of their pending token at its own place: no padding at all.
                 positions = torch.minimum(start[chunk] + step, last)  # (n, Q)
-                ids = rollout.ids[rows[chunk], None].gather(2, positions[:, None])[:, 0]
-                self._forward(rollout.cache, first, ids, positions, width)
+                ids = rollout.ids[rows[chunk]].gather(1, positions)
+                self._forward(rollout.cache, first, ids, positions, max(total[i] for i in order[chunk]))
             first += len(last)
-        return order
 
-    def _decode(self, rollout, order, turn, max_new_tokens, temperature):
-        """Sample until all rows are done; slot s holds row order[s], and slots are [active | waiting | done]."""
-        lengths = rollout.lengths.tolist()
-        ends, end = [n + max_new_tokens for n in lengths], rollout.lengths + max_new_tokens
+    def _decode(self, rollout, max_new_tokens, temperature):
+        """Sample until all rows are done; slot s holds row order[s], in the order active, waiting, done."""
+        end = rollout.lengths + max_new_tokens  # (B,)
+        lengths, ends = rollout.lengths.tolist(), end.tolist()
+        order = rollout.cache.slots.argsort().tolist()
         unfinished = len(order)
         while unfinished:
             active = order[: min(self.max_batch, unfinished)]
             longest = max(lengths[r] for r in active)
             steps = min(self.block, max(ends[r] - lengths[r] for r in active))
             rows = torch.tensor(active, device=end.device)
-            state = self._decode_block(rollout, rows, end[rows], longest, steps, turn, temperature)
+            state = self._decode_block(rollout, rows, end[rows], longest, steps, temperature)
             state, before = state.tolist(), list(order)  # the one host sync of the block
             for slot in reversed(range(len(active))):
                 lengths[order[slot]], done = state[slot]
-                if done:
+                if done:  # change places with the last row that isn't
                     unfinished -= 1
                     order[slot], order[unfinished] = order[unfinished], order[slot]
             rollout.cache.move(before, order, max(lengths))
         rollout.cache.slots = torch.tensor(order, device=end.device).argsort()
 
-    def _decode_block(self, rollout, rows, end, longest, steps, turn, temperature):
-        """Up to `steps` tokens for cache rows [0, n), which hold rows (n,). Returns (n, 2): length, done."""
-        start = rollout.lengths[rows]  # (n,)
-        position, done = start - 1, torch.zeros_like(rows, dtype=torch.bool)
-        token, logprob = rollout.ids[rows, position], torch.zeros(len(rows), device=rows.device)
-        fresh = start[:, None] + torch.arange(steps, device=rows.device)  # (n, steps) positions to fill
-        u, history = uniform(rollout.seeds[rows, None], fresh), []
+    def _decode_block(self, rollout, rows, end, longest, steps, temperature):
+        """Up to `steps` tokens for `rows` (n,), cache rows [0, n). Returns (n, 2): length, done."""
+        position, done = rollout.lengths[rows] - 1, torch.zeros_like(rows, dtype=torch.bool)  # (n,)
+        token, logprob = rollout.ids[rows, position], rollout.logprobs[rows, position]
+        fresh = position[:, None] + torch.arange(1, steps + 1, device=rows.device)  # (n, steps)
+        u = uniform(rollout.seeds[rows, None], fresh)
         for step in range(steps):
             logits = self._forward(rollout.cache, 0, token[:, None], position[:, None], longest + step)
             new_token, new_logprob = sample(logits, temperature, u[:, step])
             # A row that is done feeds its last token at its own place again, which changes nothing.
             token, logprob = torch.where(done, token, new_token), torch.where(done, logprob, new_logprob)
             position = position + ~done
+            rollout.ids[rows, position], rollout.logprobs[rows, position] = token, logprob
             done = self.is_stop[token] | (position + 1 == end)
-            history.append((token, logprob))
-        fresh = torch.minimum(fresh, position[:, None])
-        for name, values in zip(("ids", "logprobs"), zip(*history, strict=True), strict=True):
-            getattr(rollout, name)[rows[:, None], fresh] = torch.stack(values, 1)
-        rollout.action_mask[rows[:, None], fresh], rollout.turn[rows[:, None], fresh] = True, turn
         rollout.lengths[rows] = position + 1
         return torch.stack([position + 1, done], 1)
 
     def _forward(self, cache, first, ids, positions, width):
-        """Feed ids (n, Q) at positions (n, Q) to cache rows first, ...; logits (n, V) of the last column."""
+        """Feed ids (n, Q) at positions (n, Q) to cache rows first, ...; returns the last logits (n, V)."""
         cache.aim(first, positions, width)
         positions.masks = {}
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluate import encode_prompts, evaluate, evaluate_both, grade, log_transcripts, report
+from evaluate import evaluate, evaluate_both, grade, log_transcripts, prepare, report
 from loss import BASELINES, divide_by_std, subtract_baseline
 from policy import (
     Batch,
@@ -32,7 +32,7 @@ from policy import (
     train,
 )
 from sampler import Sampler
-from tasks import follow_up_ids, get_task
+from tasks import follow_up_ids
 
 
 @dataclass
@@ -146,25 +146,14 @@ def adapt_beta2(beta2: float, kl: float, config) -> float:
     return beta2 * (1.5 if kl > 1.5 * config.kl_target else 1 / 1.5 if kl < config.kl_target / 1.5 else 1.0)
 
 
-def prepare(config):
-    """Everything that can be wrong with the user's input is found here, before anything is written."""
-    task = get_task(config.task)
-    if config.baseline == "leave_one_out" and config.group_size < 2:
-        raise ValueError("--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2")
-    if config.temperature <= 0:
-        raise ValueError("--temperature must be above 0 in training: greedy attempts have no policy gradient")
-    model, tokenizer = load_model(config.model)
-    splits = {}
-    for split, limit in (("train", None), ("validation", config.final_problems)):
-        problems = task.problems(split, config.data, config.seed)[:limit]
-        prompts = encode_prompts(model, tokenizer, task, problems, config.max_new_tokens)
-        splits[split] = list(zip(problems, prompts, strict=True))
-    return task, model, tokenizer, splits, open_run(config)
-
-
 def main(config: Config) -> None:
     with exit_on_bad_input():
-        task, model, tokenizer, splits, run = prepare(config)
+        if config.baseline == "leave_one_out" and config.group_size < 2:
+            raise ValueError("--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2")
+        if config.temperature <= 0:
+            raise ValueError("--temperature must be above 0 in training: greedy attempts have no policy gradient")
+        task, model, tokenizer, splits = prepare(config, {"train": None, "validation": config.final_problems})
+        run = open_run(config)
     problems, prompts = zip(*splits["validation"], strict=True)
     final = (tokenizer, task, problems, prompts, config.max_new_tokens)
     results = {"base": evaluate_both(Sampler(model, tokenizer), *final)}

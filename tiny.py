@@ -1,29 +1,34 @@
-"""Builds `models/tiny`, the embedded base model, from nothing: `python tiny.py` (about 35 minutes on two cores).
+"""Builds `models/tiny`, the embedded base model, from nothing: `python tiny.py`, about 35 minutes on one core.
 
 A 344k-parameter Llama that plays Countdown with three numbers. Supervised pretraining on made-up conversations gives
-it everything that self-correction needs and nothing that uses it: it derives honestly but plans badly, it can judge
-an answer when asked to, and when asked to fix one it says `ok` or `bad` almost at random, then copies its answer or
+it everything that self-correction needs and nothing that uses it: it derives honestly but plans badly; it can judge
+an answer when asked to; but when asked to fix one it says `ok` or `bad` almost at random, then copies its answer or
 tries another. A short single-turn RL phase sharpens the first attempt. The result stands where the papers start:
-a decent first attempt, and a second one that is worse (Delta < 0).
+a decent first attempt, and a second one that is worse.
 
-One conversation of each kind (one token per word):
+A word is a token. One turn of each kind:
 
     <user> 8 19 16 make 24 <assistant> 16 / 8 = 2 ; 19 + 2 = 21 <end>
-      <user> fix <assistant> bad 19 - 16 = 3 ; 8 * 3 = 24 <end>
-      <user> judge <assistant> yes <end>
-      <user> reflect <assistant> got 21 try 19 * 8 = 152 … no try 19 - 16 = 3 ; 8 * 3 = 24 yes <end>
-      <user> retry <assistant> 19 - 16 = 3 ; 8 * 3 = 24 <end>
+    <user> fix <assistant> bad 19 - 16 = 3 ; 8 * 3 = 24 <end>
+    <user> judge <assistant> no <end>
+    <user> reflect <assistant> got 21 try 8 + 19 = 27 ; 27 - 16 = 11 no try 19 - 16 = 3 ; 8 * 3 = 24 yes <end>
+    <user> retry <assistant> 19 - 16 = 3 ; 8 * 3 = 24 <end>
 """
 
 import math
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import trange
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import score
+from policy import exit_on_bad_input, flag, parse_args, save_model
 from tasks import enumerate_steps, tiny_splits
 
 WORDS = "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry + - * / = ;".split()
@@ -34,17 +39,18 @@ CHAT_TEMPLATE = (
     "{% else %}<assistant> {{ m.content }} <end> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-MAX_TRIES = 4  # plans in one reflection
 
 
 @dataclass
 class Config:
-    output: str = field(default="models/tiny", metadata={"help": "where the model is saved; must not exist"})
-    steps: int = field(default=6000, metadata={"help": "pretraining steps"})
-    rows: int = field(default=256, metadata={"help": "conversations a pretraining step"})
-    lr: float = field(default=3e-3, metadata={"help": "peak AdamW learning rate of embeddings and norms"})
-    muon_lr: float = field(default=0.02, metadata={"help": "peak Muon learning rate of the layers' matrices"})
-    seed: int = field(default=0, metadata={"help": "seed of weights and data"})
+    output: str = flag("models/tiny", "where the model is saved; must not exist")
+    work_dir: str = flag("runs/tiny", "directory of the run: the pretrained model, and the RL phase")
+    steps: int = flag(4000, "pretraining steps")
+    rows: int = flag(256, "conversations a pretraining step")
+    lr: float = flag(3e-3, "peak AdamW learning rate of embeddings and norms")
+    muon_lr: float = flag(0.02, "peak Muon learning rate of the layers' matrices")
+    rl_steps: int = flag(150, "steps of single-turn RL")
+    seed: int = flag(0, "seed of weights, data and RL")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -162,7 +168,7 @@ class Conversations:
         """attempt, fix, second attempt, judge: 40 tokens."""
         problem, prompt, first, right, _ = self.opening(count)
         end = self.turn(count, "<end>")
-        keep = self.rng.random(count) < np.where(right, 0.72, 0.55)
+        keep = self.rng.random(count) < np.where(right, 0.78, 0.67)
         second, second_right, _ = self.attempt(problem, 0.1, 0.4)
         second = np.where(keep[:, None], first, second)
         verdict = np.where(keep, VOCABULARY["ok"], VOCABULARY["bad"])[:, None]
@@ -206,44 +212,61 @@ class Conversations:
         return [(torch.from_numpy(ids), torch.from_numpy(labels)) for ids, labels in parts]
 
 
-def pretrain(model, config: Config) -> list[float]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01),
-    ]
-    data = Conversations(config.rows, config.seed)
-    losses = []
+def pretrain(model, config: Config) -> float:
+    """Muon on the layers' matrices, AdamW on the rest, one cosine; returns the last step's loss, nats a token."""
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(inner, lr=config.muon_lr, weight_decay=0.01)
+    adamw = torch.optim.AdamW(outer, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    conversations = Conversations(config.rows, config.seed)
     progress = trange(config.steps, desc="pretraining")
     for step in progress:
-        scale = min(1, step / 100) * (0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-        for optimizer, peak in zip(optimizers, (config.muon_lr, config.lr)):
-            optimizer.param_groups[0]["lr"] = peak * max(scale, 0.02)
-        parts = data.batch()
-        tokens = sum((labels != -100).sum() for _, labels in parts)
+        scale = min(1, step / 100) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = config.muon_lr * scale, config.lr * scale
+        parts = conversations.batch()
+        spoken = sum(int((labels != -100).sum()) for _, labels in parts)
         total = 0.0
         for ids, labels in parts:
-            logits = model(ids).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-            (loss / tokens).backward()
-            total += loss.detach() / tokens
-        for optimizer in optimizers:
+            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / spoken
+            loss.backward()
+            total += float(loss)
+        for optimizer in (muon, adamw):
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(float(total))
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-    return losses
+            progress.set_postfix(loss=f"{total:.3f}")
+    return total
 
 
-def main(config):
+def main(config: Config) -> None:
+    work, output = Path(config.work_dir), Path(config.output)
+    with exit_on_bad_input():
+        for path in (work, output):
+            if path.exists():
+                raise ValueError(f"{path} exists: move it away, or name another with --work_dir and --output")
+    torch.set_num_threads(1)  # so that the same weights come out on any number of cores
     torch.manual_seed(config.seed)
     tokenizer, model = build_tokenizer(), build_model()
     pretrain(model, config)
-    model.save_pretrained(config.output)
-    tokenizer.save_pretrained(config.output)
+    work.mkdir(parents=True)
+    save_model(model, tokenizer, work / "pretrained")
+    score.main(
+        score.Config(
+            model=str(work / "pretrained"),
+            output_dir=str(work / "rl"),
+            seed=config.seed,
+            single_turn=True,
+            stage1_steps=0,
+            stage2_steps=config.rl_steps,
+            problems=32,
+            group_size=8,
+            beta1=0.1,
+            eval_every=0,
+        )
+    )
+    shutil.copytree(work / "rl" / "checkpoint", output)
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Config).parse_args_into_dataclasses()[0])
+    main(parse_args(Config))

@@ -23,14 +23,16 @@ SIZES = {
     "eos_token_id": EOS,
     "pad_token_id": 0,
 }
+QWEN2 = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 LAYERS = ["sliding_attention", "full_attention"]
+GEMMA = {"sliding_window": 5, "layer_types": LAYERS, "final_logit_softcapping": 9.0}
 TINY = {  # windows are smaller than the sequences of the tests
     "llama": (tf.LlamaConfig, {}),
     "llama_mha": (tf.LlamaConfig, {"num_key_value_heads": 4}),
     "qwen2": (tf.Qwen2Config, {}),
-    "qwen2_window": (tf.Qwen2Config, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2_window": (tf.Qwen2Config, QWEN2),
     "qwen3": (tf.Qwen3Config, {}),
-    "gemma3": (tf.Gemma3TextConfig, {"sliding_window": 5, "layer_types": LAYERS, "final_logit_softcapping": 9.0}),
+    "gemma3": (tf.Gemma3TextConfig, GEMMA),
     "phi3": (tf.Phi3Config, {}),
     "phi3_window": (tf.Phi3Config, {"sliding_window": 6}),
     "mistral_window": (tf.MistralConfig, {"sliding_window": 7}),

@@ -155,7 +155,7 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     (["--task", "sudoku"], "unknown task 'sudoku'"),
     (["--alpha", "lots"], "argument --alpha: invalid float value: 'lots'"),
     (["--model", "./nowhere"], "--model ./nowhere: no config.json"),
-    (["--max_new_tokens", "200"], "of the model's context"),
+    (["--max_new_tokens", "200"], "the model's context of 192"),
     (["--kl", "k9"], "argument --kl: invalid choice"),
     (["--group_size", "1"], "--group_size 1"),
     (["--temperature", "0"], "--temperature"),

@@ -177,13 +177,15 @@ class Rollout:
 class Sampler:
     """Samples from a transformers causal LM with standard attention; ValueError for any other model.
 
-    max_batch: rows decoded together; block: steps between two looks at which are done (a host sync each);
-    prefill_tokens: prompt tokens fed at once. It stops at the tokenizer's eos and at those of the model's
-    generation_config, of which nothing else is used. The constructor runs the model, on two tokens.
+    max_batch: rows decoded together; block: steps between two looks at which are done (a host sync each; by default
+    4 on CPU, where it costs nothing, else 16); prefill_tokens: prompt tokens fed at once. It stops at the tokenizer's
+    eos and at those of the model's generation_config, of which nothing else is used. The constructor runs the model,
+    on two tokens.
     """
 
-    def __init__(self, model, tokenizer, max_batch=256, block=16, prefill_tokens=8192):
-        self.model, self.max_batch, self.block, self.prefill_tokens = model, max_batch, block, prefill_tokens
+    def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
+        self.model, self.max_batch, self.prefill_tokens = model, max_batch, prefill_tokens
+        self.block = block or (4 if model.device.type == "cpu" else 16)
         self._probe()
         config, eos = model.config.get_text_config(), model.generation_config.eos_token_id
         vocabulary, self.limit = range(config.vocab_size), config.max_position_embeddings

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import loss
 import policy
 import score
 import tiny
@@ -214,3 +215,15 @@ def test_a_run_directory_in_use_is_refused_and_untouched(tmp_path):
     with pytest.raises(ValueError, match="in use"):
         policy.open_run(score.Config(output_dir=str(tmp_path)))
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_loss_ignores_whatever_stands_outside_the_action_mask():
+    rollout = made_up_rollout()
+    mask, outside = rollout.action_mask, ~rollout.action_mask
+    values = torch.randn(5, *mask.shape, dtype=torch.float64)
+    losses = []
+    for garbage in (0.0, 3.0):
+        logprobs, ref_logprobs, kl, advantages, coef = torch.where(outside, garbage, values)
+        scores = loss.Scores(logprobs, ref_logprobs, kl, kl)
+        losses += [loss.policy_loss(scores, advantages, coef, mask, rollout.turn, 7, k) for k in ("exact", "k1", "k3")]
+    torch.testing.assert_close(losses[:3], losses[3:], atol=1e-12, rtol=0)

@@ -1,14 +1,16 @@
-"""Two-attempt evaluation: `python evaluate.py --model DIR --task NAME --output FILE.json`.
+"""Evaluation of two attempts: `python evaluate.py --model DIR --task NAME --method METHOD --output FILE.json`.
 
-The model answers, is asked to correct itself without being told whether it was right, and answers again. All figures
-are the verifier's verdicts, never a shaped reward. As a library: `evaluate`, `summarize`, `format_table`,
-`plot_curves`, which the training scripts share.
+The model answers, then answers again; --method says what comes between. All figures are the verifier's verdicts, never
+a shaped reward. As a library: what the training scripts share (`prepare`, `evaluate`, `report`, ...).
 
     acc_t1, acc_t2   right at the first, the second attempt      i_to_c   wrong, then right, of all problems
     delta            acc_t2 - acc_t1 = i_to_c - c_to_i           c_to_i   right, then wrong, of all problems
     changed          the two answers differ                      edit_ratio   edit distance / (len(y1) + len(y2))
     well_formed      attempts with an answer that can be graded  truncated    attempts cut off by the token limit
-    tokens           sampled in both attempts
+    tokens           sampled for a problem, all told             retry_given_failure   i_to_c, of the wrong ones
+    reflection_tokens  of a reflection
+
+Where a method retries only what was wrong, a right first answer stands as the second.
 """
 
 import json
@@ -18,10 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from policy import context_length, exit_on_bad_input, flag, load_model, parse_args, row_seeds
+from policy import check_counts, exit_on_bad_input, flag, load_model, parse_args, row_seeds
 from sampler import Sampler
-from tasks import SPLITS, Task, first_turn_ids, follow_up_ids, get_task
+from tasks import SPLITS, Task, first_turn_ids, follow_up_ids, get_task, seam_ids
 
+METHODS = {
+    "self_correct": "asked to correct itself after any answer, right or wrong (SCoRe)",
+    "reflect_retry": "after a wrong answer, reflects and tries again (RRR)",
+    "blind_retry": "after a wrong answer, is told to try again, with no reflection",
+    "generic_reflection": "the same, after a fixed reflection in its own name that knows nothing of the problem",
+    "fresh_attempt": "after a wrong answer, a new first attempt from an empty context",
+}
 COLUMNS = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "edit_ratio", "well_formed")
 
 
@@ -34,34 +43,43 @@ class Config:
     limit: int | None = flag(None, "only the first so many problems")
     temperature: float = flag(0.0, "0 is greedy")
     samples: int = flag(1, "conversations a problem, at a temperature above 0")
+    method: str = flag("self_correct", "; ".join(f"{k}: {v}" for k, v in METHODS.items()), choices=tuple(METHODS))
+    reflector: str | None = flag(None, "model that writes the reflections; default: --model")
     max_new_tokens: int = flag(16, "token limit of an attempt")
+    max_reflection_tokens: int = flag(72, "token limit of a reflection")
     seed: int = flag(0, "seed of the sampling")
     output: str | None = flag(None, "JSON file for the figures and conversations")
 
 
 def prepare(config, limits: dict[str, int | None]):
-    """(task, model, tokenizer, {split: [(problem, prompt_ids)]}) for a script; any bad input is a ValueError here.
+    """(task, sampler, tokenizer, {split: [(problem, prompt_ids)]}) for a script; any bad input is a ValueError here.
 
     `limits` names the splits and how many problems of each to take (None: all).
     """
     task = get_task(config.task)
     splits = {name: task.problems(name, config.data, config.seed)[:limit] for name, limit in limits.items()}
     model, tokenizer = load_model(config.model)
+    sampler = Sampler(model, tokenizer)
     for name, problems in splits.items():
-        prompts = encode_prompts(model, tokenizer, task, problems, config.max_new_tokens)
+        prompts = encode_prompts(sampler, tokenizer, task, problems, config.max_new_tokens)
         splits[name] = list(zip(problems, prompts, strict=True))
-    return task, model, tokenizer, splits
+    return task, sampler, tokenizer, splits
 
 
-def encode_prompts(model, tokenizer, task: Task, problems: list[dict], max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], max_new_tokens: int) -> list[list[int]]:
     """First prompts as ids. A conversation of two attempts that can't fit the model's context is a ValueError."""
-    seam = len(follow_up_ids(tokenizer, task.correct, [False])[0])
+    seam = seam_ids(tokenizer, task.correct)
+    if not sampler.is_stop[seam[0]]:
+        end = tokenizer.decode(seam[:1])
+        raise ValueError(
+            f"the chat template ends a turn with {end!r}, where the model does not stop: add it to its eos"
+        )
     prompts = [first_turn_ids(tokenizer, task.prompt(problem)) for problem in problems]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) + 2 * max_new_tokens + seam > context_length(model):
+    if len(prompts[longest]) + 2 * max_new_tokens + len(seam) > sampler.limit:
         raise ValueError(
             f"problem {longest}: a prompt of {len(prompts[longest])} tokens and two attempts of {max_new_tokens} do "
-            f"not fit the model's context of {context_length(model)}: lower --max_new_tokens or leave it out"
+            f"not fit the model's context of {sampler.limit}: lower --max_new_tokens or leave it out"
         )
     return prompts
 
@@ -73,32 +91,117 @@ def grade(tokenizer, task: Task, rollout, turn: int, problems: list[dict]) -> tu
     return texts, torch.tensor(verdicts, dtype=torch.float32)
 
 
+def go_on(sampler, maker, rollout, message: str, tokenizer, rows: list[int], limits: dict):
+    """`rows` of a rollout, answered by the user's `message`: from the cache if its `maker` goes on, else encoded."""
+    last = rollout.last_ids()
+    seams = follow_up_ids(tokenizer, message, [last[row] for row in rows])
+    if sampler is maker:
+        return sampler.extend(rollout, seams, rows=rows, **limits)
+    prompts = [rollout.ids[row, : rollout.lengths[row]].tolist() + seam for row, seam in zip(rows, seams, strict=True)]
+    return sampler.generate(prompts, seeds=rollout.seeds[rows], **limits)
+
+
+def second_attempts(method, first, rows, cast, tokenizer, task, limits, max_reflection_tokens):
+    """(rollout whose last turn is the second attempt at `rows`, the reflections' ids or None), by a METHOD.
+
+    cast: the samplers that (attempt, reflect, retry).
+    """
+    attempter, reflector, retrier = cast
+    if method == "self_correct":
+        return go_on(retrier, attempter, first, task.correct, tokenizer, rows, limits), None
+    if method == "blind_retry":
+        return go_on(retrier, attempter, first, task.retry, tokenizer, rows, limits), None
+    if method == "fresh_attempt":
+        prompts = [first.ids[row][(first.turn[row] == 0) & ~first.action_mask[row]].tolist() for row in rows]
+        return retrier.generate(prompts, seeds=row_seeds(len(rows), "fresh", first.seeds[0].item()), **limits), None
+    if method == "generic_reflection":
+        text = tokenizer(task.generic_reflection, add_special_tokens=False).input_ids
+        last = first.last_ids()
+        between = follow_up_ids(tokenizer, task.reflect, [last[row] for row in rows])
+        spoken = [first.ids[row, : first.lengths[row]].tolist() for row in rows]
+        prompts = [a + b + text + seam_ids(tokenizer, task.retry) for a, b in zip(spoken, between, strict=True)]
+        return retrier.generate(prompts, seeds=first.seeds[rows], **limits), None
+    reflection_limits = limits | {"max_new_tokens": max_reflection_tokens}
+    reflected = go_on(reflector, attempter, first, task.reflect, tokenizer, rows, reflection_limits)
+    reflections = reflected.completion_ids(reflected.stopped.shape[1] - 1)
+    everyone = list(range(len(rows)))
+    return go_on(retrier, reflector, reflected, task.retry, tokenizer, everyone, limits), reflections
+
+
 def evaluate(
-    sampler, tokenizer, task: Task, problems, prompts, max_new_tokens, temperature, samples=1, seed=0
+    cast, tokenizer, task: Task, problems, prompts, config, temperature, method="self_correct", samples=1, seed=0
 ) -> tuple[dict, list[dict]]:
-    """(figures, conversations) of two attempts at every problem; see the module's docstring for the figures."""
-    limits = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    rows = [problem for problem in problems for _ in range(samples)]
-    rollout = sampler.generate(prompts, samples, seeds=row_seeds(seed, 0, len(rows)), **limits)
-    rollout = sampler.extend(rollout, follow_up_ids(tokenizer, task.correct, rollout.stopped[:, -1].tolist()), **limits)
-    (first, right1), (second, right2) = (grade(tokenizer, task, rollout, turn, rows) for turn in (0, 1))
-    answers = [[task.answer(text, p) for text, p in zip(t, rows, strict=True)] for t in (first, second)]
-    ids = zip(rollout.completion_ids(0), rollout.completion_ids(1), strict=True)
-    values = {
-        "acc_t1": right1,
-        "acc_t2": right2,
-        "delta": right2 - right1,
-        "i_to_c": (1 - right1) * right2,
-        "c_to_i": right1 * (1 - right2),
-        "changed": [a != b for a, b in zip(*answers, strict=True)],
-        "edit_ratio": [edit_distance(a, b) / max(1, len(a) + len(b)) for a, b in ids],
-        "well_formed": [(a is not None) / 2 + (b is not None) / 2 for a, b in zip(*answers, strict=True)],
-        "truncated": 1 - rollout.stopped.float().mean(dim=1).cpu(),
-        "tokens": rollout.action_mask.sum(dim=1).float().cpu(),
-    }
-    talks = zip(rows, first, right1.tolist(), second, right2.tolist(), strict=True)
-    keys = ("problem", "first", "first_right", "second", "second_right")
-    return summarize(values, samples), [dict(zip(keys, talk, strict=True)) for talk in talks]
+    """(figures, conversations) of two attempts at every problem, by one of METHODS.
+
+    cast: one sampler, or the three that attempt, reflect and retry. config: max_new_tokens, max_reflection_tokens.
+    """
+    cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
+    limits = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+    problems = [problem for problem in problems for _ in range(samples)]
+    first = cast[0].generate(prompts, samples, seeds=row_seeds(len(problems), "evaluate", seed), **limits)
+    y1 = answers_of(tokenizer, task, first, problems)
+    chosen = [i for i, answer in enumerate(y1) if method == "self_correct" or not answer["right"]]
+    y2, reflections = list(y1), None
+    if chosen:
+        second, reflections = second_attempts(
+            method, first, chosen, cast, tokenizer, task, limits, getattr(config, "max_reflection_tokens", None)
+        )
+        retried = answers_of(tokenizer, task, second, [problems[i] for i in chosen])
+        for i, answer in zip(chosen, retried, strict=True):
+            y2[i] = answer
+    reflections = dict(zip(chosen, reflections or [], strict=False))
+    figures = summarize(row_values(y1, y2, chosen, reflections), samples)
+    figures |= after_failure(y1, y2, reflections)
+    talks = []
+    for i, problem in enumerate(problems):
+        talk = {"problem": problem, "first": y1[i]["text"], "first_right": y1[i]["right"]}
+        if i in reflections:
+            talk["reflection"] = tokenizer.decode(reflections[i])
+        talks.append(talk | {"second": y2[i]["text"], "second_right": y2[i]["right"]})
+    return figures, talks
+
+
+def answers_of(tokenizer, task: Task, rollout, problems: list[dict]) -> list[dict]:
+    """What is to be known of each row's answer in the last turn."""
+    turn = rollout.stopped.shape[1] - 1
+    texts, verdicts = grade(tokenizer, task, rollout, turn, problems)
+    columns = (texts, verdicts.tolist(), rollout.completion_ids(turn), rollout.stopped[:, turn].tolist(), problems)
+    return [
+        {"text": text, "right": right, "ids": ids, "stopped": stopped, "answer": task.answer(text, problem)}
+        for text, right, ids, stopped, problem in zip(*columns, strict=True)
+    ]
+
+
+def row_values(y1: list[dict], y2: list[dict], chosen: list[int], reflections: dict) -> dict:
+    """The figures of every row, before they are averaged. Only `chosen` rows have a second attempt of their own."""
+    retried = set(chosen)
+    values = []
+    for i, (a, b) in enumerate(zip(y1, y2, strict=True)):
+        spoken = [a, b] if i in retried else [a]
+        values.append(
+            {
+                "acc_t1": a["right"],
+                "acc_t2": b["right"],
+                "delta": b["right"] - a["right"],
+                "i_to_c": (1 - a["right"]) * b["right"],
+                "c_to_i": a["right"] * (1 - b["right"]),
+                "changed": a["answer"] != b["answer"],
+                "edit_ratio": edit_distance(a["ids"], b["ids"]) / max(1, len(a["ids"]) + len(b["ids"])),
+                "well_formed": sum(y["answer"] is not None for y in spoken) / len(spoken),
+                "truncated": sum(not y["stopped"] for y in spoken) / len(spoken),
+                "tokens": sum(len(y["ids"]) + y["stopped"] for y in spoken) + len(reflections.get(i, ())),
+            }
+        )
+    return {name: [row[name] for row in values] for name in values[0]}
+
+
+def after_failure(y1: list[dict], y2: list[dict], reflections: dict) -> dict:
+    """Figures over the problems with a wrong first attempt alone."""
+    retried = [b["right"] for a, b in zip(y1, y2, strict=True) if not a["right"]]
+    values = {"retry_given_failure": retried, "reflection_tokens": [len(ids) for ids in reflections.values()]}
+    figures = summarize({name: rows for name, rows in values.items() if rows})
+    figures.pop("n", None)
+    return figures | {"failures": len(retried)}
 
 
 def summarize(values: dict, samples: int = 1) -> dict:
@@ -123,20 +226,18 @@ def edit_distance(a: list[int], b: list[int]) -> int:
     return int(row[-1])
 
 
-def evaluate_both(sampler, tokenizer, task, problems, prompts, max_new_tokens, seed=0) -> dict:
-    """Figures under `greedy` and `sampled` (T = 1)."""
-    shared = (sampler, tokenizer, task, problems, prompts, max_new_tokens)
-    return {
-        name: evaluate(*shared, temperature, seed=seed)[0] for name, temperature in (("greedy", 0.0), ("sampled", 1.0))
-    }
+def evaluate_both(*arguments, method: str = "self_correct", seed: int = 0) -> dict:
+    """Figures under `greedy` and `sampled` (T = 1); arguments as of `evaluate`."""
+    modes = {"greedy": 0.0, "sampled": 1.0}
+    return {name: evaluate(*arguments, T, method, seed=seed)[0] for name, T in modes.items()}
 
 
-def format_table(results: dict) -> str:
+def format_table(results: dict, columns=COLUMNS) -> str:
     """`results` maps names to `greedy` and `sampled` to figures -> a Markdown table in percent, ± standard error."""
-    lines = ["| % | | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = ["| % | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, modes in results.items():
         for mode, figures in modes.items():
-            cells = [f"{100 * figures[c]:.1f} ± {100 * figures[c + '_se']:.1f}" for c in COLUMNS]
+            cells = [f"{100 * figures[c]:.1f} ± {100 * figures[c + '_se']:.1f}" for c in columns]
             lines.append(f"| {name} | {mode} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -146,7 +247,10 @@ def format_transcripts(conversations: list[dict], count: int = 4) -> str:
     lines = []
     for talk in conversations[:count]:
         lines.append(json.dumps(talk["problem"]))
-        lines += [f"  {'right' if talk[k + '_right'] else 'wrong'}: {talk[k]}" for k in ("first", "second")]
+        for key in ("first", "reflection", "second"):
+            if key in talk:
+                verdict = {0.0: "wrong: ", 1.0: "right: ", None: ""}[talk.get(key + "_right")]
+                lines.append(f"  {verdict}{talk[key]}")
     return "\n".join(lines)
 
 
@@ -155,11 +259,15 @@ def log_transcripts(run: Path, step: int, conversations: list[dict]) -> None:
         file.write(f"step {step + 1}\n{format_transcripts(conversations)}\n\n")
 
 
-def report(run: Path, results: dict, count: int) -> None:
-    """A run's end: results.json, curves.png, and the table of base and trained model."""
+def report(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
+    """A run's end: results.json, curves.png, and the tables of base and trained model and of any `controls`."""
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot_curves(run)
-    print(f"\n{count} validation problems:\n\n{format_table(results)}\n\nrun: {run}")
+    models = {name: modes for name, modes in results.items() if name != "controls"}
+    print(f"\n{count} validation problems:\n\n{format_table(models, columns)}")
+    if "controls" in results:
+        print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], ('retry_given_failure',))}")
+    print(f"\nrun: {run}")
 
 
 def plot_curves(run: Path, smooth: int = 10) -> None:
@@ -171,15 +279,16 @@ def plot_curves(run: Path, smooth: int = 10) -> None:
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figure, axis = plt.subplots(figsize=(7, 4))
-    for key, label in (("acc_t1", "first attempt"), ("acc_t2", "second attempt")):
+    for key, label in (("acc_t1", "first attempt"), ("acc_t2", "second attempt"), ("retry", "retry after a failure")):
         values = np.array([row[key] for row in rows if key in row])
         if len(values):
             width = min(smooth, len(values))
-            axis.plot(np.convolve(values, np.ones(width) / width, "valid") * 100, label=label)
+            mean = np.convolve(values, np.ones(width) / width, "valid") * 100
+            axis.plot(np.arange(len(mean)) + width - 1, mean, label=label)
     boundary = next((i for i, row in enumerate(rows) if row["stage"] == 2), 0)
     if boundary:
         axis.axvline(boundary, color="gray", linestyle=":", label="Stage II begins")
-    axis.set(xlabel="step", ylabel=f"right, % of the training batch (mean of {smooth} steps)")
+    axis.set(xlabel="step", ylabel=f"right, % of the training batch (mean of the last {smooth})")
     axis.legend()
     figure.tight_layout()
     figure.savefig(run / "curves.png", dpi=120)
@@ -190,20 +299,20 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         if config.split not in SPLITS:
             raise ValueError(f"--split {config.split}: choose one of {', '.join(SPLITS)}")
-        if config.output and Path(config.output).exists():
-            raise ValueError(f"--output {config.output} exists: name another file")
-        task, model, tokenizer, splits = prepare(config, {config.split: config.limit})
+        if config.temperature < 0 or config.samples > 1 and not config.temperature:
+            raise ValueError("--temperature must be 0 (greedy, and one sample) or above")
+        if config.output and (Path(config.output).exists() or not Path(config.output).parent.is_dir()):
+            raise ValueError(f"--output {config.output}: it exists, or its directory does not; name a new file")
+        check_counts(config)
+        task, sampler, tokenizer, splits = prepare(config, {config.split: config.limit})
+        reflector = Sampler(load_model(config.reflector)[0], tokenizer) if config.reflector else sampler
+    cast = (sampler, reflector, sampler)
+    columns = zip(*splits[config.split], strict=True)
     figures, conversations = evaluate(
-        Sampler(model, tokenizer),
-        tokenizer,
-        task,
-        *zip(*splits[config.split], strict=True),
-        config.max_new_tokens,
-        config.temperature,
-        config.samples,
-        config.seed,
+        cast, tokenizer, task, *columns, config, config.temperature, config.method, config.samples, config.seed
     )
     print(format_transcripts(conversations))
+    print(f"{figures['n']} {config.split} problems\n")
     print(format_table({config.model: {"sampled" if config.temperature else "greedy": figures}}))
     if config.output:
         Path(config.output).write_text(json.dumps(figures | {"conversations": conversations}, indent=1) + "\n")

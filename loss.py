@@ -69,28 +69,41 @@ def token_scores(
     return Scores(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def subtract_baseline(rewards: Tensor, kind: str = "leave_one_out") -> Tensor:
+def subtract_baseline(rewards: Tensor, kind: str = "leave_one_out", present: Tensor | None = None) -> Tensor:
     """Rewards (N, G) of N groups -> advantages (N, G).
 
     none:          the reward itself; unbiased.
     leave_one_out: minus the mean of the *other* G - 1; unbiased (RLOO, Ahmadian et al. 2024). It needs G > 1.
     group_mean:    minus the mean of all G, its own included: the gradient shrinks by (G - 1) / G.
+
+    present (N, G) of 0 and 1 marks groups of unequal size: what is absent counts nowhere and gets 0, and so does a
+    single member of a group, which has nothing to be compared with.
     """
+    present = torch.ones_like(rewards) if present is None else present
     if kind == "none":
-        return rewards
-    mean = rewards.mean(dim=1, keepdim=True)
+        return rewards * present
+    count = present.sum(dim=1, keepdim=True)
+    centred = (rewards - (rewards * present).sum(dim=1, keepdim=True) / count.clamp_min(1)) * present
     if kind == "group_mean":
-        return rewards - mean
-    group_size = rewards.shape[1]
-    if group_size < 2:
+        return centred
+    if rewards.shape[1] < 2:
         raise ValueError("the leave-one-out baseline needs groups of at least 2")
-    return (rewards - mean) * group_size / (group_size - 1)
+    return centred * count / (count - 1).clamp_min(1)
 
 
-def divide_by_std(advantages: Tensor, dim=None) -> Tensor:
+def divide_by_std(advantages: Tensor, dim: int | None = None, present: Tensor | None = None) -> Tensor:
     """Divided by their standard deviation over `dim` (all by default). Zero variance gives zeros, never NaN."""
-    deviation = advantages.std(dim=dim, keepdim=dim is not None, unbiased=False)
+    present = torch.ones_like(advantages) if present is None else present
+    over = {"dim": tuple(range(advantages.ndim)) if dim is None else dim, "keepdim": True}
+    count = present.sum(**over).clamp_min(1)
+    mean = (advantages * present).sum(**over) / count
+    deviation = (((advantages - mean) * present).square().sum(**over) / count).sqrt()
     return torch.where(deviation > 1e-6, advantages / deviation.clamp_min(1e-6), torch.zeros_like(advantages))
+
+
+def spread(per_turn: Tensor, rollout) -> Tensor:
+    """(B, turns) -> (B, T): every sampled token gets its turn's value, every other token 0."""
+    return per_turn.to(rollout.ids.device).gather(1, rollout.turn.clamp_min(0)) * rollout.action_mask
 
 
 def later_in_turn(values: Tensor, turn: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ Everything that the algorithm files share and that is not an algorithm. One proc
 the work on the weights that a training step needs, so that sharding has one module to wrap.
 """
 
+import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import time
@@ -58,6 +60,8 @@ class TrainConfig:
     eval_problems: int = flag(300, "validation problems of those evaluations")
     final_problems: int | None = flag(None, "validation problems of the final table; default: all")
 
+    last_stage = 1  # no flag: the stage in which the best checkpoint is looked for
+
 
 @contextmanager
 def exit_on_bad_input():
@@ -77,10 +81,21 @@ def parse_args(config_class, args: list[str] | None = None):
         parser.exit(2, f"{parser.prog}: error: {message}\n")
 
     parser.error = error
-    return parser.parse_args_into_dataclasses(args)[0]
+    config, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown flag {unknown[0]}: see --help")
+    return config
 
 
-def load_model(name: str, device: str = "cpu"):
+def check_counts(config, may_be_zero: tuple[str, ...] = ("seed", "warmup", "eval_every")) -> None:
+    """Every whole number among the flags must be at least 1, or 0 where that means something."""
+    for name, value in asdict(config).items():
+        least = 0 if name in may_be_zero else 1
+        if type(value) is int and value < least:
+            raise ValueError(f"--{name} {value}: must be at least {least}")
+
+
+def load_model(name: str, device: str | None = None):
     """(model, tokenizer) of a local directory or a hub name, in float32, in eval mode (no dropout, ever)."""
     path = Path(name)
     looks_local = path.exists() or name.startswith((".", "/", "models/", "runs/"))
@@ -91,9 +106,10 @@ def load_model(name: str, device: str = "cpu"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {name}: {str(error).splitlines()[0]}") from None
-    model.to(device).eval()
+    except Exception as error:  # whatever a damaged file or an unknown name makes of itself in there
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--model {name} can't be loaded: {reason[:300]}") from None
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     check_head(model, name)
     return model, tokenizer
 
@@ -106,10 +122,6 @@ def check_head(model, name: str) -> None:
     logits = hidden @ model.get_output_embeddings().weight.T
     if not torch.allclose(logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
         raise ValueError(f"--model {name}: its logits are not hidden @ head.T (a cap, scale or bias); not supported")
-
-
-def context_length(model) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 class Scorer(nn.Module):
@@ -214,9 +226,10 @@ def set_lr(optimizer, peak: float, step: int, steps: int, warmup: int, schedule:
         group["lr"] = peak * scale
 
 
-def row_seeds(seed: int, step: int, rows: int) -> list[int]:
-    """One seed for each row of a step's batch, never used twice in a run."""
-    return [(seed * 1_000_003 + step) * 1_000_003 + row for row in range(rows)]
+def row_seeds(rows: int, *key) -> list[int]:
+    """One seed a row. Another key (what for, the run's seed, the step) gives seeds of its own."""
+    start = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+    return [(start + row) % 2**63 for row in range(rows)]
 
 
 def pick_problems(problems: list[dict], seed: int, step: int, count: int) -> list[dict]:
@@ -236,15 +249,20 @@ def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 def open_run(config) -> Path:
     """Makes `config.output_dir` with its config.json. One that is in use is refused, unless it is to be resumed."""
-    run = Path(config.output_dir)
+    run, flags = Path(config.output_dir), asdict(config)
     if config.resume:
         if not (run / "state.pt").is_file():
-            raise ValueError(f"--resume: {run} has no state.pt to go on from; start without --resume")
+            raise ValueError(f"--resume: {run} has no state.pt to go on from; start a new run elsewhere")
+        before = json.loads((run / "config.json").read_text())
+        changed = [k for k in flags if k not in ("resume", "output_dir") and flags[k] != before.get(k)]
+        if changed:
+            was = ", ".join(f"--{k} was {before.get(k)}, is {flags[k]}" for k in changed)
+            raise ValueError(f"--resume: {run} was started with other flags: {was}")
         return run
-    if run.exists() and any(run.iterdir()):
+    if run.is_file() or run.is_dir() and any(run.iterdir()):
         raise ValueError(f"--output_dir {run} is in use: name another, or go on with it with --resume")
     run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (run / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
     return run
 
 
@@ -284,13 +302,14 @@ def token_metrics(batch: Batch, scores: Scores) -> dict:
     """
     rollout, sampled = batch.rollout, batch.rollout.action_mask
     row = {}
-    for turn in range(rollout.stopped.shape[1]):
+    for turn in rollout.turn[sampled].unique().tolist():
         row[f"kl_t{turn + 1}"] = float((scores.kl * (rollout.turn == turn)).sum() / len(rollout.ids))
     row["entropy"] = float(scores.entropy[sampled].mean())
     row["ratio_error"] = float((scores.logprobs - rollout.logprobs)[sampled].abs().max())
     row["zero_advantage"] = float((batch.advantages[sampled] == 0).float().mean())
     row["truncated"] = 1 - float(rollout.stopped.float().mean())
     row["tokens"] = int(sampled.sum())
+    row["response_length"] = row["tokens"] / rollout.stopped.numel()
     return row
 
 
@@ -299,13 +318,20 @@ def train(config, run: Path, scorer: Scorer, tokenizer, steps: int, make_batch, 
 
     `evaluate_now(step) -> dict` joins the metrics every `eval_every` steps. `state` is the algorithm's own memory
     between steps; it is saved and resumed with the rest, and holds the last step's figures under "last". The model
-    kept in run/checkpoint is that of the window of `save_every` steps, within the last stage, with the highest mean
-    training reward.
+    kept in run/checkpoint is the one after the `save_every` steps with the highest mean training reward, counting
+    steps of `config.last_stage` only.
     """
     optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=config.lr, weight_decay=0.0)
     start, best, window = 0, float("-inf"), []
+
+    def save(step: int) -> None:
+        parts = {"scorer": scorer.state_dict(), "optimizer": optimizer.state_dict()}
+        save_state(run, **parts, step=step, best=best, state=state)
+
     if config.resume:
         start, best = _resume(run, scorer, optimizer, state)
+    else:
+        save(0)
     progress = trange(start, steps, initial=start, total=steps)
     for step in progress:
         set_lr(optimizer, config.lr, step, steps, config.warmup, config.schedule)
@@ -316,22 +342,33 @@ def train(config, run: Path, scorer: Scorer, tokenizer, steps: int, make_batch, 
         row = {"stage": batch.figures["stage"], "step": step} | batch.figures | token_metrics(batch, scores)
         row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         row |= {"seconds_rollout": sampled - started, "seconds_update": time.perf_counter() - sampled}
+        row["memory_mib"] = memory_mib()
         state["last"] = row
         if config.eval_every and (step + 1) % config.eval_every == 0:
             row |= evaluate_now(step)
         log_metrics(run, row)
-        shown = ("reward", "acc_t1", "acc_t2", "kl_t1")
-        progress.set_postfix(stage=row["stage"], **{k: f"{row[k]:.3f}" for k in shown if k in row})
-        window.append((row["stage"], row["reward"]))
+        show(progress, row)
+        if row["stage"] == config.last_stage and "reward" in row:
+            window.append(row["reward"])
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            rewards = [reward for stage, reward in window if stage == config.last_stage]
-            if len(rewards) == len(window) and sum(rewards) / len(rewards) > best:
-                best = sum(rewards) / len(rewards)
+            if window and sum(window) / len(window) > best:
+                best = sum(window) / len(window)
                 save_model(scorer.model, tokenizer, run / "checkpoint")
-            window = []
-            save_state(
-                run, scorer=scorer.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, best=best, state=state
-            )
+            window.clear()
+            save(step + 1)
+
+
+def memory_mib() -> float:
+    """The peak so far: of the GPU if there is one, else of the process (Linux counts in KiB)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def show(progress, row: dict) -> None:
+    keys = ("reward", "acc_t1", "acc_t2", "kl_t1", "response_length")
+    shown = {key: f"{row[key]:.3f}" for key in keys if key in row}
+    progress.set_postfix(stage=row["stage"], **shown, tokens_s=f"{row['tokens'] / row['seconds_rollout']:.0f}")
 
 
 def _resume(run: Path, scorer: Scorer, optimizer, state: dict) -> tuple[int, float]:

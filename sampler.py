@@ -166,6 +166,10 @@ class Rollout:
         rows = [row[mask].tolist() for row, mask in zip(ids, sampled, strict=True)]
         return [r[: len(r) - s] for r, s in zip(rows, self.stopped[:, turn].tolist(), strict=True)]
 
+    def last_ids(self):
+        """The last id of each row (B,), a stop token unless the row was cut off."""
+        return self.ids.gather(1, self.lengths[:, None] - 1)[:, 0].tolist()
+
     def _take(self, index, width, pad_id, cache=None):
         """Rows `index`, made `width` wide by padding or cutting, with another cache."""
         tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "cache"}

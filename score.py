@@ -1,7 +1,7 @@
 """SCoRe (arXiv 2409.12917): teaches a language model to correct itself, with its own attempts as the only data.
 
     python score.py                        # the tiny model, a few minutes on two cores
-    torchrun score.py --model DIR --task countdown --max_new_tokens 256
+    python score.py --model DIR --task countdown --max_new_tokens 256
 
 Stage I trains the second attempt while a strong KL holds the first one at the base model; Stage II trains both, with a
 bonus on the second attempt for being better than the first. Each step reads like the paper: roll out two attempts,
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from evaluate import evaluate, evaluate_both, grade, log_transcripts, prepare, report
-from loss import BASELINES, divide_by_std, subtract_baseline
+from loss import BASELINES, divide_by_std, spread, subtract_baseline
 from policy import (
     Batch,
     Scorer,
     TrainConfig,
+    check_counts,
     exit_on_bad_input,
     flag,
     load_model,
@@ -40,7 +41,7 @@ class Config(TrainConfig):
     output_dir: str = flag("runs/score", "the run's directory: new, or to be resumed")
     stage1_steps: int = flag(60, "steps of Stage I (Eq. 3); 0 leaves it out")
     stage2_steps: int = flag(260, "steps of Stage II (Eq. 4)")
-    single_turn: bool = flag(False, "train first attempts alone: the paper's 'w/o multi-turn training'")
+    single_turn: bool = flag(False, "train first attempts alone, in all steps: the paper's 'w/o multi-turn training'")
     problems: int = flag(16, "P, problems a step")
     group_size: int = flag(4, "G, first attempts a problem")
     second_attempts: int = flag(4, "K, second attempts of each first one; 1 compares across the problem's G instead")
@@ -68,35 +69,52 @@ class Config(TrainConfig):
 
     @property
     def last_stage(self) -> int:
-        return 2 if self.stage2_steps else 1
+        return 2 if self.stage2_steps or self.single_turn else 1
 
 
-def roll_out(sampler, base_sampler, tokenizer, task, problems, prompts, step, config):
+def is_offline(step: int, config) -> bool:
+    return int((step + 1) * config.offline_ratio) > int(step * config.offline_ratio)
+
+
+def stage_of(step: int, config) -> int:
+    return 1 if step < config.stage1_steps and not config.single_turn else 2
+
+
+def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
     """Two attempts at each problem: (rollout of B rows, r1 (P, G), r2 (P, G, K)); single-turn: r2 is None.
 
     The second attempt is conditioned on the very ids of the first. Offline, the base model writes the first
     attempts, which are then part of the prompt: they are not sampled from the policy and get no gradient.
     """
-    P, G, K = config.problems, config.group_size, config.second_attempts
+    problems, prompts = zip(*chosen, strict=True)
+    P, G, K = len(problems), config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    offline = int((step + 1) * config.offline_ratio) > int(step * config.offline_ratio)
-    seeds = row_seeds(config.seed, step, P * G)
+    offline = is_offline(step, config)
+    seeds = row_seeds(P * G, "first", config.seed, step)
     first = (base_sampler if offline else sampler).generate(prompts, G, seeds=seeds, **limits)
     rows = [problem for problem in problems for _ in range(G)]
     r1 = grade(tokenizer, task, first, 0, rows)[1].view(P, G)
     if config.single_turn:
         return first, r1, None
-    instruction = follow_up_ids(tokenizer, task.correct, first.stopped[:, 0].tolist())
     if offline:
-        spoken = [ids[:n] for ids, n in zip(first.ids.tolist(), first.lengths.tolist(), strict=True)]
-        instruction = [a + b for a, b in zip(spoken, instruction, strict=True)]
-        second = sampler.generate(instruction, K, seeds=row_seeds(config.seed + 1, step, P * G * K), **limits)
-        second.turn.clamp_(max=0).add_(second.turn >= 0)
+        seeds = row_seeds(P * G * K, "second", config.seed, step)
+        second = encode_and_answer(sampler, tokenizer, task.correct, first, K, seeds, limits)
     else:
-        second = sampler.extend(first, instruction, K, **limits)
+        second = sampler.extend(first, follow_up_ids(tokenizer, task.correct, first.last_ids()), K, **limits)
     rows = [problem for problem in rows for _ in range(K)]
-    r2 = grade(tokenizer, task, second, 0 if offline else 1, rows)[1].view(P, G, K)
+    r2 = grade(tokenizer, task, second, 1, rows)[1].view(P, G, K)
     return second, r1, r2
+
+
+def encode_and_answer(sampler, tokenizer, message: str, first, group_size: int, seeds, limits: dict):
+    """Second attempts after another model's rollout: one of two turns, in which only the second was sampled."""
+    seams = follow_up_ids(tokenizer, message, first.last_ids())
+    spoken = [ids[:length] for ids, length in zip(first.ids.tolist(), first.lengths.tolist(), strict=True)]
+    prompts = [a + b for a, b in zip(spoken, seams, strict=True)]
+    second = sampler.generate(prompts, group_size, seeds=seeds, **limits)
+    second.turn += second.turn >= 0
+    second.stopped = torch.cat([first.stopped[second.parents], second.stopped], dim=1)
+    return second
 
 
 def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, Tensor | None]:
@@ -115,8 +133,8 @@ def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, 
     return first + config.gamma * second.mean(-1), second
 
 
-def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config) -> Tensor:
-    """The advantage of every token of each turn: (B, turns)."""
+def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline: bool = False) -> Tensor:
+    """The advantage of every token of each turn: (B, turns). Offline, the first attempt has none."""
     first, second = returns(r1, r2, stage, config)
     first = subtract_baseline(first, config.baseline)
     if second is None:
@@ -124,11 +142,12 @@ def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config) -> Tensor
     else:
         P, G, K = second.shape
         second = subtract_baseline(second.view(P * G, K) if K > 1 else second.view(P, G), config.baseline)
-        first = first[..., None].expand(P, G, K)
+        first = first[..., None].expand(P, G, K) * (not offline)
         advantages = torch.stack([first.reshape(-1), second.reshape(-1)], dim=1)
     if config.normalise == "none":
         return advantages
-    return divide_by_std(advantages, dim=0 if config.normalise == "per_turn" else None)
+    trained = advantages.ne(0).any(dim=0).expand_as(advantages)  # an idle turn doesn't count in the joint deviation
+    return divide_by_std(advantages, 0 if config.normalise == "per_turn" else None, trained.to(advantages))
 
 
 def turn_kl_coefs(stage: int, beta2: float, config) -> list[float]:
@@ -136,59 +155,69 @@ def turn_kl_coefs(stage: int, beta2: float, config) -> list[float]:
     return [beta2 if stage == 1 else config.beta1, config.beta1]
 
 
-def spread(per_turn: Tensor, rollout) -> Tensor:
-    """(B, turns) -> (B, T): every sampled token gets its turn's value, every other token 0."""
-    return per_turn.gather(1, rollout.turn.clamp_min(0)) * rollout.action_mask
-
-
-def adapt_beta2(beta2: float, kl: float, config) -> float:
-    """Stronger by half when the first attempt strays beyond 1.5 targets, weaker when it stays below 1 / 1.5."""
+def adapt_beta2(beta2: float, kl: float | None, config) -> float:
+    """Stronger by half when the first attempt's KL is beyond 1.5 targets, weaker when it is below 1 / 1.5."""
+    if config.kl_target is None or kl is None:
+        return beta2
     return beta2 * (1.5 if kl > 1.5 * config.kl_target else 1 / 1.5 if kl < config.kl_target / 1.5 else 1.0)
+
+
+def make_batch(rollout, r1, r2, stage: int, beta2: float, config, offline: bool = False) -> Batch:
+    """Verdicts -> an advantage and a KL weight for every sampled token."""
+    advantages = turn_advantages(r1, r2, stage, config, offline)
+    kl_coefs = torch.tensor(turn_kl_coefs(stage, beta2, config)).expand(len(advantages), 2)
+    figures = {"stage": stage, "beta2": beta2}
+    if r2 is not None:
+        figures["acc_t2"] = float(r2.mean())
+    if not offline:  # another model's first attempts are no measure of this one
+        figures["acc_t1"] = float(r1.mean())
+        figures["reward"] = figures["acc_t1"] + figures.get("acc_t2", 0.0)
+    return Batch(rollout, spread(advantages, rollout), spread(kl_coefs, rollout), len(rollout.ids), figures)
+
+
+def check(config) -> None:
+    check_counts(config, ("seed", "warmup", "eval_every", "stage1_steps", "stage2_steps"))
+    if config.stage1_steps + config.stage2_steps == 0:
+        raise ValueError("--stage1_steps and --stage2_steps are both 0: nothing to train")
+    if config.baseline == "leave_one_out" and config.group_size < 2:
+        raise ValueError("--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2")
+    if config.temperature <= 0:
+        raise ValueError("--temperature must be above 0 in training: greedy attempts have no policy gradient")
+    if config.single_turn and config.offline_ratio:
+        raise ValueError("--offline_ratio is about second attempts: leave it out with --single_turn")
 
 
 def main(config: Config) -> None:
     with exit_on_bad_input():
-        if config.baseline == "leave_one_out" and config.group_size < 2:
-            raise ValueError("--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2")
-        if config.temperature <= 0:
-            raise ValueError("--temperature must be above 0 in training: greedy attempts have no policy gradient")
-        task, model, tokenizer, splits = prepare(config, {"train": None, "validation": config.final_problems})
+        check(config)
+        task, sampler, tokenizer, splits = prepare(config, {"train": None, "validation": config.final_problems})
         run = open_run(config)
     problems, prompts = zip(*splits["validation"], strict=True)
-    final = (tokenizer, task, problems, prompts, config.max_new_tokens)
-    results = {"base": evaluate_both(Sampler(model, tokenizer), *final)}
+    results = {"base": evaluate_both(sampler, tokenizer, task, problems, prompts, config)}
+    model, base = sampler.model, copy.deepcopy(sampler.model)
+    base_sampler, scorer = Sampler(base, tokenizer), Scorer(model, copy.deepcopy(base))
 
-    base = copy.deepcopy(model)
-    scorer = Scorer(model, copy.deepcopy(model))
-    sampler, base_sampler = Sampler(model, tokenizer), Sampler(base, tokenizer)
-
-    def make_batch(step: int, state: dict) -> Batch:
-        """Roll out, reward, advantage: one step of SCoRe up to the shared update."""
-        stage = 1 if step < config.stage1_steps else 2
+    def step_batch(step: int, state: dict) -> Batch:
+        stage = stage_of(step, config)
         if step == config.stage1_steps and config.reference == "stage1":
             scorer.reference.load_state_dict(model.state_dict())
-        if config.kl_target is not None and stage == 1 and "last" in state:
-            state["beta2"] = adapt_beta2(state["beta2"], state["last"]["kl_t1"], config)
+        if stage == 1 and "last" in state:
+            state["beta2"] = adapt_beta2(state["beta2"], state["last"].get("kl_t1"), config)
         chosen = pick_problems(splits["train"], config.seed, step, config.problems)
-        rollout, r1, r2 = roll_out(sampler, base_sampler, tokenizer, task, *zip(*chosen, strict=True), step, config)
-        rollout.cache = None
-        per_turn = turn_advantages(r1, r2, stage, config).to(rollout.ids.device)
-        coefs = per_turn.new_tensor(turn_kl_coefs(stage, state["beta2"], config)).expand(len(per_turn), 2)
-        figures = {"stage": stage, "reward": float(r1.mean()), "acc_t1": float(r1.mean()), "beta2": state["beta2"]}
-        if r2 is not None:
-            figures |= {"reward": float(r1.mean() + r2.mean()), "acc_t2": float(r2.mean())}
-        return Batch(rollout, spread(per_turn, rollout), spread(coefs, rollout), len(rollout.ids), figures)
+        rollout, r1, r2 = roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config)
+        rollout.cache = None  # its memory is wanted for the update
+        return make_batch(rollout, r1, r2, stage, state["beta2"], config, is_offline(step, config))
 
     def evaluate_now(step: int) -> dict:
         few = slice(config.eval_problems)
-        figures, talks = evaluate(sampler, tokenizer, task, problems[few], prompts[few], config.max_new_tokens, 1.0)
+        figures, talks = evaluate(sampler, tokenizer, task, problems[few], prompts[few], config, 1.0)
         log_transcripts(run, step, talks)
         return {f"eval_{key}": figures[key] for key in ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")}
 
     steps = config.stage1_steps + config.stage2_steps
-    train(config, run, scorer, tokenizer, steps, make_batch, evaluate_now, {"beta2": config.beta2})
-    best, _ = load_model(str(run / "checkpoint"))
-    results["trained"] = evaluate_both(Sampler(best, tokenizer), *final)
+    train(config, run, scorer, tokenizer, steps, step_batch, evaluate_now, {"beta2": config.beta2})
+    best = Sampler(load_model(str(run / "checkpoint"))[0], tokenizer)
+    results["trained"] = evaluate_both(best, tokenizer, task, problems, prompts, config)
     report(run, results, len(problems))
 
 

@@ -25,7 +25,7 @@ HELD_OUT = 1500  # problems of the tiny task in validation and in test, each
 
 @dataclass(frozen=True)
 class Task:
-    """What an algorithm needs to know of a task. `prompt`, `answer` and `verify` never raise on any response.
+    """What an algorithm needs to know of a task. `answer` and `verify` never raise on any response.
 
     problems: (split, data file or None, seed) -> list of problems
     prompt:   problem -> the first user message
@@ -34,6 +34,7 @@ class Task:
     correct:  the user message that asks for a second attempt and never reveals a verdict (SCoRe, turn 2)
     reflect:  the user message after a failure that asks what went wrong (RRR)
     retry:    the user message that asks for another attempt after the reflection (RRR)
+    generic_reflection: a reflection in the model's name that knows nothing of the problem, for a control
     """
 
     name: str
@@ -44,6 +45,7 @@ class Task:
     correct: str
     reflect: str
     retry: str
+    generic_reflection: str
 
 
 def content_hash(problem: dict) -> int:
@@ -104,11 +106,14 @@ def countdown_problems(split: str, data: str | None, seed: int, count: int = 200
     """Problems of a JSONL file with `nums` and `target`, or `count` generated ones of three or four numbers."""
     if data is not None:
         problems = read_jsonl(data, {"nums": list, "target": int})
+        for number, problem in enumerate(problems, 1):
+            if not problem["nums"] or not all(type(n) is int and n > 0 for n in problem["nums"]):
+                raise ValueError(f"{data}, problem {number}: field 'nums' must be positive whole numbers")
         chosen = [p for p in problems if split_of(p) == split]
         if not chosen:
             raise ValueError(f"{data}: none of its {len(problems)} problems falls into the {split} split: add more")
         return chosen
-    rng, chosen = random.Random(seed), {}
+    rng, chosen = random.Random(seed if split == "train" else 0), {}  # every run is judged by the same problems
     while len(chosen) < count:
         nums = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
         expression = str(nums[0]) + "".join(f" {rng.choice('+-*')} {n}" for n in nums[1:])
@@ -132,12 +137,18 @@ def split_of(problem: dict) -> str:
     return (["train"] * 8 + ["validation", "test"])[content_hash(problem) % 10]
 
 
-def read_jsonl(path: str, fields: dict[str, type]) -> list[dict]:
-    """The rows of a JSONL file. A row that does not fit is a ValueError naming file, line and field."""
+def read_jsonl(path: str, fields: dict[str, type], skip: int = 0) -> list[dict]:
+    """The rows of a JSONL file after `skip` lines. One that does not fit is a ValueError naming file, line, field."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such data file")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines[skip:], skip + 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -167,6 +178,7 @@ TASKS = {
         correct="fix",
         reflect="reflect",
         retry="retry",
+        generic_reflection="no try retry",
     ),
     "countdown": Task(
         name="countdown",
@@ -183,6 +195,7 @@ TASKS = {
             "not solve the problem again yet."
         ),
         retry="Now try again, and give the expression alone between <answer> and </answer>.",
+        generic_reflection="I made a mistake. Next time I will check every step before I answer.",
     ),
 }
 
@@ -202,30 +215,30 @@ def first_turn_ids(tokenizer, message: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def next_turn_ids(tokenizer, message: str, stopped: bool = True) -> list[int]:
-    """The ids between a sampled answer and the next one: what the chat template puts around the user's `message`.
+def seam_ids(tokenizer, message: str) -> list[int]:
+    """What the chat template puts between an answer's text and the next one, with the user's `message` within.
 
-    They are appended to the very ids that were sampled, which are never decoded and encoded again. The end-of-turn
-    token is part of the answer if the model `stopped`; if the answer was cut off, it stands at the seam's beginning.
+    It begins with the token that ends the model's turn. Nothing that was sampled is decoded or encoded again: only
+    this seam is encoded, around a placeholder, so templates that rewrite history (strip thoughts) don't matter.
     """
-    stop = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        seam = stop + "\n" + message + "\n"
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has neither a chat template nor an eos token: set one in its config")
+        seam = f"{tokenizer.eos_token}\n{message}\n"
     else:
         placeholder = "PLACEHOLDER"
         roles = [("user", "?"), ("assistant", placeholder), ("user", message)]
         chat = [{"role": role, "content": content} for role, content in roles]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         seam = text.partition(placeholder)[2].lstrip(" ")
-    ids = tokenizer(seam, add_special_tokens=False).input_ids
-    if ids[0] != tokenizer.eos_token_id:
-        raise ValueError(
-            f"the chat template ends a turn without the tokenizer's eos token {stop!r}: set eos_token to it"
-        )
-    return ids[1:] if stopped else ids
+    return tokenizer(seam, add_special_tokens=False).input_ids
 
 
-def follow_up_ids(tokenizer, message: str, stopped: list[bool]) -> list[list[int]]:
-    """`next_turn_ids` of the same message for every row of a rollout."""
-    seam = {flag: next_turn_ids(tokenizer, message, flag) for flag in set(stopped)}
-    return [seam[flag] for flag in stopped]
+def follow_up_ids(tokenizer, message: str, last_ids: list[int]) -> list[list[int]]:
+    """The ids to append to rows that end with `last_ids` (B,), so that the model answers the user's `message`.
+
+    A row that ended its turn has sampled the seam's first token itself. One that was cut off, or stopped at another
+    stop token, gets the whole seam.
+    """
+    seam = seam_ids(tokenizer, message)
+    return [seam[1:] if last == seam[0] else seam for last in last_ids]

@@ -17,9 +17,8 @@ STEP_LIMIT = 99  # the largest value that has a token of its own in the tiny voc
 def extract_answer(response: str) -> str | None:
     """The text of the last `<answer>…</answer>` after the last `</think>`, or None."""
     text = response.rpartition("</think>")[2]
-    before, closed, _ = text.rpartition("</answer>")
-    _, opened, answer = before.rpartition("<answer>")
-    return answer.strip(" \t\r\n") if closed and opened else None
+    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    return None if start < 0 else text[start + len("<answer>") : text.index("</answer>", start)].strip(" \t\r\n")
 
 
 def verify_countdown(response: str, numbers: list[int], target: int) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import evaluate
+import tiny
 from tasks import TASKS
 
 
@@ -33,48 +34,89 @@ def test_standard_errors_treat_samples_of_one_problem_as_related():
 
 
 class ScriptedSampler:
-    """Answers with prepared texts instead of a model's."""
+    """Answers each turn with prepared texts instead of a model's, and keeps what it was asked."""
 
-    def __init__(self, tokenizer, first, second):
-        self.texts, self.tokenizer = [first, second], tokenizer
+    def __init__(self, tokenizer, *turns):
+        self.turns, self.tokenizer, self.asked = turns, tokenizer, []
 
-    def generate(self, prompts, samples, seeds, **limits):
-        return self.rollout(1)
+    def generate(self, prompts, group_size=1, seeds=None, **limits):
+        self.asked.append((prompts, limits))
+        return self.rollout(list(range(len(self.turns[0]))), 1)
 
-    def extend(self, rollout, instructions, **limits):
-        return self.rollout(2)
+    def extend(self, rollout, instructions, group_size=1, rows=None, **limits):
+        self.asked.append((instructions, limits))
+        rows = range(len(rollout.rows)) if rows is None else rows
+        return self.rollout([rollout.rows[row] for row in rows], rollout.stopped.shape[1] + 1)
 
-    def rollout(self, turns):
-        texts, tokenizer = self.texts, self.tokenizer
+    def rollout(self, rows, turns):
+        scripted = self
 
         class Rollout:
-            stopped = torch.ones(len(texts[0]), turns, dtype=torch.bool)
-            action_mask = torch.ones(len(texts[0]), 24 * turns, dtype=torch.bool)
+            stopped = torch.ones(len(rows), turns, dtype=torch.bool)
+            seeds = torch.arange(len(rows))
 
             @staticmethod
             def completion_ids(turn):
-                return [tokenizer(t, add_special_tokens=False).input_ids for t in texts[turn]]
+                return [
+                    scripted.tokenizer(scripted.turns[turn][row], add_special_tokens=False).input_ids for row in rows
+                ]
 
+            @staticmethod
+            def last_ids():
+                return [scripted.tokenizer.eos_token_id] * len(rows)
+
+        Rollout.rows = rows
         return Rollout
 
 
-def test_every_figure_of_a_hand_made_evaluation():
-    import tiny
+RIGHT, WRONG, NONSENSE = "19 - 16 = 3 ; 8 * 3 = 24", "16 / 8 = 2 ; 19 + 2 = 21", "19 - 16 = 9"
+PROBLEM = {"nums": [8, 19, 16], "target": 24}
 
-    tokenizer, problem = tiny.build_tokenizer(), {"nums": [8, 19, 16], "target": 24}
-    right, wrong, nonsense = "19 - 16 = 3 ; 8 * 3 = 24", "16 / 8 = 2 ; 19 + 2 = 21", "19 - 16 = 9"
-    first = [wrong, wrong, right, right]
-    second = ["bad " + right, "ok " + wrong, "bad " + nonsense, "ok " + right]
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.build_tokenizer()
+
+
+def test_every_figure_of_a_hand_made_evaluation(tokenizer):
+    first = [WRONG, WRONG, RIGHT, RIGHT]
+    second = ["bad " + RIGHT, "ok " + WRONG, "bad " + NONSENSE, "ok " + RIGHT]
+    sampler = ScriptedSampler(tokenizer, first, second)
     figures, talks = evaluate.evaluate(
-        ScriptedSampler(tokenizer, first, second), tokenizer, TASKS["tiny"], [problem] * 4, None, 16, 1.0
+        sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 4, None, evaluate.Config(), temperature=0.7
     )
     expected = {"n": 4, "acc_t1": 0.5, "acc_t2": 0.5, "delta": 0, "i_to_c": 0.25, "c_to_i": 0.25, "changed": 0.5,
-                "well_formed": 7 / 8, "truncated": 0, "tokens": 48}  # fmt: skip
+                "well_formed": 7 / 8, "truncated": 0, "failures": 2, "retry_given_failure": 0.5}  # fmt: skip
     assert {k: figures[k] for k in expected} == pytest.approx(expected)
     ids = [[tokenizer(t).input_ids for t in texts] for texts in (first, second)]
     ratios = [slow_edit_distance(a, b) / (len(a) + len(b)) for a, b in zip(*ids)]
     assert figures["edit_ratio"] == pytest.approx(sum(ratios) / 4)
+    assert figures["tokens"] == sum(len(i) + 1 for texts in ids for i in texts) / 4
     assert [t["second_right"] for t in talks] == [1, 0, 0, 1]
+    assert sampler.asked[1][0] == [tokenizer("<user> fix <assistant>").input_ids] * 4
+    assert all(limits == {"max_new_tokens": 16, "temperature": 0.7} for _, limits in sampler.asked)
+
+
+def test_only_failures_reflect_and_retry_and_a_right_answer_stands(tokenizer):
+    sampler = ScriptedSampler(tokenizer, [WRONG, RIGHT, WRONG], ["got 21", "", "got 21 try"], [RIGHT, "", WRONG])
+    figures, talks = evaluate.evaluate(
+        sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 3, None, evaluate.Config(), 1.0, "reflect_retry"
+    )
+    expected = {"acc_t1": 1 / 3, "acc_t2": 2 / 3, "c_to_i": 0, "failures": 2, "retry_given_failure": 0.5,
+                "reflection_tokens": 2.5}  # fmt: skip
+    assert {k: figures[k] for k in expected} == pytest.approx(expected)
+    assert [t.get("reflection") for t in talks] == ["got 21", None, "got 21 try"]
+    for message, asked in zip(("reflect", "retry"), sampler.asked[1:]):
+        assert asked[0] == [tokenizer(f"<user> {message} <assistant>").input_ids] * 2
+    assert sampler.asked[1][1]["max_new_tokens"] == evaluate.Config().max_reflection_tokens
+
+
+def test_when_nothing_failed_nobody_retries(tokenizer):
+    sampler = ScriptedSampler(tokenizer, [RIGHT])
+    figures, _ = evaluate.evaluate(
+        sampler, tokenizer, TASKS["tiny"], [PROBLEM], None, evaluate.Config(), 0.0, "reflect_retry"
+    )
+    assert figures["acc_t2"] == 1 and figures["failures"] == 0 and "retry_given_failure" not in figures
 
 
 def test_delta_is_what_was_corrected_minus_what_was_broken():

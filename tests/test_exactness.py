@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import score
-from loss import policy_loss, token_scores
+from loss import policy_loss, spread, token_scores
 
 TOLERANCE = 1e-6
 
@@ -77,11 +77,11 @@ def estimated_gradient(world, config, stage, G, K, kl_kind="exact"):
     flat = token_scores(hidden, eye, ids[mask], ref_hidden, eye, chunk=100_000)
     scores = type(flat)(*(x.new_zeros(ids.shape).masked_scatter(mask, x) for x in flat))
 
-    rollout = SimpleNamespace(turn=turn, action_mask=mask)
+    rollout = SimpleNamespace(ids=ids, turn=turn, action_mask=mask)
     row_weight = weight.repeat_interleave(G * K)[:, None]
     coefs = torch.tensor(score.turn_kl_coefs(stage, config.beta2, config), dtype=torch.float64)
-    advantages = score.spread(per_turn, rollout) * row_weight
-    kl_coef = score.spread(coefs.expand(len(ids), 2), rollout) * row_weight
+    advantages = spread(per_turn, rollout) * row_weight
+    kl_coef = spread(coefs.expand(len(ids), 2), rollout) * row_weight
     return gradient(-policy_loss(scores, advantages, kl_coef, mask, turn, G * K, kl_kind), world)
 
 

@@ -42,8 +42,8 @@ def gradient_of(rollout, budget, seed=0):
     scorer = policy.Scorer(small_llama().double(), small_llama(1).double(), chunk=5)
     g = torch.Generator().manual_seed(seed)
     per_turn = torch.randn(len(rollout.ids), 2, generator=g, dtype=torch.float64)
-    adv = score.spread(per_turn, rollout)
-    coef = score.spread(torch.tensor([[0.7, 0.3]], dtype=torch.float64).expand(len(adv), 2), rollout)
+    adv = loss.spread(per_turn, rollout)
+    coef = loss.spread(torch.tensor([[0.7, 0.3]], dtype=torch.float64).expand(len(adv), 2), rollout)
     batch = policy.Batch(rollout, adv, coef, len(adv), {})
     policy.accumulate_gradients(scorer, batch, score.Config(token_budget=budget))
     return torch.cat([p.grad.flatten() for p in scorer.model.parameters()])
@@ -93,7 +93,7 @@ def test_scores_equal_a_plain_forward_and_a_full_softmax(pad):
 def test_no_kl_and_no_credit_reach_prompt_instruction_or_padding():
     rollout = made_up_rollout()
     outside = ~rollout.action_mask
-    assert (score.spread(torch.ones(7, 2), rollout)[outside] == 0).all()
+    assert (loss.spread(torch.ones(7, 2), rollout)[outside] == 0).all()
     grads = []
     for fill in (0.0, 100.0):
         adv, coef = (torch.where(outside, fill, 1.0).double() for _ in range(2))
@@ -184,6 +184,45 @@ def test_every_problem_comes_once_an_epoch_in_an_order_of_its_own():
     seen = [policy.pick_problems(problems, 0, step, 4) for step in range(5)]
     flat = [p for batch in seen for p in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == problems and flat[:10] != flat[10:]
+
+
+def test_warm_up_and_cosine():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)
+
+    def lr(step, schedule):
+        policy.set_lr(optimizer, 2.0, step, 100, 4, schedule)
+        return optimizer.param_groups[0]["lr"]
+
+    assert [lr(s, "constant") for s in (0, 1, 3, 99)] == [0.5, 1.0, 2.0, 2.0]
+    assert lr(50, "cosine") == pytest.approx(1.0) and lr(99, "cosine") < 0.01
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    model = small_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    norm = policy.apply_gradients(model, optimizer, 0.5)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert norm == pytest.approx(len(before) ** 0.5) and float((after - before).norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_second_epoch_is_clipped_against_the_first_ones_policy(monkeypatch):
+    rollout = made_up_rollout()
+    ones = rollout.action_mask.float()
+    scorer = policy.Scorer(small_llama(), small_llama())
+    seen = []
+
+    def spy(scorer, batch, config, old_logprobs=None):
+        seen.append(old_logprobs)
+        return accumulate(scorer, batch, config, old_logprobs)
+
+    accumulate = policy.accumulate_gradients
+    monkeypatch.setattr(policy, "accumulate_gradients", spy)
+    optimizer = torch.optim.SGD(scorer.model.parameters(), lr=0.1)
+    scores, _ = policy.update(scorer, optimizer, policy.Batch(rollout, ones, ones, 7, {}), score.Config(epochs=3))
+    assert seen[0] is None and seen[1] is scores.logprobs and seen[2] is scores.logprobs
 
 
 def test_a_head_that_scales_its_logits_is_refused():

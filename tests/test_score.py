@@ -1,5 +1,6 @@
 """SCoRe's own arithmetic, and short whole runs on a randomly initialised model."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -32,13 +33,25 @@ def run_score(*flags):
     )
 
 
+def arbitrary_verdict(text, problem):
+    """Right half the time, for a random model too: else all rewards agree and half of what happens can't be seen."""
+    return (sum(map(ord, text)) + problem["target"]) % 2 == 0
+
+
 def train_here(model_dir, out, *flags):
+    task = dataclasses.replace(TASKS["tiny"], verify=arbitrary_verdict)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "tiny", task)
+        return train_for_real(model_dir, out, *flags)
+
+
+def train_for_real(model_dir, out, *flags):
     score.main(policy.parse_args(score.Config, ["--model", model_dir, "--output_dir", str(out), *SMALL, *flags]))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_times(rows):
-    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))} for row in rows]
 
 
 @pytest.mark.parametrize("r1, r2, reward", [(0, 1, 11), (1, 1, 1), (0, 0, 0), (1, 0, -10)])
@@ -127,6 +140,50 @@ def test_single_turn_trains_first_attempts_alone(model_dir, tmp_path):
     assert "acc_t2" not in rows[0] and "kl_t2" not in rows[0] and rows[0]["stage"] == 2
 
 
+def test_stage_2_can_refer_to_the_result_of_stage_1(model_dir, tmp_path):
+    kl = {}
+    for reference in ("base", "stage1"):
+        flags = ("--stage1_steps", "3", "--stage2_steps", "1", "--reference", reference, "--lr", "0.01")
+        kl[reference] = train_here(model_dir, tmp_path / reference, *flags)[3]["kl_t1"]
+    assert kl["stage1"] == pytest.approx(0, abs=1e-6) and kl["base"] > 1e-3
+
+
+def test_training_at_another_temperature_scores_at_that_temperature(model_dir, tmp_path):
+    rows = train_here(model_dir, tmp_path / "run", "--stage1_steps", "0", "--stage2_steps", "2", "--temperature", "0.5")
+    assert all(r["ratio_error"] < 1e-4 for r in rows)
+
+
+def test_the_kept_checkpoint_is_that_of_the_best_window_of_the_last_stage(model_dir, tmp_path, monkeypatch):
+    rewards = [9.0, 9.0, 9.0, 1.0, 3.0, 2.0, 0.0, 0.0]  # Stage I: steps 0 to 2; windows end after 2, 4, 6, 8
+    saved, made = [], score.make_batch
+
+    def scripted(*arguments):
+        batch = made(*arguments)
+        batch.figures["reward"] = rewards.pop(0)
+        return batch
+
+    monkeypatch.setattr(score, "make_batch", scripted)
+    save_model = policy.save_model
+    monkeypatch.setattr(policy, "save_model", lambda *a: (saved.append(len(rewards)), save_model(*a)))
+    train_here(model_dir, tmp_path / "run", "--stage1_steps", "3", "--stage2_steps", "5")
+    assert saved == [4, 2]  # after step 4 (mean 1) and after step 6 (mean 2.5); never for Stage I's 9s
+
+
+def test_a_run_killed_before_its_first_save_can_be_resumed(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(policy, "update", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_here(model_dir, tmp_path / "run", "--stage2_steps", "2", "--stage1_steps", "0")
+    monkeypatch.undo()
+    rows = train_here(model_dir, tmp_path / "run", "--stage2_steps", "2", "--stage1_steps", "0", "--resume")
+    assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_resuming_with_another_flag_is_refused(model_dir, tmp_path):
+    train_here(model_dir, tmp_path / "run", "--stage1_steps", "0", "--stage2_steps", "1")
+    done = run_score("--model", model_dir, "--output_dir", tmp_path / "run", "--resume", "--alpha", "1")
+    assert done.returncode == 2 and "--alpha was 10.0, is 1.0" in done.stderr
+
+
 def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir):
     model, tokenizer = policy.load_model(model_dir)
     base, _ = policy.load_model(model_dir)
@@ -135,20 +192,24 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
             p.mul_(1.5)
     task, config = TASKS["tiny"], score.Config(problems=2, group_size=2, second_attempts=2, offline_ratio=0.5)
     problems = task.problems("train", None, 0)[:2]
-    prompts = [first_turn_ids(tokenizer, task.prompt(p)) for p in problems]
+    chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
     samplers = [score.Sampler(m, tokenizer) for m in (model, base)]
     rollouts = {}
     for step in (0, 1):
-        rollouts[step], r1, r2 = score.roll_out(*samplers, tokenizer, task, problems, prompts, step, config)
+        rollouts[step], r1, r2 = score.roll_out(*samplers, tokenizer, task, chosen, step, config)
         assert r1.shape == (2, 2) and r2.shape == (2, 2, 2)
+        assert score.is_offline(step, config) == (step == 1)
     assert set(rollouts[0].turn[rollouts[0].action_mask].tolist()) == {0, 1}
     offline = rollouts[1]
-    assert set(offline.turn[offline.action_mask].tolist()) == {1}
-    firsts = samplers[1].generate(prompts, 2, seeds=policy.row_seeds(0, 1, 4), max_new_tokens=16)
+    assert set(offline.turn[offline.action_mask].tolist()) == {1} and offline.stopped.shape == (8, 2)
+    seeds = policy.row_seeds(4, "first", 0, 1)
+    firsts = samplers[1].generate([ids for _, ids in chosen], 2, seeds=seeds, max_new_tokens=16)
     for row in range(8):
         width = int(firsts.lengths[row // 2])
         assert offline.ids[row, :width].tolist() == firsts.ids[row // 2, :width].tolist()
         assert not offline.action_mask[row, :width].any()
+    batch = score.make_batch(offline, r1, r2, 1, 1.0, config, offline=True)
+    assert "reward" not in batch.figures and not batch.kl_coef[~offline.action_mask].any()
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -160,6 +221,10 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     (["--group_size", "1"], "--group_size 1"),
     (["--temperature", "0"], "--temperature"),
     (["--data", "problems.jsonl"], "makes its own problems"),
+    (["--alhpa", "3"], "unknown flag --alhpa"),
+    (["--stage1_steps", "0", "--stage2_steps", "0"], "nothing to train"),
+    (["--problems", "0"], "--problems 0: must be at least 1"),
+    (["--single_turn", "--offline_ratio", "0.5"], "--offline_ratio"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path):
     done = run_score("--model", model_dir, "--output_dir", tmp_path / "run", *flags)

@@ -29,6 +29,11 @@ def test_the_last_answer_after_the_last_thought_counts():
     assert verify_countdown("<answer>1</answer></think> so <answer>3 * 4</answer> or <answer>3+4</answer>.", [3, 4], 7)
 
 
+def test_the_last_complete_pair_of_tags_counts():
+    for text in ("<answer>3 * 4</answer> no </answer>", "<answer>1</answer><answer>3 * 4</answer> <answer>7"):
+        assert verify_countdown(text, [3, 4], 12)
+
+
 def test_fractions_are_exact():
     assert verify_countdown("<answer>8 / (3 - 8 / 3)</answer>", [3, 3, 8, 8], 24)
     assert not verify_countdown("<answer>1 / 3 * 3 + 99</answer>", [1, 3, 3, 99], 101)

@@ -171,6 +171,7 @@ class Batch(NamedTuple):
     advantages, kl_coef: (B, T) float32, one for every sampled token, 0 elsewhere
     denominator:         what the loss is divided by, counted over the whole batch
     figures:             the step's own metrics; `reward` among them decides which checkpoint is kept
+    held:                (B, T) bool or None: tokens of the prompt that get a KL all the same, and nothing else
     """
 
     rollout: object
@@ -178,13 +179,15 @@ class Batch(NamedTuple):
     kl_coef: Tensor
     denominator: float
     figures: dict
+    held: Tensor | None = None
 
 
 def accumulate_gradients(scorer: Scorer, batch: Batch, config, old_logprobs: Tensor | None = None) -> Scores:
     """Adds the gradient of `policy_loss` over all rows of a batch; returns the detached scores, each (B, T)."""
     rollout = batch.rollout
     kept = [torch.zeros_like(rollout.logprobs) for _ in Scores._fields]
-    whole = (rollout.ids, rollout.action_mask, rollout.turn, batch.advantages, batch.kl_coef)
+    scored = rollout.action_mask if batch.held is None else rollout.action_mask | batch.held
+    whole = (rollout.ids, scored, rollout.turn, batch.advantages, batch.kl_coef)
     for rows in micro_batches(rollout.lengths, config.token_budget):
         cut = int(rollout.lengths[rows].max())
         ids, mask, turn, advantages, kl_coef = (x[rows, :cut] for x in whole)

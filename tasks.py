@@ -137,8 +137,8 @@ def split_of(problem: dict) -> str:
     return (["train"] * 8 + ["validation", "test"])[content_hash(problem) % 10]
 
 
-def read_jsonl(path: str, fields: dict[str, type], skip: int = 0) -> list[dict]:
-    """The rows of a JSONL file after `skip` lines. One that does not fit is a ValueError naming file, line, field."""
+def read_jsonl(path: str, fields: dict[str, type], skip: int = 0, last: int | None = None) -> list[dict]:
+    """Lines skip + 1 to `last` of a JSONL file. One that does not fit is a ValueError naming file, line and field."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such data file")
     try:
@@ -146,7 +146,7 @@ def read_jsonl(path: str, fields: dict[str, type], skip: int = 0) -> list[dict]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from None
     rows = []
-    for number, line in enumerate(lines[skip:], skip + 1):
+    for number, line in enumerate(lines[skip:last], skip + 1):
         if not line.strip():
             continue
         try:

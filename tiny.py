@@ -49,7 +49,7 @@ class Config:
     rows: int = flag(256, "conversations a pretraining step")
     lr: float = flag(3e-3, "peak AdamW learning rate of embeddings and norms")
     muon_lr: float = flag(0.02, "peak Muon learning rate of the layers' matrices")
-    rl_steps: int = flag(150, "steps of single-turn RL")
+    rl_steps: int = flag(240, "steps of single-turn RL")
     seed: int = flag(0, "seed of weights, data and RL")
 
 
@@ -242,15 +242,16 @@ def pretrain(model, config: Config) -> float:
 def main(config: Config) -> None:
     work, output = Path(config.work_dir), Path(config.output)
     with exit_on_bad_input():
-        for path in (work, output):
+        for path in (work / "rl", output):
             if path.exists():
-                raise ValueError(f"{path} exists: move it away, or name another with --work_dir and --output")
+                raise ValueError(f"{path} exists: move it away, or name others with --work_dir and --output")
     torch.set_num_threads(1)  # so that the same weights come out on any number of cores
-    torch.manual_seed(config.seed)
-    tokenizer, model = build_tokenizer(), build_model()
-    pretrain(model, config)
-    work.mkdir(parents=True)
-    save_model(model, tokenizer, work / "pretrained")
+    if not (work / "pretrained").exists():  # else an earlier run got that far
+        torch.manual_seed(config.seed)
+        tokenizer, model = build_tokenizer(), build_model()
+        pretrain(model, config)
+        work.mkdir(parents=True, exist_ok=True)
+        save_model(model, tokenizer, work / "pretrained")
     score.main(
         score.Config(
             model=str(work / "pretrained"),

@@ -254,9 +254,51 @@ def format_transcripts(conversations: list[dict], count: int = 4) -> str:
     return "\n".join(lines)
 
 
-def log_transcripts(run: Path, step: int, conversations: list[dict]) -> None:
-    with open(run / "transcripts.txt", "a") as file:
-        file.write(f"step {step + 1}\n{format_transcripts(conversations)}\n\n")
+def compare_after_failure(base, trained, *shared, seed: int = 0) -> dict:
+    """The controls, all after the base model's failures: who reflects, who retries, and what if nobody reflects."""
+    casts = {"base": (base, base, base), "trained": (base, trained, trained)}
+    controls = {
+        f"{name}, {method}": evaluate_both(cast, *shared, method=method, seed=seed)
+        for name, cast in casts.items()
+        for method in METHODS
+        if method != "self_correct"
+    }
+    for name, cast in {
+        "trained reflects, base retries": (base, trained, base),
+        "base reflects, trained retries": (base, base, trained),
+    }.items():
+        controls[name] = evaluate_both(cast, *shared, method="reflect_retry", seed=seed)
+    return controls
+
+
+def side_by_side(base, trained, *shared, count: int = 20) -> str:
+    """Reflections on the same failures before and after training, at T = 1."""
+    casts = {"before": (base, base, base), "after": (base, trained, trained)}
+    talks = {name: evaluate(cast, *shared, 1.0, "reflect_retry")[1] for name, cast in casts.items()}
+    lines = []
+    for before, after in zip(talks["before"], talks["after"], strict=True):
+        if "reflection" in before and len(lines) < 6 * count:
+            lines += [json.dumps(before["problem"]), f"  wrong: {before['first']}"]
+            for name, talk in (("before", before), ("after", after)):
+                verdict = "right" if talk["second_right"] else "wrong"
+                lines += [f"  {name}: {talk['reflection']}", f"    {verdict}: {talk['second']}"]
+    return "\n".join(lines) + "\n"
+
+
+def watcher(run: Path, sampler, tokenizer, task, problems, prompts, config, method: str, keys: tuple[str, ...]):
+    """What a training run calls now and then: figures `eval_*` at T = 1 on the first `eval_problems`.
+
+    A few of the conversations go to run/transcripts.txt.
+    """
+    few = slice(config.eval_problems)
+
+    def evaluate_now(step: int) -> dict:
+        figures, talks = evaluate(sampler, tokenizer, task, problems[few], prompts[few], config, 1.0, method)
+        with open(run / "transcripts.txt", "a") as file:
+            file.write(f"step {step + 1}\n{format_transcripts(talks)}\n\n")
+        return {f"eval_{key}": figures[key] for key in keys if key in figures}
+
+    return evaluate_now
 
 
 def report(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
@@ -271,7 +313,7 @@ def report(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
 
 
 def plot_curves(run: Path, smooth: int = 10) -> None:
-    """`curves.png` of a run: Acc@t1 and Acc@t2 of its training batches, from metrics.jsonl."""
+    """`curves.png` of a run, from metrics.jsonl: what its training batches got right, step by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -279,7 +321,8 @@ def plot_curves(run: Path, smooth: int = 10) -> None:
 
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figure, axis = plt.subplots(figsize=(7, 4))
-    for key, label in (("acc_t1", "first attempt"), ("acc_t2", "second attempt"), ("retry", "retry after a failure")):
+    curves = {"acc_t1": "first attempt", "acc_t2": "second attempt"}
+    for key, label in (curves if "acc_t1" in rows[0] else {"reward": "retry after a failure"}).items():
         values = np.array([row[key] for row in rows if key in row])
         if len(values):
             width = min(smooth, len(values))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evaluate import evaluate, evaluate_both, grade, log_transcripts, prepare, report
+from evaluate import evaluate_both, grade, prepare, report, watcher
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
 from policy import (
     Batch,
@@ -34,6 +34,8 @@ from policy import (
 )
 from sampler import Sampler
 from tasks import follow_up_ids
+
+WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 
 
 @dataclass
@@ -192,8 +194,8 @@ def main(config: Config) -> None:
         check(config)
         task, sampler, tokenizer, splits = prepare(config, {"train": None, "validation": config.final_problems})
         run = open_run(config)
-    problems, prompts = zip(*splits["validation"], strict=True)
-    results = {"base": evaluate_both(sampler, tokenizer, task, problems, prompts, config)}
+    shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
+    results = {"base": evaluate_both(sampler, *shared)}
     model, base = sampler.model, copy.deepcopy(sampler.model)
     base_sampler, scorer = Sampler(base, tokenizer), Scorer(model, copy.deepcopy(base))
 
@@ -208,17 +210,12 @@ def main(config: Config) -> None:
         rollout.cache = None  # its memory is wanted for the update
         return make_batch(rollout, r1, r2, stage, state["beta2"], config, is_offline(step, config))
 
-    def evaluate_now(step: int) -> dict:
-        few = slice(config.eval_problems)
-        figures, talks = evaluate(sampler, tokenizer, task, problems[few], prompts[few], config, 1.0)
-        log_transcripts(run, step, talks)
-        return {f"eval_{key}": figures[key] for key in ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")}
-
+    evaluate_now = watcher(run, sampler, *shared, "self_correct", WATCHED)
     steps = config.stage1_steps + config.stage2_steps
     train(config, run, scorer, tokenizer, steps, step_batch, evaluate_now, {"beta2": config.beta2})
     best = Sampler(load_model(str(run / "checkpoint"))[0], tokenizer)
-    results["trained"] = evaluate_both(best, tokenizer, task, problems, prompts, config)
-    report(run, results, len(problems))
+    results["trained"] = evaluate_both(best, *shared)
+    report(run, results, len(splits["validation"]))
 
 
 if __name__ == "__main__":

@@ -56,11 +56,16 @@ def every_batch(V, G, K):
 
 def estimated_gradient(world, config, stage, G, K, kl_kind="exact"):
     """The gradient of the implemented loss, in expectation over all batches (as an ascent direction)."""
-    V = world.V
-    y1, y2 = every_batch(V, G, K)
+    y1, y2 = every_batch(world.V, G, K)
+    per_turn = score.turn_advantages(world.r1[y1], world.r2[y1[..., None], y2], stage, config)
+    return expected_loss_gradient(world, y1, y2, per_turn, score.turn_kl_coefs(stage, config.beta2, config), kl_kind)
+
+
+def expected_loss_gradient(world, y1, y2, per_turn, kl_coefs, kl_kind="exact"):
+    """Of the shared loss with an advantage for each row's turns, weighted with the batches' probabilities."""
+    V, (G, K) = world.V, y2.shape[1:]
     p1, p2 = (p.detach() for p in turn_logprobs(world.policy, V))
     weight = (p1[y1].sum(1) + p2[y1[..., None], y2].sum((1, 2))).exp()  # (N,)
-    per_turn = score.turn_advantages(world.r1[y1], world.r2[y1[..., None], y2], stage, config)
 
     rows1 = y1[..., None].expand_as(y2).reshape(-1)
     rows2 = y2.reshape(-1)
@@ -79,9 +84,8 @@ def estimated_gradient(world, config, stage, G, K, kl_kind="exact"):
 
     rollout = SimpleNamespace(ids=ids, turn=turn, action_mask=mask)
     row_weight = weight.repeat_interleave(G * K)[:, None]
-    coefs = torch.tensor(score.turn_kl_coefs(stage, config.beta2, config), dtype=torch.float64)
-    advantages = spread(per_turn, rollout) * row_weight
-    kl_coef = spread(coefs.expand(len(ids), 2), rollout) * row_weight
+    coefs = torch.tensor(kl_coefs, dtype=torch.float64).expand(len(ids), 2)
+    advantages, kl_coef = (spread(x, rollout) * row_weight for x in (per_turn, coefs))
     return gradient(-policy_loss(scores, advantages, kl_coef, mask, turn, G * K, kl_kind), world)
 
 

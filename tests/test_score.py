@@ -1,57 +1,29 @@
 """SCoRe's own arithmetic, and short whole runs on a randomly initialised model."""
 
-import dataclasses
+import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import policy
+import runs
 import score
-import tiny
 from tasks import TASKS, first_turn_ids
 
-ROOT = Path(__file__).parent.parent
-SMALL = ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--max_new_tokens", "4",
-         "--final_problems", "4", "--eval_problems", "4", "--eval_every", "2", "--save_every", "2"]  # fmt: skip
+run_score = functools.partial(runs.from_command_line, "score.py")
+
+
+def train_here(model_dir, out, *flags):
+    return runs.train_here(
+        score, model_dir, out, "--problems", "2", "--group_size", "2", "--second_attempts", "2", *flags
+    )
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "random"
-    torch.manual_seed(0)
-    policy.save_model(tiny.build_model(), tiny.build_tokenizer(), path)
-    return str(path)
-
-
-def run_score(*flags):
-    return subprocess.run(
-        [sys.executable, "score.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-
-
-def arbitrary_verdict(text, problem):
-    """Right half the time, for a random model too: else all rewards agree and half of what happens can't be seen."""
-    return (sum(map(ord, text)) + problem["target"]) % 2 == 0
-
-
-def train_here(model_dir, out, *flags):
-    task = dataclasses.replace(TASKS["tiny"], verify=arbitrary_verdict)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TASKS, "tiny", task)
-        return train_for_real(model_dir, out, *flags)
-
-
-def train_for_real(model_dir, out, *flags):
-    score.main(policy.parse_args(score.Config, ["--model", model_dir, "--output_dir", str(out), *SMALL, *flags]))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(rows):
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))} for row in rows]
+    return runs.save_random_model(tmp_path_factory.mktemp("models") / "random")
 
 
 @pytest.mark.parametrize("r1, r2, reward", [(0, 1, 11), (1, 1, 1), (0, 0, 0), (1, 0, -10)])
@@ -131,7 +103,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypa
         train_here(model_dir, tmp_path / "cut", *flags)
     monkeypatch.undo()
     resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
-    assert without_times(resumed) == without_times(whole)
+    assert runs.without_times(resumed) == runs.without_times(whole)
     assert (tmp_path / "cut" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
 
 

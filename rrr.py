@@ -1,0 +1,310 @@
+"""Reflect, Retry, Reward (arXiv 2505.24726): teaches a language model to write reflections that help it.
+
+    python rrr.py                                     # the tiny model, a few minutes on two cores
+    python rrr.py --collect --failures FILE.jsonl     # only gathers failures, for later runs
+
+A failed attempt stands in context; the model is told that it was wrong, reflects, and tries again. If the retry is
+right, GRPO rewards the reflection's tokens and no others: the model learns to reflect, not to answer. Each step reads
+like the paper: roll out reflections and retries, verify the retries, give every reflection its advantage; the shared
+loss in loss.py does the rest.
+
+Notation: F failures a step, G reflections of each, R retries after each of those; B = F * G * R rows.
+"""
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import trange
+
+from evaluate import compare_after_failure, evaluate_both, grade, prepare, report, side_by_side, watcher
+from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
+from policy import (
+    Batch,
+    Scorer,
+    TrainConfig,
+    check_counts,
+    exit_on_bad_input,
+    flag,
+    load_model,
+    open_run,
+    parse_args,
+    pick_problems,
+    row_seeds,
+    train,
+)
+from sampler import Sampler
+from tasks import follow_up_ids, read_jsonl
+
+PIECE = 1024  # answers sampled in one go while failures are collected
+COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed")
+WATCHED = ("acc_t1", "acc_t2", "retry_given_failure", "reflection_tokens")
+PAPER = {
+    "beta": 0.001,
+    "anchor": 0.001,
+    "kl_on": "both",
+    "lr": 5e-7,
+    "schedule": "cosine",
+    "failures_per_step": 256,
+    "steps": 1750,
+    "tries": 64,
+}
+
+
+@dataclass
+class Config(TrainConfig):
+    output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed")
+    preset: str | None = flag(None, f"paper: sets {PAPER}", choices=("paper",))
+    steps: int = flag(200, "training steps")
+    lr: float = flag(5e-4, "peak learning rate of AdamW")
+
+    failures: str | None = flag(None, "JSONL file of failures; default: collected first, into the run's directory")
+    collect: bool = flag(False, "only collect failures, into the --failures file")
+    tries: int = flag(8, "answers sampled of a query at most, until one fails (the paper: 64)")
+    queries: int = flag(2048, "training problems that failures are collected from")
+
+    group: str = flag(
+        "failure",
+        "GRPO's group: G reflections on one failure, or G whole episodes of one query, of which those with "
+        "a right first attempt end there and take no part",
+        choices=("failure", "episode"),
+    )
+    failures_per_step: int = flag(16, "F, failures (or queries, with --group episode) a step")
+    group_size: int = flag(8, "G, reflections of a failure")
+    retries: int = flag(1, "R, retries after a reflection; its reward is their mean")
+    max_reflection_tokens: int = flag(72, "token limit of a reflection")
+
+    reward_on: str = flag(
+        "reflection", "which tokens the retry's verdict rewards", choices=("reflection", "retry", "both")
+    )
+    baseline: str = flag("group_mean", "group_mean is GRPO's; none and leave_one_out are unbiased", choices=BASELINES)
+    normalise: bool = flag(True, "divide advantages by their group's standard deviation, as GRPO does")
+    kl: str = flag("token", TrainConfig.__dataclass_fields__["kl"].metadata["help"], choices=KL_KINDS)
+    beta: float = flag(0.005, "KL weight of the reflection (the paper: 0.001)")
+    anchor: float = flag(1.0, "KL weight of the other tokens that --kl_on covers")
+    kl_on: str = flag(
+        "all",
+        "which tokens are held near the base model: reflection; both, with the retry; all, with the first attempt. "
+        "Rewarding reflections moves the weights that write the answers too: holding those keeps them as good as they "
+        "were, and the gain in the reflection, where it can be credited",
+        choices=("reflection", "both", "all"),
+    )
+
+
+def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], dict]:
+    """(failures, figures): the first wrong answer to each query, of up to `tries`; a query without one is left out."""
+    limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    waiting, failures, answers = list(split), [], 0
+    for attempt in trange(config.tries, desc="collecting failures"):
+        right = []
+        for start in range(0, len(waiting), PIECE):
+            piece = waiting[start : start + PIECE]
+            problems, prompts = zip(*piece, strict=True)
+            rollout = sampler.generate(prompts, seeds=row_seeds(len(piece), config.seed, attempt, start), **limits)
+            verdicts = grade(tokenizer, task, rollout, 0, problems)[1].tolist()
+            for (problem, prompt), verdict, ids, length in zip(
+                piece, verdicts, rollout.ids.tolist(), rollout.lengths.tolist(), strict=True
+            ):
+                answer = ids[len(prompt) : length]
+                if verdict:
+                    right.append((problem, prompt))
+                else:
+                    text = tokenizer.decode(answer)
+                    failures.append({"problem": problem, "answer": text, "prompt_ids": prompt, "answer_ids": answer})
+        answers += len(waiting)
+        waiting = right
+        if not waiting:
+            break
+    return failures, {"queries": len(split), "answers": answers, "success_rate": 1 - len(failures) / answers}
+
+
+def fingerprint(model) -> str:
+    """Of the weights: the beginning of every parameter, byte by byte."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().flatten()[:256].cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def gather_failures(path: Path, sampler, tokenizer, task, split, config) -> None:
+    """Collects failures into a new file, whose first line says where they came from."""
+    failures, figures = collect(sampler, tokenizer, task, split, config)
+    if not failures:
+        raise ValueError(f"no failure in {figures['answers']} answers: nothing to reflect on; take a harder task")
+    origin = {"model": config.model, "fingerprint": fingerprint(sampler.model), "task": config.task}
+    lines = [{"origin": origin | {"seed": config.seed} | figures}, *failures]
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fresh.rename(path)
+    print(f"{len(failures)} failures of {len(split)} queries, success rate {figures['success_rate']:.3f}: {path}")
+
+
+def read_failures(path: str, sampler, config) -> list[dict]:
+    """The failures of a file, which must be of this model and task. Anything else is a ValueError naming the line."""
+    origin = next(iter(read_jsonl(path, {"origin": dict}, last=1)), {}).get("origin")
+    expected = {"task": config.task, "fingerprint": fingerprint(sampler.model)}
+    if origin is None or any(origin.get(key) != value for key, value in expected.items()):
+        was = "of no known origin" if origin is None else f"of model {origin.get('model')} on task {origin.get('task')}"
+        raise ValueError(f"{path} has failures {was}, not of --model and --task: collect their own with --collect")
+    failures = read_jsonl(path, {"problem": dict, "prompt_ids": list, "answer_ids": list}, skip=1)
+    vocabulary = len(sampler.is_stop)
+    for number, failure in enumerate(failures, 1):
+        for field in ("prompt_ids", "answer_ids"):
+            ids = failure[field]
+            if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+                raise ValueError(f"{path}, failure {number}: field '{field}' must be ids below {vocabulary}")
+    if not failures:
+        raise ValueError(f"{path} has no failures: collect some with --collect")
+    return failures
+
+
+def roll_out(sampler, tokenizer, task, failures, step, config):
+    """G reflections on each failure, R retries after each: (rollout of B rows, rewards (F, G, R), held (B, T)).
+
+    Turns are 0 for the failed attempt, 1 for the reflection, 2 for the retry, which goes on from the cache of the
+    exact ids of all that stands before it. `held` marks the attempt's tokens, which were sampled long ago.
+    """
+    G, R = config.group_size, config.retries
+    before = [failure["prompt_ids"] + failure["answer_ids"] for failure in failures]
+    seams = follow_up_ids(tokenizer, task.reflect, [ids[-1] for ids in before])
+    contexts = [ids + seam for ids, seam in zip(before, seams, strict=True)]
+    seeds = row_seeds(len(failures) * G, "reflect", config.seed, step)
+    reflected = sampler.generate(contexts, G, seeds=seeds, **reflection_limits(config))
+    rollout = retry(sampler, tokenizer, task, reflected, config)
+    problems = [failure["problem"] for failure in failures for _ in range(G * R)]
+    rewards = grade(tokenizer, task, rollout, 1, problems)[1].view(-1, G, R)
+
+    start, end = (
+        torch.tensor([len(part) for part in parts], device=rollout.ids.device).repeat_interleave(G * R)[:, None]
+        for parts in ([failure["prompt_ids"] for failure in failures], before)
+    )
+    position = torch.arange(rollout.ids.shape[1], device=rollout.ids.device)
+    held = (position >= start) & (position < end)
+    rollout.turn += rollout.turn >= 0
+    rollout.turn.masked_fill_(position < end, 0)
+    return rollout, rewards, held
+
+
+def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
+    """G whole episodes of each query: (rollout of B rows, rewards (N, G, R), present (N, G)); turns as in `roll_out`.
+
+    Only episodes whose first attempt failed are present. If none did, one goes on alone, with an advantage of 0.
+    """
+    problems, prompts = zip(*chosen, strict=True)
+    N, G, R = len(prompts), config.group_size, config.retries
+    limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    first = sampler.generate(prompts, G, seeds=row_seeds(N * G, "episode", config.seed, step), **limits)
+    problems = [problem for problem in problems for _ in range(G)]
+    rows = (grade(tokenizer, task, first, 0, problems)[1] == 0).nonzero().flatten().tolist() or [0]
+    last = first.last_ids()
+    seams = follow_up_ids(tokenizer, task.reflect, [last[row] for row in rows])
+    reflected = sampler.extend(first, seams, rows=rows, **reflection_limits(config))
+    rollout = retry(sampler, tokenizer, task, reflected, config)
+    verdicts = grade(tokenizer, task, rollout, 2, [problems[row] for row in rows for _ in range(R)])[1]
+    rewards, present = torch.zeros(N * G, R), torch.zeros(N * G)
+    rewards[rows], present[rows] = verdicts.view(-1, R), 1.0
+    return rollout, rewards.view(N, G, R), present.view(N, G)
+
+
+def reflection_limits(config) -> dict:
+    return {"max_new_tokens": config.max_reflection_tokens, "temperature": config.temperature}
+
+
+def retry(sampler, tokenizer, task, reflected, config):
+    limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
+    return sampler.extend(
+        reflected, follow_up_ids(tokenizer, task.retry, reflected.last_ids()), config.retries, **limits
+    )
+
+
+def turn_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
+    """GRPO over each group: (B, 2), the advantages of every row's reflection and of its retry.
+
+    A reflection is worth the mean reward of its R retries, against the other reflections of its group. The retry's own
+    tokens are rewarded in the ablations alone.
+    """
+    N, G, R = rewards.shape
+    everyone = present[..., None].expand(N, G, R).reshape(N, G * R)
+    reflection = group_advantages(rewards.mean(-1), present, config)[..., None].expand(N, G, R)
+    retry = group_advantages(rewards.reshape(N, G * R), everyone, config).view(N, G, R)
+    rewarded = {"reflection": (1, 0), "retry": (0, 1), "both": (1, 1)}[config.reward_on]
+    both = torch.stack([reflection * rewarded[0], retry * rewarded[1]], dim=-1)  # (N, G, R, 2)
+    return both[present.bool()].view(-1, 2)
+
+
+def group_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
+    """Rewards (N, G) against their group's mean, over its standard deviation. No variance: no gradient, no NaN."""
+    advantages = subtract_baseline(rewards, config.baseline, present)
+    return divide_by_std(advantages, 1, present) if config.normalise else advantages
+
+
+def make_batch(rollout, rewards, present, held, config) -> Batch:
+    """Verdicts -> an advantage and a KL weight for every token; the failed attempt, turn 0, has no advantage."""
+    advantages = F.pad(turn_advantages(rewards, present, config), (1, 0))  # (B, 3)
+    weights = [config.anchor * (config.kl_on == "all"), config.beta, config.anchor * (config.kl_on != "reflection")]
+    kl_coef = spread(torch.tensor(weights).expand_as(advantages), rollout)
+    if held is not None:
+        kl_coef = kl_coef + weights[0] * held
+    figures = {"stage": 1, "reward": float(rewards[present.bool()].mean())}
+    return Batch(rollout, spread(advantages, rollout), kl_coef, len(rollout.ids), figures, held)
+
+
+def check(config) -> None:
+    check_counts(config)
+    if config.temperature <= 0:
+        raise ValueError("--temperature must be above 0 in training: greedy reflections have no policy gradient")
+    if config.group_size < 2 and config.baseline != "none":
+        raise ValueError("--group_size 1 has nothing to compare with: use groups of at least 2, or --baseline none")
+    if config.collect and (not config.failures or Path(config.failures).exists()):
+        raise ValueError("--collect writes a new file: name it with --failures, one that does not exist yet")
+
+
+def main(config: Config) -> None:
+    if config.preset:
+        config = replace(config, **PAPER)
+    with exit_on_bad_input():
+        check(config)
+        splits = {"train": config.queries, "validation": config.final_problems}
+        task, sampler, tokenizer, splits = prepare(config, splits)
+        if config.collect:
+            return gather_failures(Path(config.failures), sampler, tokenizer, task, splits["train"], config)
+        failures = read_failures(config.failures, sampler, config) if config.failures else None
+        run = open_run(config)
+        if failures is None:
+            path = run / "failures.jsonl"
+            if not path.exists():
+                gather_failures(path, sampler, tokenizer, task, splits["train"], config)
+            failures = read_failures(str(path), sampler, config)
+    base = Sampler(copy.deepcopy(sampler.model), tokenizer)
+    scorer = Scorer(sampler.model, copy.deepcopy(base.model))
+
+    def step_batch(step: int, state: dict) -> Batch:
+        held = None
+        if config.group == "failure":
+            chosen = pick_problems(failures, config.seed, step, config.failures_per_step)
+            rollout, rewards, held = roll_out(sampler, tokenizer, task, chosen, step, config)
+            present = torch.ones(rewards.shape[:2])
+        else:
+            chosen = pick_problems(splits["train"], config.seed, step, config.failures_per_step)
+            rollout, rewards, present = roll_out_episodes(sampler, tokenizer, task, chosen, step, config)
+        rollout.cache = None  # its memory is wanted for the update
+        return make_batch(rollout, rewards, present, held, config)
+
+    shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
+    evaluate_now = watcher(run, sampler, *shared, "reflect_retry", WATCHED)
+    train(config, run, scorer, tokenizer, config.steps, step_batch, evaluate_now, {})
+    best = Sampler(load_model(str(run / "checkpoint"))[0], tokenizer)
+    models = {"base": base, "trained": best}
+    results = {name: evaluate_both(model, *shared, method="reflect_retry") for name, model in models.items()}
+    results["controls"] = compare_after_failure(base, best, *shared)
+    (run / "reflections.txt").write_text(side_by_side(base, best, *shared))
+    report(run, results, len(splits["validation"]), COLUMNS)
+
+
+if __name__ == "__main__":
+    main(parse_args(Config))

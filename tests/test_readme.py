@@ -1,0 +1,31 @@
+"""What the README tells a reader to do is done here as printed."""
+
+import importlib.util
+import re
+
+import runs
+
+
+def apply(diff: str, text: str) -> str:
+    lines = diff.splitlines()
+    old = "\n".join(line[1:] for line in lines if line[0] in " -")
+    new = "\n".join(line[1:] for line in lines if line[0] in " +")
+    assert text.count(old) == 1, f"the README changes a line that is not in the file:\n{old}"
+    return text.replace(old, new)
+
+
+def test_the_readers_third_algorithm_is_a_few_lines_and_trains(tmp_path):
+    text = (runs.ROOT / "rrr.py").read_text()
+    changes = re.findall(r"```diff\n(.*?)\n```", (runs.ROOT / "README.md").read_text(), re.DOTALL)
+    assert 1 <= sum(line[0] in "+-" for change in changes for line in change.splitlines()) <= 10
+    for change in changes:
+        text = apply(change, text)
+    (tmp_path / "brief.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("brief", tmp_path / "brief.py")
+    brief = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(brief)
+
+    model = runs.save_random_model(tmp_path / "model")
+    flags = ["--steps", "2", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2"]
+    rows = runs.train_here(brief, model, tmp_path / "run", *flags, "--max_reflection_tokens", "6", "--brevity", "0.5")
+    assert [row["step"] for row in rows] == [0, 1]

@@ -1,0 +1,206 @@
+"""RRR's own arithmetic, its file of failures, and short whole runs on a randomly initialised model."""
+
+import functools
+import json
+import re
+
+import pytest
+import torch
+from test_exactness import TOLERANCE, every_batch, expected_loss_gradient, gradient, make_world, turn_logprobs
+
+import policy
+import rrr
+import runs
+from sampler import Sampler
+from tasks import TASKS, first_turn_ids, follow_up_ids
+
+run_rrr = functools.partial(runs.from_command_line, "rrr.py")
+FEW = ["--steps", "3", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
+       "--max_reflection_tokens", "6"]  # fmt: skip
+
+
+def train_here(model_dir, out, *flags):
+    return runs.train_here(rrr, model_dir, out, *FEW, *flags)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return runs.save_random_model(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.mark.parametrize("reward_on", ["reflection", "retry", "both"])
+@pytest.mark.parametrize("baseline, V, G, R", [
+    ("none", 4, 1, 1), ("leave_one_out", 4, 2, 1), ("leave_one_out", 2, 2, 2), ("group_mean", 4, 2, 1),
+])  # fmt: skip
+def test_expected_gradient_is_that_of_the_retrys_reward_through_the_rewarded_tokens(reward_on, baseline, V, G, R):
+    world = make_world(V)  # y1 is the reflection, y2 the retry
+    config = rrr.Config(reward_on=reward_on, baseline=baseline, normalise=False)
+    y1, y2 = every_batch(V, G, R)
+    rewards = world.r2[y1[..., None], y2]
+    per_turn = rrr.turn_advantages(rewards, torch.ones(y1.shape), config)
+    estimate = expected_loss_gradient(world, y1, y2, per_turn, [0.0, 0.0])
+
+    p1, p2 = (p.exp()[..., None] if i == 0 else p.exp() for i, p in enumerate(turn_logprobs(world.policy, V)))
+    p1 = p1 if reward_on != "retry" else p1.detach()
+    p2 = p2 if reward_on != "reflection" else p2.detach()
+    objective = (p1 * p2 * world.r2).sum() + 0 * sum(table.sum() for table in world.policy)
+    shrunk = (G * R - 1) / (G * R) if baseline == "group_mean" else 1
+    torch.testing.assert_close(estimate, shrunk * gradient(objective, world), atol=TOLERANCE, rtol=0)
+
+
+def test_groups_are_compared_within_themselves_and_no_variance_gives_no_gradient():
+    rewards = torch.tensor([[[1.0], [0.0], [0.0], [1.0]], [[1.0], [1.0], [1.0], [1.0]], [[0.0], [0.0], [0.0], [1.0]]])
+    adv = rrr.turn_advantages(rewards, torch.ones(3, 4), rrr.Config())
+    root3 = 3**0.5
+    expected = torch.tensor([1, -1, -1, 1, 0, 0, 0, 0, -1 / root3, -1 / root3, -1 / root3, root3])
+    torch.testing.assert_close(adv[:, 0], expected)
+    assert (adv[:, 1] == 0).all()
+
+
+def test_absent_episodes_count_nowhere():
+    rewards, present = torch.tensor([[1.0, 0.0, 7.0], [1.0, 7.0, 7.0]]), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    adv = rrr.turn_advantages(rewards[..., None], present, rrr.Config())
+    torch.testing.assert_close(adv[:, 0], torch.tensor([1.0, -1.0, 0.0]))
+
+
+def make_rollout(model_dir, retries=2, reflection_tokens=6):
+    model, tokenizer = policy.load_model(model_dir)
+    sampler, task = Sampler(model, tokenizer), TASKS["tiny"]
+    config = rrr.Config(group_size=2, retries=retries, max_reflection_tokens=reflection_tokens, max_new_tokens=4)
+    failures = []
+    for problem, answer in zip(
+        task.problems("train", None, 0), ("1 + 1 = 2 <end>", "3 - 2 <end>", "4 *"), strict=False
+    ):
+        prompt = first_turn_ids(tokenizer, task.prompt(problem))
+        failures.append({"problem": problem, "prompt_ids": prompt, "answer_ids": tokenizer(answer).input_ids})
+    calls = []
+    generate, extend = sampler.generate, sampler.extend
+    sampler.generate = lambda *a, **k: (calls.append("generate"), generate(*a, **k))[1]
+    sampler.extend = lambda *a, **k: (calls.append("extend"), extend(*a, **k))[1]
+    rollout, rewards, held = rrr.roll_out(sampler, tokenizer, task, failures, 0, config)
+    return rollout, rewards, held, failures, tokenizer, task, config, calls
+
+
+def test_the_retry_stands_on_the_exact_ids_of_problem_failure_and_reflection(model_dir):
+    rollout, rewards, held, failures, tokenizer, task, config, calls = make_rollout(model_dir)
+    assert calls == ["generate", "extend"]  # the retry goes on from the reflection's cache
+    assert rewards.shape == (3, 2, 2) and len(rollout.ids) == 12
+    for row in range(12):
+        failure, ids = failures[row // 4], rollout.ids[row].tolist()
+        start = failure["prompt_ids"] + failure["answer_ids"]
+        start += follow_up_ids(tokenizer, task.reflect, start[-1:])[0]
+        assert ids[: len(start)] == start and not rollout.action_mask[row, : len(start)].any()
+        reflection = rollout.action_mask[row] & (rollout.turn[row] == 1)
+        end = len(start) + int(reflection.sum())
+        assert reflection[len(start) : end].all()
+        seam = follow_up_ids(tokenizer, task.retry, [ids[end - 1]])[0]
+        assert ids[end : end + len(seam)] == seam
+        answer = failure["prompt_ids"], failure["answer_ids"]
+        marked = held[row].nonzero().flatten().tolist()
+        assert marked == list(range(len(answer[0]), len(answer[0]) + len(answer[1])))
+    shared = [rollout.ids[row][rollout.turn[row] < 2].tolist() for row in range(2)]
+    assert shared[0] == shared[1]  # R retries after the same reflection
+
+
+@pytest.mark.parametrize("reward_on, rewarded", [("reflection", {1}), ("retry", {2}), ("both", {1, 2})])
+def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
+    rollout, rewards, held, *_, config, _ = make_rollout(model_dir, retries=1)
+    config.reward_on = reward_on
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])[..., None]
+    batch = rrr.make_batch(rollout, rewards, torch.ones(3, 2), held, config)
+    wanted = rollout.action_mask & torch.isin(rollout.turn, torch.tensor(sorted(rewarded)))
+    assert ((batch.advantages != 0) == wanted).all()
+
+
+@pytest.mark.parametrize("kl_on, turns", [("reflection", {1}), ("both", {1, 2}), ("all", {0, 1, 2})])
+def test_the_kl_covers_what_its_flag_says(model_dir, kl_on, turns):
+    rollout, rewards, held, *_, config, _ = make_rollout(model_dir)
+    config.kl_on = kl_on
+    batch = rrr.make_batch(rollout, rewards, torch.ones(3, 2), held, config)
+    scored = rollout.action_mask | held
+    assert set(rollout.turn[batch.kl_coef > 0].tolist()) == turns
+    assert not (batch.kl_coef[~scored] > 0).any()
+    assert (batch.kl_coef[rollout.action_mask & (rollout.turn == 1)] == config.beta).all()
+
+
+def test_a_reflection_that_hits_the_token_limit_is_closed_and_counted(model_dir):
+    rollout, *_, tokenizer, task, config, _ = make_rollout(model_dir, reflection_tokens=1)
+    cut = ~rollout.stopped[:, 0]
+    assert cut.any()
+    for row in cut.nonzero().flatten().tolist():
+        reflection = (rollout.action_mask[row] & (rollout.turn[row] == 1)).nonzero().flatten()
+        assert rollout.ids[row, reflection[-1] + 1] == tokenizer.eos_token_id
+
+
+def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, monkeypatch):
+    whole = train_here(model_dir, tmp_path / "whole")
+    assert [row["step"] for row in whole] == [0, 1, 2] and all(r["ratio_error"] < 1e-4 for r in whole)
+    assert whole[0]["kl_t2"] == pytest.approx(0, abs=1e-6) and "eval_retry_given_failure" in whole[1]
+    written = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert written >= {"config.json", "failures.jsonl", "results.json", "reflections.txt", "checkpoint", "curves.png"}
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert len(results["controls"]) == 10 and "retry_given_failure" in results["trained"]["sampled"]
+
+    logged = policy.log_metrics
+
+    def stop_at_2(run, row):
+        logged(run, row)
+        if row["step"] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy, "log_metrics", stop_at_2)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(model_dir, tmp_path / "cut")
+    monkeypatch.undo()
+    assert runs.without_times(train_here(model_dir, tmp_path / "cut", "--resume")) == runs.without_times(whole)
+
+
+def test_whole_episodes_as_groups(model_dir, tmp_path):
+    rows = train_here(model_dir, tmp_path / "run", "--group", "episode", "--retries", "2")
+    assert len(rows) == 3 and "kl_t1" in rows[0]
+
+
+def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
+    path = tmp_path / "failures.jsonl"
+    assert run_rrr("--model", model_dir, "--collect", "--failures", path, "--queries", "5").returncode == 0
+    origin, *rows = map(json.loads, path.read_text().splitlines())
+    assert origin["origin"].keys() >= {"model", "task", "seed", "success_rate", "fingerprint"} and len(rows) == 5
+    model, tokenizer = policy.load_model(model_dir)
+    for row in rows:
+        assert row["prompt_ids"] == first_turn_ids(tokenizer, TASKS["tiny"].prompt(row["problem"]))
+        assert tokenizer.decode(row["answer_ids"]) == row["answer"]
+        assert not TASKS["tiny"].verify(row["answer"], row["problem"])
+    assert rrr.read_failures(str(path), Sampler(model, tokenizer), rrr.Config()) == rows
+    again = run_rrr("--model", model_dir, "--collect", "--failures", path)
+    assert again.returncode == 2 and "does not exist yet" in again.stderr and len(path.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda lines: [lines[0], lines[1], "{"], "line 3: not JSON"),
+    (lambda lines: [lines[0], '{"problem": {}}'], "line 2: field 'prompt_ids'"),
+    (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[999]")], "failure 1: field 'answer_ids'"),
+    (lambda lines: lines[:1], "has no failures"),
+    (lambda lines: lines[1:], "line 1: field 'origin'"),
+    (lambda lines: [re.sub('"fingerprint": "..', '"fingerprint": "zz', lines[0])], "of model there on task tiny"),
+    (lambda lines: [lines[0].replace('"task": "tiny"', '"task": "math"')], "on task math"),
+])  # fmt: skip
+def test_a_bad_failures_file_is_refused_in_one_line(model_dir, tmp_path, change, message):
+    model, tokenizer = policy.load_model(model_dir)
+    sampler, path = Sampler(model, tokenizer), tmp_path / "failures.jsonl"
+    origin = {"model": "there", "task": "tiny", "fingerprint": rrr.fingerprint(model)}
+    row = {"problem": {"nums": [1, 2, 3], "target": 6}, "answer": "x", "prompt_ids": [2, 3], "answer_ids": [5, 1]}
+    path.write_text("\n".join(change([json.dumps({"origin": origin}), json.dumps(row)])) + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rrr.read_failures(str(path), sampler, rrr.Config())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--group_size", "1"], "--group_size 1"),
+    (["--failures", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
+    (["--collect"], "--collect writes a new file"),
+    (["--preset", "fast"], "argument --preset: invalid choice"),
+])  # fmt: skip
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path):
+    done = run_rrr("--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr

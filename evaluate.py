@@ -61,25 +61,29 @@ def prepare(config, limits: dict[str, int | None]):
     model, tokenizer = load_model(config.model)
     sampler = Sampler(model, tokenizer)
     for name, problems in splits.items():
-        prompts = encode_prompts(sampler, tokenizer, task, problems, config.max_new_tokens)
+        prompts = encode_prompts(sampler, tokenizer, task, problems, config)
         splits[name] = list(zip(problems, prompts, strict=True))
     return task, sampler, tokenizer, splits
 
 
-def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], max_new_tokens: int) -> list[list[int]]:
-    """First prompts as ids. A conversation of two attempts that can't fit the model's context is a ValueError."""
-    seam = seam_ids(tokenizer, task.correct)
-    if not sampler.is_stop[seam[0]]:
-        end = tokenizer.decode(seam[:1])
+def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], config) -> list[list[int]]:
+    """First prompts as ids. A conversation that might not fit the model's context is a ValueError."""
+    seam = {message: seam_ids(tokenizer, message) for message in (task.correct, task.reflect, task.retry)}
+    stop = seam[task.correct][0]
+    if not sampler.is_stop[stop]:
+        end = tokenizer.decode([stop])
         raise ValueError(
             f"the chat template ends a turn with {end!r}, where the model does not stop: add it to its eos"
         )
+    follows = len(seam[task.correct]) + 2 * config.max_new_tokens
+    if getattr(config, "method", "reflect_retry") == "reflect_retry" and hasattr(config, "max_reflection_tokens"):
+        follows = len(seam[task.reflect] + seam[task.retry]) + 2 * config.max_new_tokens + config.max_reflection_tokens
     prompts = [first_turn_ids(tokenizer, task.prompt(problem)) for problem in problems]
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) + 2 * max_new_tokens + len(seam) > sampler.limit:
+    if len(prompts[longest]) + follows > sampler.limit:
         raise ValueError(
-            f"problem {longest}: a prompt of {len(prompts[longest])} tokens and two attempts of {max_new_tokens} do "
-            f"not fit the model's context of {sampler.limit}: lower --max_new_tokens or leave it out"
+            f"problem {longest}: a prompt of {len(prompts[longest])} tokens and up to {follows} after it do not fit the "
+            f"model's context of {sampler.limit}: lower --max_new_tokens or leave it out"
         )
     return prompts
 

@@ -29,6 +29,14 @@ def from_command_line(script: str, *flags):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+def refusal(script, capsys, *flags) -> str:
+    """What a script says to input that it refuses with exit code 2, all of it on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        script.main(policy.parse_args(script.Config, [str(flag) for flag in flags]))
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
 def arbitrary_verdict(text, problem):
     """Right half the time, for a random model too: else all rewards agree and half of what happens can't be seen."""
     return (sum(map(ord, text)) + problem["target"]) % 2 == 0

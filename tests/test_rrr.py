@@ -196,11 +196,11 @@ def test_a_bad_failures_file_is_refused_in_one_line(model_dir, tmp_path, change,
 
 @pytest.mark.parametrize("flags, message", [
     (["--group_size", "1"], "--group_size 1"),
+    (["--max_reflection_tokens", "150"], "the model's context of 192"),
     (["--failures", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
     (["--collect"], "--collect writes a new file"),
     (["--preset", "fast"], "argument --preset: invalid choice"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path):
-    done = run_rrr("--model", model_dir, "--output_dir", tmp_path / "run", *flags)
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
+    said = runs.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,10 +151,12 @@ def test_a_run_killed_before_its_first_save_can_be_resumed(model_dir, tmp_path, 
     assert [row["step"] for row in rows] == [0, 1]
 
 
-def test_resuming_with_another_flag_is_refused(model_dir, tmp_path):
+def test_resuming_with_another_flag_is_refused(model_dir, tmp_path, capsys):
     train_here(model_dir, tmp_path / "run", "--stage1_steps", "0", "--stage2_steps", "1")
-    done = run_score("--model", model_dir, "--output_dir", tmp_path / "run", "--resume", "--alpha", "1")
-    assert done.returncode == 2 and "--alpha was 10.0, is 1.0" in done.stderr
+    said = runs.refusal(
+        score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", "--resume", "--alpha", "1"
+    )
+    assert "--alpha was 10.0, is 1.0" in said
 
 
 def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir):
@@ -198,18 +201,25 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     (["--problems", "0"], "--problems 0: must be at least 1"),
     (["--single_turn", "--offline_ratio", "0.5"], "--offline_ratio"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path):
-    done = run_score("--model", model_dir, "--output_dir", tmp_path / "run", *flags)
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
+    said = runs.refusal(score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()
 
 
-def test_a_model_directory_without_weights_is_named(model_dir, tmp_path):
+def test_a_model_directory_without_weights_is_named(model_dir, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((Path(model_dir) / "config.json").read_text())
-    done = run_score("--model", bare, "--output_dir", tmp_path / "run")
-    assert done.returncode == 2 and "no weights there" in done.stderr and not (tmp_path / "run").exists()
+    said = runs.refusal(score, capsys, "--model", bare, "--output_dir", tmp_path / "run")
+    assert "no weights there" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_damaged_weights_are_named(model_dir, tmp_path, capsys):
+    shutil.copytree(model_dir, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    said = runs.refusal(score, capsys, "--model", tmp_path / "cut", "--output_dir", tmp_path / "run")
+    assert "can't be loaded" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_an_output_directory_in_use_is_left_as_it_is(model_dir, tmp_path):

@@ -8,7 +8,7 @@ a shaped reward. As a library: what the training scripts share (`prepare`, `eval
     changed          the two answers differ                      edit_ratio   edit distance / (len(y1) + len(y2))
     well_formed      attempts with an answer that can be graded  truncated    attempts cut off by the token limit
     tokens           sampled for a problem, all told             retry_given_failure   i_to_c, of the wrong ones
-    reflection_tokens  of a reflection
+    reflection_tokens  of a reflection, without its stop token      well_formed_retry    well_formed, of retries
 
 Where a method retries only what was wrong, a right first answer stands as the second.
 """
@@ -82,8 +82,8 @@ def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], config)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     if len(prompts[longest]) + follows > sampler.limit:
         raise ValueError(
-            f"problem {longest}: a prompt of {len(prompts[longest])} tokens and up to {follows} after it do not fit the "
-            f"model's context of {sampler.limit}: lower --max_new_tokens or leave it out"
+            f"problem {longest}: a prompt of {len(prompts[longest])} tokens and up to {follows} after it don't fit the "
+            f"model's context of {sampler.limit}: lower --max_new_tokens or --max_reflection_tokens, or leave it out"
         )
     return prompts
 
@@ -155,7 +155,7 @@ def evaluate(
             y2[i] = answer
     reflections = dict(zip(chosen, reflections or [], strict=False))
     figures = summarize(row_values(y1, y2, chosen, reflections), samples)
-    figures |= after_failure(y1, y2, reflections)
+    figures |= after_failure(y1, y2, reflections, samples)
     talks = []
     for i, problem in enumerate(problems):
         talk = {"problem": problem, "first": y1[i]["text"], "first_right": y1[i]["right"]}
@@ -199,13 +199,23 @@ def row_values(y1: list[dict], y2: list[dict], chosen: list[int], reflections: d
     return {name: [row[name] for row in values] for name in values[0]}
 
 
-def after_failure(y1: list[dict], y2: list[dict], reflections: dict) -> dict:
-    """Figures over the problems with a wrong first attempt alone."""
-    retried = [b["right"] for a, b in zip(y1, y2, strict=True) if not a["right"]]
-    values = {"retry_given_failure": retried, "reflection_tokens": [len(ids) for ids in reflections.values()]}
-    figures = summarize({name: rows for name, rows in values.items() if rows})
-    figures.pop("n", None)
-    return figures | {"failures": len(retried)}
+def after_failure(y1: list[dict], y2: list[dict], reflections: dict, samples: int) -> dict:
+    """Figures over the wrong first attempts alone; the standard error takes a problem's samples for related."""
+    wrong = np.array([not a["right"] for a in y1], dtype=float)
+    columns = {
+        "retry_given_failure": [b["right"] for b in y2],
+        "well_formed_retry": [b["answer"] is not None for b in y2],
+        "reflection_tokens": [len(reflections.get(i, ())) for i in range(len(y1))],
+    }
+    figures = {"failures": int(wrong.sum())}
+    for name, values in columns.items() if figures["failures"] else ():
+        if name == "reflection_tokens" and not reflections:
+            continue
+        mean = float((wrong * values).sum() / wrong.sum())
+        residuals = (wrong * (np.array(values, dtype=float) - mean)).reshape(-1, samples).sum(axis=1)
+        figures[name] = mean
+        figures[name + "_se"] = float(np.sqrt((residuals**2).sum()) / wrong.sum())
+    return figures
 
 
 def summarize(values: dict, samples: int = 1) -> dict:
@@ -241,7 +251,9 @@ def format_table(results: dict, columns=COLUMNS) -> str:
     lines = ["| % | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, modes in results.items():
         for mode, figures in modes.items():
-            cells = [f"{100 * figures[c]:.1f} ± {100 * figures[c + '_se']:.1f}" for c in columns]
+            cells = [
+                f"{100 * figures[c]:.1f} ± {100 * figures[c + '_se']:.1f}" if c in figures else "" for c in columns
+            ]
             lines.append(f"| {name} | {mode} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -312,7 +324,8 @@ def report(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
     models = {name: modes for name, modes in results.items() if name != "controls"}
     print(f"\n{count} validation problems:\n\n{format_table(models, columns)}")
     if "controls" in results:
-        print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], ('retry_given_failure',))}")
+        columns = ("retry_given_failure", "well_formed_retry")
+        print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], columns)}")
     print(f"\nrun: {run}")
 
 
@@ -360,7 +373,8 @@ def main(config: Config) -> None:
     )
     print(format_transcripts(conversations))
     print(f"{figures['n']} {config.split} problems\n")
-    print(format_table({config.model: {"sampled" if config.temperature else "greedy": figures}}))
+    columns = COLUMNS if config.method == "self_correct" else (*COLUMNS, "retry_given_failure", "well_formed_retry")
+    print(format_table({config.model: {"sampled" if config.temperature else "greedy": figures}}, columns))
     if config.output:
         Path(config.output).write_text(json.dumps(figures | {"conversations": conversations}, indent=1) + "\n")
 

@@ -35,6 +35,9 @@ def flag(default, text: str, **more):
     return field(default=default, metadata={"help": text, **more})
 
 
+KL_HELP = "KL estimator; loss.kl_terms says which gradient each one has"
+
+
 @dataclass
 class TrainConfig:
     """The flags that every training script shares."""
@@ -47,7 +50,7 @@ class TrainConfig:
     seed: int = flag(0, "seed of the problems' order and of every sample")
     max_new_tokens: int = flag(16, "token limit of an attempt")
     temperature: float = flag(1.0, "sampling temperature while training")
-    kl: str = flag("exact", "KL estimator; loss.kl_terms says which gradient each one has", choices=KL_KINDS)
+    kl: str = flag("exact", KL_HELP, choices=KL_KINDS)
     lr: float = flag(1.5e-4, "peak learning rate of AdamW")
     warmup: int = flag(10, "steps of linear warm-up")
     schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine"))
@@ -250,22 +253,29 @@ def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
+def check_run(config) -> None:
+    """Refuses an output directory that is in use, or to resume what is not there or had other flags. Writes nothing."""
+    run = Path(config.output_dir)
+    if not config.resume:
+        if run.is_file() or run.is_dir() and any(run.iterdir()):
+            raise ValueError(f"--output_dir {run} is in use: name another, or go on with it with --resume")
+        return
+    if not (run / "state.pt").is_file():
+        raise ValueError(f"--resume: {run} has no state.pt to go on from; start a new run elsewhere")
+    flags, before = asdict(config), json.loads((run / "config.json").read_text())
+    changed = [k for k in flags if k not in ("resume", "output_dir") and flags[k] != before.get(k)]
+    if changed:
+        was = ", ".join(f"--{k} was {before.get(k)}, is {flags[k]}" for k in changed)
+        raise ValueError(f"--resume: {run} was started with other flags: {was}")
+
+
 def open_run(config) -> Path:
-    """Makes `config.output_dir` with its config.json. One that is in use is refused, unless it is to be resumed."""
-    run, flags = Path(config.output_dir), asdict(config)
-    if config.resume:
-        if not (run / "state.pt").is_file():
-            raise ValueError(f"--resume: {run} has no state.pt to go on from; start a new run elsewhere")
-        before = json.loads((run / "config.json").read_text())
-        changed = [k for k in flags if k not in ("resume", "output_dir") and flags[k] != before.get(k)]
-        if changed:
-            was = ", ".join(f"--{k} was {before.get(k)}, is {flags[k]}" for k in changed)
-            raise ValueError(f"--resume: {run} was started with other flags: {was}")
-        return run
-    if run.is_file() or run.is_dir() and any(run.iterdir()):
-        raise ValueError(f"--output_dir {run} is in use: name another, or go on with it with --resume")
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(json.dumps(flags, indent=2) + "\n")
+    """The run's directory, made with its config.json unless it is resumed."""
+    check_run(config)
+    run = Path(config.output_dir)
+    if not config.resume:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     return run
 
 
@@ -305,7 +315,7 @@ def token_metrics(batch: Batch, scores: Scores) -> dict:
     """
     rollout, sampled = batch.rollout, batch.rollout.action_mask
     row = {}
-    for turn in rollout.turn[sampled].unique().tolist():
+    for turn in rollout.turn[sampled if batch.held is None else sampled | batch.held].unique().tolist():
         row[f"kl_t{turn + 1}"] = float((scores.kl * (rollout.turn == turn)).sum() / len(rollout.ids))
     row["entropy"] = float(scores.entropy[sampled].mean())
     row["ratio_error"] = float((scores.logprobs - rollout.logprobs)[sampled].abs().max())

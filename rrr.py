@@ -25,10 +25,12 @@ from tqdm import trange
 from evaluate import compare_after_failure, evaluate_both, grade, prepare, report, side_by_side, watcher
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
 from policy import (
+    KL_HELP,
     Batch,
     Scorer,
     TrainConfig,
     check_counts,
+    check_run,
     exit_on_bad_input,
     flag,
     load_model,
@@ -39,10 +41,10 @@ from policy import (
     train,
 )
 from sampler import Sampler
-from tasks import follow_up_ids, read_jsonl
+from tasks import first_turn_ids, follow_up_ids, read_jsonl, seam_ids
 
 PIECE = 1024  # answers sampled in one go while failures are collected
-COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed")
+COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
 WATCHED = ("acc_t1", "acc_t2", "retry_given_failure", "reflection_tokens")
 PAPER = {
     "beta": 0.001,
@@ -59,8 +61,8 @@ PAPER = {
 @dataclass
 class Config(TrainConfig):
     output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed")
-    preset: str | None = flag(None, f"paper: sets {PAPER}", choices=("paper",))
-    steps: int = flag(200, "training steps")
+    preset: str | None = flag(None, f"paper: {PAPER}, where no other value is given", choices=("paper",))
+    steps: int = flag(250, "training steps")
     lr: float = flag(5e-4, "peak learning rate of AdamW")
 
     failures: str | None = flag(None, "JSONL file of failures; default: collected first, into the run's directory")
@@ -82,9 +84,13 @@ class Config(TrainConfig):
     reward_on: str = flag(
         "reflection", "which tokens the retry's verdict rewards", choices=("reflection", "retry", "both")
     )
-    baseline: str = flag("group_mean", "group_mean is GRPO's; none and leave_one_out are unbiased", choices=BASELINES)
+    baseline: str = flag(
+        "group_mean",
+        "group_mean is GRPO's; none and leave_one_out are unbiased, without --normalise",
+        choices=BASELINES,
+    )
     normalise: bool = flag(True, "divide advantages by their group's standard deviation, as GRPO does")
-    kl: str = flag("token", TrainConfig.__dataclass_fields__["kl"].metadata["help"], choices=KL_KINDS)
+    kl: str = flag("token", KL_HELP, choices=KL_KINDS)
     beta: float = flag(0.005, "KL weight of the reflection (the paper: 0.001)")
     anchor: float = flag(1.0, "KL weight of the other tokens that --kl_on covers")
     kl_on: str = flag(
@@ -96,31 +102,34 @@ class Config(TrainConfig):
     )
 
 
-def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], dict]:
-    """(failures, figures): the first wrong answer to each query, of up to `tries`; a query without one is left out."""
-    limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    waiting, failures, answers = list(split), [], 0
+def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]:
+    """(failures, success rate): the first wrong answer to each query, of up to `tries`, if there is one.
+
+    The rate is that of the first answers; later ones are asked of the queries that are still unfailed.
+    """
+    waiting, failures, success = list(split), [], None
     for attempt in trange(config.tries, desc="collecting failures"):
         right = []
         for start in range(0, len(waiting), PIECE):
             piece = waiting[start : start + PIECE]
             problems, prompts = zip(*piece, strict=True)
-            rollout = sampler.generate(prompts, seeds=row_seeds(len(piece), config.seed, attempt, start), **limits)
-            verdicts = grade(tokenizer, task, rollout, 0, problems)[1].tolist()
-            for (problem, prompt), verdict, ids, length in zip(
-                piece, verdicts, rollout.ids.tolist(), rollout.lengths.tolist(), strict=True
-            ):
-                answer = ids[len(prompt) : length]
+            seeds = row_seeds(len(piece), "collect", config.seed, attempt, start)
+            rollout = sampler.generate(prompts, seeds=seeds, **answer_limits(config))
+            texts, verdicts = grade(tokenizer, task, rollout, 0, problems)
+            rows = zip(piece, texts, verdicts.tolist(), rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)
+            for (problem, prompt), text, verdict, ids, length in rows:
                 if verdict:
                     right.append((problem, prompt))
                 else:
-                    text = tokenizer.decode(answer)
+                    answer = ids[len(prompt) : length]
                     failures.append({"problem": problem, "answer": text, "prompt_ids": prompt, "answer_ids": answer})
-        answers += len(waiting)
+        success = len(right) / len(split) if success is None else success
         waiting = right
         if not waiting:
             break
-    return failures, {"queries": len(split), "answers": answers, "success_rate": 1 - len(failures) / answers}
+    if not failures:
+        raise ValueError(f"no failure in {config.tries} answers to each of {len(split)} queries: take a harder task")
+    return failures, success
 
 
 def fingerprint(model) -> str:
@@ -131,35 +140,43 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def gather_failures(path: Path, sampler, tokenizer, task, split, config) -> None:
-    """Collects failures into a new file, whose first line says where they came from."""
-    failures, figures = collect(sampler, tokenizer, task, split, config)
-    if not failures:
-        raise ValueError(f"no failure in {figures['answers']} answers: nothing to reflect on; take a harder task")
-    origin = {"model": config.model, "fingerprint": fingerprint(sampler.model), "task": config.task}
-    lines = [{"origin": origin | {"seed": config.seed} | figures}, *failures]
+def write_failures(path: Path, failures: list[dict], success: float, model, config) -> None:
+    """A new file, complete or not at all; its first line says where the failures came from."""
+    origin = {"model": config.model, "fingerprint": fingerprint(model), "task": config.task, "seed": config.seed}
+    lines = [{"origin": origin | {"success_rate": success}}, *failures]
     fresh = path.with_name(path.name + ".new")
     fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
     fresh.rename(path)
-    print(f"{len(failures)} failures of {len(split)} queries, success rate {figures['success_rate']:.3f}: {path}")
+    print(f"{len(failures)} failures, success rate {success:.3f}: {path}")
 
 
-def read_failures(path: str, sampler, config) -> list[dict]:
+def read_failures(path: str, sampler, tokenizer, task, config) -> list[dict]:
     """The failures of a file, which must be of this model and task. Anything else is a ValueError naming the line."""
     origin = next(iter(read_jsonl(path, {"origin": dict}, last=1)), {}).get("origin")
     expected = {"task": config.task, "fingerprint": fingerprint(sampler.model)}
     if origin is None or any(origin.get(key) != value for key, value in expected.items()):
         was = "of no known origin" if origin is None else f"of model {origin.get('model')} on task {origin.get('task')}"
         raise ValueError(f"{path} has failures {was}, not of --model and --task: collect their own with --collect")
-    failures = read_jsonl(path, {"problem": dict, "prompt_ids": list, "answer_ids": list}, skip=1)
-    vocabulary = len(sampler.is_stop)
-    for number, failure in enumerate(failures, 1):
-        for field in ("prompt_ids", "answer_ids"):
-            ids = failure[field]
-            if not ids or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-                raise ValueError(f"{path}, failure {number}: field '{field}' must be ids below {vocabulary}")
+    fields = {"problem": dict, "prompt_ids": list, "answer_ids": list}
+    failures = read_jsonl(path, fields, skip=1)
     if not failures:
         raise ValueError(f"{path} has no failures: collect some with --collect")
+    after = len(seam_ids(tokenizer, task.reflect) + seam_ids(tokenizer, task.retry))
+    after += config.max_reflection_tokens + config.max_new_tokens
+    for number, failure in enumerate(failures, 2):
+        answer = failure["answer_ids"]
+        try:
+            known = failure["prompt_ids"] == first_turn_ids(tokenizer, task.prompt(failure["problem"]))
+        except (KeyError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"{path}, line {number}: field 'prompt_ids' is not this tokenizer's prompt of 'problem'")
+        if not answer or not all(type(i) is int and 0 <= i < len(sampler.is_stop) for i in answer):
+            raise ValueError(f"{path}, line {number}: field 'answer_ids' must be ids below {len(sampler.is_stop)}")
+        if len(failure["prompt_ids"]) + len(answer) + after > sampler.limit:
+            raise ValueError(
+                f"{path}, line {number}: with {after} tokens after it, it exceeds {sampler.limit} positions"
+            )
     return failures
 
 
@@ -191,16 +208,18 @@ def roll_out(sampler, tokenizer, task, failures, step, config):
 
 
 def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
-    """G whole episodes of each query: (rollout of B rows, rewards (N, G, R), present (N, G)); turns as in `roll_out`.
+    """G whole episodes of each query: (rollout of B rows, rewards (N, G, R), present (N, G), failed).
 
-    Only episodes whose first attempt failed are present. If none did, one goes on alone, with an advantage of 0.
+    Only episodes whose first attempt failed are present. If none did, one goes on all the same, since a batch can't be
+    empty; then `failed` is False, and the batch teaches nothing.
     """
     problems, prompts = zip(*chosen, strict=True)
     N, G, R = len(prompts), config.group_size, config.retries
-    limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    first = sampler.generate(prompts, G, seeds=row_seeds(N * G, "episode", config.seed, step), **limits)
+    seeds = row_seeds(N * G, "episode", config.seed, step)
+    first = sampler.generate(prompts, G, seeds=seeds, **answer_limits(config))
     problems = [problem for problem in problems for _ in range(G)]
-    rows = (grade(tokenizer, task, first, 0, problems)[1] == 0).nonzero().flatten().tolist() or [0]
+    failed = (grade(tokenizer, task, first, 0, problems)[1] == 0).nonzero().flatten().tolist()
+    rows = failed or [0]
     last = first.last_ids()
     seams = follow_up_ids(tokenizer, task.reflect, [last[row] for row in rows])
     reflected = sampler.extend(first, seams, rows=rows, **reflection_limits(config))
@@ -208,7 +227,11 @@ def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
     verdicts = grade(tokenizer, task, rollout, 2, [problems[row] for row in rows for _ in range(R)])[1]
     rewards, present = torch.zeros(N * G, R), torch.zeros(N * G)
     rewards[rows], present[rows] = verdicts.view(-1, R), 1.0
-    return rollout, rewards.view(N, G, R), present.view(N, G)
+    return rollout, rewards.view(N, G, R), present.view(N, G), bool(failed)
+
+
+def answer_limits(config) -> dict:
+    return {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
 
 
 def reflection_limits(config) -> dict:
@@ -216,10 +239,8 @@ def reflection_limits(config) -> dict:
 
 
 def retry(sampler, tokenizer, task, reflected, config):
-    limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    return sampler.extend(
-        reflected, follow_up_ids(tokenizer, task.retry, reflected.last_ids()), config.retries, **limits
-    )
+    seams = follow_up_ids(tokenizer, task.retry, reflected.last_ids())
+    return sampler.extend(reflected, seams, config.retries, **answer_limits(config))
 
 
 def turn_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
@@ -243,14 +264,14 @@ def group_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
     return divide_by_std(advantages, 1, present) if config.normalise else advantages
 
 
-def make_batch(rollout, rewards, present, held, config) -> Batch:
+def make_batch(rollout, rewards, present, held, config, failed: bool = True) -> Batch:
     """Verdicts -> an advantage and a KL weight for every token; the failed attempt, turn 0, has no advantage."""
-    advantages = F.pad(turn_advantages(rewards, present, config), (1, 0))  # (B, 3)
+    advantages = F.pad(turn_advantages(rewards, present, config), (1, 0)) * failed  # (B, 3)
     weights = [config.anchor * (config.kl_on == "all"), config.beta, config.anchor * (config.kl_on != "reflection")]
     kl_coef = spread(torch.tensor(weights).expand_as(advantages), rollout)
     if held is not None:
         kl_coef = kl_coef + weights[0] * held
-    figures = {"stage": 1, "reward": float(rewards[present.bool()].mean())}
+    figures = {"stage": 1} | ({"reward": float(rewards[present.bool()].mean())} if failed else {})
     return Batch(rollout, spread(advantages, rollout), kl_coef, len(rollout.ids), figures, held)
 
 
@@ -258,44 +279,56 @@ def check(config) -> None:
     check_counts(config)
     if config.temperature <= 0:
         raise ValueError("--temperature must be above 0 in training: greedy reflections have no policy gradient")
-    if config.group_size < 2 and config.baseline != "none":
-        raise ValueError("--group_size 1 has nothing to compare with: use groups of at least 2, or --baseline none")
-    if config.collect and (not config.failures or Path(config.failures).exists()):
+    if config.group_size < 2 and (config.baseline != "none" or config.normalise):
+        raise ValueError("--group_size 1 has nothing to compare with: take 2, or --baseline none --normalise False")
+    if config.kl != "token" and config.kl_on == "all" and config.group == "failure":
+        raise ValueError("--kl_on all holds attempts that were sampled long ago, where only --kl token means anything")
+    path = Path(config.failures or "")
+    if config.collect and (not config.failures or path.exists() or not path.parent.is_dir()):
         raise ValueError("--collect writes a new file: name it with --failures, one that does not exist yet")
 
 
+def with_preset(config):
+    """The paper's numbers in place of all flags that are at their defaults."""
+    paper = PAPER if config.preset == "paper" else {}
+    return replace(config, **{k: v for k, v in paper.items() if getattr(config, k) == getattr(Config, k)})
+
+
 def main(config: Config) -> None:
-    if config.preset:
-        config = replace(config, **PAPER)
+    config = with_preset(config)
     with exit_on_bad_input():
         check(config)
-        splits = {"train": config.queries, "validation": config.final_problems}
-        task, sampler, tokenizer, splits = prepare(config, splits)
+        limits = {"train": config.queries, "validation": config.final_problems}
+        task, sampler, tokenizer, splits = prepare(config, limits)
         if config.collect:
-            return gather_failures(Path(config.failures), sampler, tokenizer, task, splits["train"], config)
-        failures = read_failures(config.failures, sampler, config) if config.failures else None
+            failures, success = collect(sampler, tokenizer, task, splits["train"], config)
+            return write_failures(Path(config.failures), failures, success, sampler.model, config)
+        check_run(config)
+        source, success = splits["train"], None  # whole episodes start from the problems themselves
+        if config.group == "failure":
+            stored = config.failures or config.resume and f"{config.output_dir}/failures.jsonl"
+            if stored:
+                source = read_failures(stored, sampler, tokenizer, task, config)
+            else:
+                source, success = collect(sampler, tokenizer, task, splits["train"], config)
         run = open_run(config)
-        if failures is None:
-            path = run / "failures.jsonl"
-            if not path.exists():
-                gather_failures(path, sampler, tokenizer, task, splits["train"], config)
-            failures = read_failures(str(path), sampler, config)
+        if success is not None:
+            write_failures(run / "failures.jsonl", source, success, sampler.model, config)
+    shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     base = Sampler(copy.deepcopy(sampler.model), tokenizer)
-    scorer = Scorer(sampler.model, copy.deepcopy(base.model))
+    scorer = Scorer(sampler.model, base.model)
 
     def step_batch(step: int, state: dict) -> Batch:
-        held = None
+        chosen = pick_problems(source, config.seed, step, config.failures_per_step)
+        held, failed = None, True
         if config.group == "failure":
-            chosen = pick_problems(failures, config.seed, step, config.failures_per_step)
             rollout, rewards, held = roll_out(sampler, tokenizer, task, chosen, step, config)
             present = torch.ones(rewards.shape[:2])
         else:
-            chosen = pick_problems(splits["train"], config.seed, step, config.failures_per_step)
-            rollout, rewards, present = roll_out_episodes(sampler, tokenizer, task, chosen, step, config)
+            rollout, rewards, present, failed = roll_out_episodes(sampler, tokenizer, task, chosen, step, config)
         rollout.cache = None  # its memory is wanted for the update
-        return make_batch(rollout, rewards, present, held, config)
+        return make_batch(rollout, rewards, present, held, config, failed)
 
-    shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     evaluate_now = watcher(run, sampler, *shared, "reflect_retry", WATCHED)
     train(config, run, scorer, tokenizer, config.steps, step_batch, evaluate_now, {})
     best = Sampler(load_model(str(run / "checkpoint"))[0], tokenizer)

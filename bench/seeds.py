@@ -65,8 +65,9 @@ def test_figures(name: str, directory: str) -> dict:
     model = Sampler(load_model(directory)[0], tokenizer)
     if name == "score":
         return {"trained": evaluate_both(model, *shared)}
-    own = evaluate_both(model, *shared, method="reflect_retry")
-    return {"trained": own} | (compare_after_failure(base, model, *shared) if directory != config.model else {})
+    own, is_base = evaluate_both(model, *shared, method="reflect_retry"), directory == config.model
+    controls = compare_after_failure(base, model, *shared)
+    return {"trained": own} | {row: modes for row, modes in controls.items() if row.startswith("base,") == is_base}
 
 
 def collect(name: str, seeds: int) -> None:
@@ -98,12 +99,13 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def mean_and_error(cells: list[dict], key: str) -> str:
-    """Mean ± standard error over seeds; of a single run, over its problems."""
+    """Mean ± standard error over seeds and the problems, which all seeds share; of one run, over problems."""
     values = [100 * float(c["value"]) for c in cells if c["key"] == key]
     if not values:
         return ""
     errors = [100 * float(c["value"]) for c in cells if c["key"] == key + "_se"]
-    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else errors[0]
+    over_seeds = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    error = (over_seeds**2 + np.mean(errors) ** 2) ** 0.5
     return f"{np.mean(values):.1f} ± {error:.1f}"
 
 
@@ -163,7 +165,7 @@ def main(name: str, config: Config) -> None:
         print(table(name, ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "well_formed")))
         picture(name, {"acc_t1": "first attempt", "acc_t2": "second attempt"})
     else:
-        print(table(name, ("acc_t1", "retry_given_failure", "acc_t2", "well_formed")))
+        print(table(name, ("acc_t1", "retry_given_failure", "well_formed_retry", "acc_t2")))
         picture(name, {"eval_acc_t1": "first attempt", "eval_retry_given_failure": "retry after a failure"})
 
 

@@ -111,6 +111,14 @@ def test_only_failures_reflect_and_retry_and_a_right_answer_stands(tokenizer):
     assert sampler.asked[1][1]["max_new_tokens"] == evaluate.Config().max_reflection_tokens
 
 
+def test_the_error_of_a_figure_after_failure_takes_a_problems_samples_for_related():
+    y1 = [{"right": 0.0}] * 4 + [{"right": 1.0}] * 2
+    y2 = [{"right": r, "answer": ""} for r in (1.0, 1.0, 0.0, 0.0, 1.0, 1.0)]
+    one, two = (evaluate.after_failure(y1, y2, {}, samples) for samples in (1, 2))
+    assert one["retry_given_failure"] == two["retry_given_failure"] == 0.5
+    assert one["retry_given_failure_se"] == 0.25 and two["retry_given_failure_se"] == pytest.approx(0.5**1.5)
+
+
 def test_when_nothing_failed_nobody_retries(tokenizer):
     sampler = ScriptedSampler(tokenizer, [RIGHT])
     figures, _ = evaluate.evaluate(

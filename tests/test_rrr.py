@@ -1,5 +1,6 @@
 """RRR's own arithmetic, its file of failures, and short whole runs on a randomly initialised model."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -135,7 +136,8 @@ def test_a_reflection_that_hits_the_token_limit_is_closed_and_counted(model_dir)
 def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, monkeypatch):
     whole = train_here(model_dir, tmp_path / "whole")
     assert [row["step"] for row in whole] == [0, 1, 2] and all(r["ratio_error"] < 1e-4 for r in whole)
-    assert whole[0]["kl_t2"] == pytest.approx(0, abs=1e-6) and "eval_retry_given_failure" in whole[1]
+    assert all(whole[0][key] == pytest.approx(0, abs=1e-6) for key in ("kl_t1", "kl_t2", "kl_t3"))
+    assert "eval_retry_given_failure" in whole[1]
     written = {p.name for p in (tmp_path / "whole").iterdir()}
     assert written >= {"config.json", "failures.jsonl", "results.json", "reflections.txt", "checkpoint", "curves.png"}
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
@@ -157,7 +159,30 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
 
 def test_whole_episodes_as_groups(model_dir, tmp_path):
     rows = train_here(model_dir, tmp_path / "run", "--group", "episode", "--retries", "2")
-    assert len(rows) == 3 and "kl_t1" in rows[0]
+    assert len(rows) == 3 and "kl_t1" in rows[0] and not (tmp_path / "run" / "failures.jsonl").exists()
+
+
+def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypatch):
+    model, tokenizer = policy.load_model(model_dir)
+    task = dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True)
+    problems = task.problems("train", None, 0)[:2]
+    chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
+    config = rrr.Config(group_size=2, baseline="none", normalise=False)
+    *parts, failed = rrr.roll_out_episodes(Sampler(model, tokenizer), tokenizer, task, chosen, 0, config)
+    batch = rrr.make_batch(*parts, None, config, failed)
+    assert not failed and not batch.advantages.any() and "reward" not in batch.figures
+
+
+def test_no_failure_at_all_is_said_before_anything_is_written(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True))
+    said = runs.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *FEW)
+    assert "no failure in 2 answers to each of 6 queries" in said and not (tmp_path / "run").exists()
+
+
+def test_the_papers_preset_leaves_given_flags_alone():
+    config = rrr.with_preset(rrr.Config(preset="paper", steps=5))
+    assert (config.steps, config.beta, config.lr, config.failures_per_step) == (5, 0.001, 5e-7, 256)
+    assert rrr.with_preset(rrr.Config(steps=5)) == rrr.Config(steps=5)
 
 
 def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
@@ -168,9 +193,9 @@ def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
     model, tokenizer = policy.load_model(model_dir)
     for row in rows:
         assert row["prompt_ids"] == first_turn_ids(tokenizer, TASKS["tiny"].prompt(row["problem"]))
-        assert tokenizer.decode(row["answer_ids"]) == row["answer"]
+        assert tokenizer.decode(row["answer_ids"]).removesuffix(" <end>") == row["answer"]
         assert not TASKS["tiny"].verify(row["answer"], row["problem"])
-    assert rrr.read_failures(str(path), Sampler(model, tokenizer), rrr.Config()) == rows
+    assert rrr.read_failures(str(path), Sampler(model, tokenizer), tokenizer, TASKS["tiny"], rrr.Config()) == rows
     again = run_rrr("--model", model_dir, "--collect", "--failures", path)
     assert again.returncode == 2 and "does not exist yet" in again.stderr and len(path.read_text().splitlines()) == 6
 
@@ -178,7 +203,9 @@ def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda lines: [lines[0], lines[1], "{"], "line 3: not JSON"),
     (lambda lines: [lines[0], '{"problem": {}}'], "line 2: field 'prompt_ids'"),
-    (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[999]")], "failure 1: field 'answer_ids'"),
+    (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[999]")], "line 2: field 'answer_ids'"),
+    (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[5" + 99 * ", 5" + "]")], "line 2: with 94 tokens after it"),
+    (lambda lines: [lines[0], lines[1].replace('"nums"', '"numbers"')], "line 2: field 'prompt_ids' is not"),
     (lambda lines: lines[:1], "has no failures"),
     (lambda lines: lines[1:], "line 1: field 'origin'"),
     (lambda lines: [re.sub('"fingerprint": "..', '"fingerprint": "zz', lines[0])], "of model there on task tiny"),
@@ -188,10 +215,12 @@ def test_a_bad_failures_file_is_refused_in_one_line(model_dir, tmp_path, change,
     model, tokenizer = policy.load_model(model_dir)
     sampler, path = Sampler(model, tokenizer), tmp_path / "failures.jsonl"
     origin = {"model": "there", "task": "tiny", "fingerprint": rrr.fingerprint(model)}
-    row = {"problem": {"nums": [1, 2, 3], "target": 6}, "answer": "x", "prompt_ids": [2, 3], "answer_ids": [5, 1]}
+    problem = {"nums": [1, 2, 3], "target": 6}
+    prompt_ids = first_turn_ids(tokenizer, TASKS["tiny"].prompt(problem))
+    row = {"problem": problem, "answer": "x", "prompt_ids": prompt_ids, "answer_ids": [5, 1]}
     path.write_text("\n".join(change([json.dumps({"origin": origin}), json.dumps(row)])) + "\n")
     with pytest.raises(ValueError, match=re.escape(message)):
-        rrr.read_failures(str(path), sampler, rrr.Config())
+        rrr.read_failures(str(path), sampler, tokenizer, TASKS["tiny"], rrr.Config())
 
 
 @pytest.mark.parametrize("flags, message", [

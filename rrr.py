@@ -64,6 +64,7 @@ class Config(TrainConfig):
     preset: str | None = flag(None, f"paper: {PAPER}, where no other value is given", choices=("paper",))
     steps: int = flag(250, "training steps")
     lr: float = flag(5e-4, "peak learning rate of AdamW")
+    schedule: str = flag("cosine", "after the warm-up", choices=("constant", "cosine"))
 
     failures: str | None = flag(None, "JSONL file of failures; default: collected first, into the run's directory")
     collect: bool = flag(False, "only collect failures, into the --failures file")
@@ -92,7 +93,7 @@ class Config(TrainConfig):
     normalise: bool = flag(True, "divide advantages by their group's standard deviation, as GRPO does")
     kl: str = flag("token", KL_HELP, choices=KL_KINDS)
     beta: float = flag(0.005, "KL weight of the reflection (the paper: 0.001)")
-    anchor: float = flag(1.0, "KL weight of the other tokens that --kl_on covers")
+    anchor: float = flag(4.0, "KL weight of the other tokens that --kl_on covers")
     kl_on: str = flag(
         "all",
         "which tokens are held near the base model: reflection; both, with the retry; all, with the first attempt. "

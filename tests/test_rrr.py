@@ -204,7 +204,7 @@ def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
     (lambda lines: [lines[0], lines[1], "{"], "line 3: not JSON"),
     (lambda lines: [lines[0], '{"problem": {}}'], "line 2: field 'prompt_ids'"),
     (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[999]")], "line 2: field 'answer_ids'"),
-    (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[5" + 99 * ", 5" + "]")], "line 2: with 94 tokens after it"),
+    (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[5" + 99 * ", 5" + "]")], "line 2: with 96 tokens after it"),
     (lambda lines: [lines[0], lines[1].replace('"nums"', '"numbers"')], "line 2: field 'prompt_ids' is not"),
     (lambda lines: lines[:1], "has no failures"),
     (lambda lines: lines[1:], "line 1: field 'origin'"),

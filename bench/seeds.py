@@ -8,6 +8,7 @@ results/NAME.png, and prints the table of means over seeds. `--render` draws fro
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,8 @@ def collect(name: str, seeds: int) -> None:
             steps.append([method, seed, *(f"{values[c]:.4g}" if c in values else "" for c in STEP_COLUMNS)])
     write_csv(ROOT / "results" / f"{name}.csv", ("method", "seed", "row", "mode", "key", "value"), figures)
     write_csv(ROOT / "results" / f"{name}_steps.csv", ("method", "seed", *STEP_COLUMNS), steps)
+    if name == "rrr":
+        shutil.copy(run_directory(name, "RRR", 0) / "reflections.txt", ROOT / "results" / "rrr_reflections.txt")
 
 
 def write_csv(path: Path, header, rows) -> None:
@@ -100,10 +103,11 @@ def read_csv(path: Path) -> list[dict]:
 
 def mean_and_error(cells: list[dict], key: str) -> str:
     """Mean ± standard error over seeds and the problems, which all seeds share; of one run, over problems."""
-    values = [100 * float(c["value"]) for c in cells if c["key"] == key]
+    scale = 1 if key == "reflection_tokens" else 100
+    values = [scale * float(c["value"]) for c in cells if c["key"] == key]
     if not values:
         return ""
-    errors = [100 * float(c["value"]) for c in cells if c["key"] == key + "_se"]
+    errors = [scale * float(c["value"]) for c in cells if c["key"] == key + "_se"]
     over_seeds = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
     error = (over_seeds**2 + np.mean(errors) ** 2) ** 0.5
     return f"{np.mean(values):.1f} ± {error:.1f}"
@@ -165,7 +169,7 @@ def main(name: str, config: Config) -> None:
         print(table(name, ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "well_formed")))
         picture(name, {"acc_t1": "first attempt", "acc_t2": "second attempt"})
     else:
-        print(table(name, ("acc_t1", "retry_given_failure", "well_formed_retry", "acc_t2")))
+        print(table(name, ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry", "reflection_tokens")))
         picture(name, {"eval_acc_t1": "first attempt", "eval_retry_given_failure": "retry after a failure"})
 
 

@@ -3,7 +3,7 @@
 import importlib.util
 import re
 
-import runs
+import helpers
 
 
 def apply(diff: str, text: str) -> str:
@@ -15,8 +15,8 @@ def apply(diff: str, text: str) -> str:
 
 
 def test_the_readers_third_algorithm_is_a_few_lines_and_trains(tmp_path):
-    text = (runs.ROOT / "rrr.py").read_text()
-    changes = re.findall(r"```diff\n(.*?)\n```", (runs.ROOT / "README.md").read_text(), re.DOTALL)
+    text = (helpers.ROOT / "rrr.py").read_text()
+    changes = re.findall(r"```diff\n(.*?)\n```", (helpers.ROOT / "README.md").read_text(), re.DOTALL)
     assert 1 <= sum(line[0] in "+-" for change in changes for line in change.splitlines()) <= 10
     for change in changes:
         text = apply(change, text)
@@ -25,7 +25,9 @@ def test_the_readers_third_algorithm_is_a_few_lines_and_trains(tmp_path):
     brief = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(brief)
 
-    model = runs.save_random_model(tmp_path / "model")
+    model = helpers.save_random_model(tmp_path / "model")
     flags = ["--steps", "2", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2"]
-    rows = runs.train_here(brief, model, tmp_path / "run", *flags, "--max_reflection_tokens", "6", "--brevity", "0.5")
+    rows = helpers.train_here(
+        brief, model, tmp_path / "run", *flags, "--max_reflection_tokens", "6", "--brevity", "0.5"
+    )
     assert [row["step"] for row in rows] == [0, 1]

@@ -7,26 +7,26 @@ import re
 
 import pytest
 import torch
-from test_exactness import TOLERANCE, every_batch, expected_loss_gradient, gradient, make_world, turn_logprobs
 
+import helpers
 import policy
 import rrr
-import runs
 from sampler import Sampler
 from tasks import TASKS, first_turn_ids, follow_up_ids
+from test_exactness import TOLERANCE, every_batch, expected_loss_gradient, gradient, make_world, turn_logprobs
 
-run_rrr = functools.partial(runs.from_command_line, "rrr.py")
+run_rrr = functools.partial(helpers.from_command_line, "rrr.py")
 FEW = ["--steps", "3", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
        "--max_reflection_tokens", "6"]  # fmt: skip
 
 
 def train_here(model_dir, out, *flags):
-    return runs.train_here(rrr, model_dir, out, *FEW, *flags)
+    return helpers.train_here(rrr, model_dir, out, *FEW, *flags)
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return runs.save_random_model(tmp_path_factory.mktemp("models") / "random")
+    return helpers.save_random_model(tmp_path_factory.mktemp("models") / "random")
 
 
 @pytest.mark.parametrize("reward_on", ["reflection", "retry", "both"])
@@ -154,7 +154,7 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         train_here(model_dir, tmp_path / "cut")
     monkeypatch.undo()
-    assert runs.without_times(train_here(model_dir, tmp_path / "cut", "--resume")) == runs.without_times(whole)
+    assert helpers.without_times(train_here(model_dir, tmp_path / "cut", "--resume")) == helpers.without_times(whole)
 
 
 def test_whole_episodes_as_groups(model_dir, tmp_path):
@@ -175,7 +175,7 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
 
 def test_no_failure_at_all_is_said_before_anything_is_written(model_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True))
-    said = runs.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *FEW)
+    said = helpers.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *FEW)
     assert "no failure in 2 answers to each of 6 queries" in said and not (tmp_path / "run").exists()
 
 
@@ -231,5 +231,5 @@ def test_a_bad_failures_file_is_refused_in_one_line(model_dir, tmp_path, change,
     (["--preset", "fast"], "argument --preset: invalid choice"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
-    said = runs.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    said = helpers.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
     assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-from conftest import EOS, TINY, VOCAB, build
 
+from conftest import EOS, TINY, VOCAB, build
 from sampler import Sampler, sample, uniform
 
 PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]

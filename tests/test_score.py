@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 
+import helpers
 import policy
-import runs
 import score
 from tasks import TASKS, first_turn_ids
 
-run_score = functools.partial(runs.from_command_line, "score.py")
+run_score = functools.partial(helpers.from_command_line, "score.py")
 
 
 def train_here(model_dir, out, *flags):
-    return runs.train_here(
+    return helpers.train_here(
         score, model_dir, out, "--problems", "2", "--group_size", "2", "--second_attempts", "2", *flags
     )
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    return runs.save_random_model(tmp_path_factory.mktemp("models") / "random")
+    return helpers.save_random_model(tmp_path_factory.mktemp("models") / "random")
 
 
 @pytest.mark.parametrize("r1, r2, reward", [(0, 1, 11), (1, 1, 1), (0, 0, 0), (1, 0, -10)])
@@ -104,7 +104,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypa
         train_here(model_dir, tmp_path / "cut", *flags)
     monkeypatch.undo()
     resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
-    assert runs.without_times(resumed) == runs.without_times(whole)
+    assert helpers.without_times(resumed) == helpers.without_times(whole)
     assert (tmp_path / "cut" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
 
 
@@ -153,7 +153,7 @@ def test_a_run_killed_before_its_first_save_can_be_resumed(model_dir, tmp_path, 
 
 def test_resuming_with_another_flag_is_refused(model_dir, tmp_path, capsys):
     train_here(model_dir, tmp_path / "run", "--stage1_steps", "0", "--stage2_steps", "1")
-    said = runs.refusal(
+    said = helpers.refusal(
         score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", "--resume", "--alpha", "1"
     )
     assert "--alpha was 10.0, is 1.0" in said
@@ -202,7 +202,7 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     (["--single_turn", "--offline_ratio", "0.5"], "--offline_ratio"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
-    said = runs.refusal(score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    said = helpers.refusal(score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
     assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()
 
 
@@ -210,7 +210,7 @@ def test_a_model_directory_without_weights_is_named(model_dir, tmp_path, capsys)
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_text((Path(model_dir) / "config.json").read_text())
-    said = runs.refusal(score, capsys, "--model", bare, "--output_dir", tmp_path / "run")
+    said = helpers.refusal(score, capsys, "--model", bare, "--output_dir", tmp_path / "run")
     assert "no weights there" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
@@ -218,7 +218,7 @@ def test_damaged_weights_are_named(model_dir, tmp_path, capsys):
     shutil.copytree(model_dir, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    said = runs.refusal(score, capsys, "--model", tmp_path / "cut", "--output_dir", tmp_path / "run")
+    said = helpers.refusal(score, capsys, "--model", tmp_path / "cut", "--output_dir", tmp_path / "run")
     assert "can't be loaded" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 

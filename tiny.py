@@ -143,7 +143,7 @@ class Conversations:
         problem = self.rng.integers(len(self.derivations.set), size=count * (2 if wrong_only else 1))
         tokens, right, value = self.attempt(problem)
         if wrong_only:
-            keep = np.argsort(right, kind="stable")[:count]  # more than half are wrong
+            keep = np.argsort(right, kind="stable")[:count]  # nearly always enough are wrong; a few right ones slip in
             problem, tokens, right, value = problem[keep], tokens[keep], right[keep], value[keep]
         order = self.rng.permuted(self.derivations.nums[problem], axis=1)
         prompt = [
@@ -230,7 +230,7 @@ def pretrain(model, config: Config) -> float:
             logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
             loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / spoken
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         for optimizer in (muon, adamw):
             optimizer.step()
             optimizer.zero_grad()

@@ -153,7 +153,7 @@ def picture(name: str, curves: dict[str, str], smooth: int = 20) -> None:
             axis.axvline(boundary, color="gray", linestyle=":", linewidth=1)
         axis.set(title=method, xlabel="step", ylabel="right, %" if axis is axes[0][0] else "")
         axis.grid(alpha=0.2)
-    axes[0][0].legend(loc="upper left")
+    axes[0][0].legend(loc="best")
     figure.tight_layout()
     figure.savefig(ROOT / "results" / f"{name}.png", dpi=110)
 

@@ -260,9 +260,10 @@ def test_the_loss_ignores_whatever_stands_outside_the_action_mask():
     rollout = made_up_rollout()
     mask, outside = rollout.action_mask, ~rollout.action_mask
     values = torch.randn(5, *mask.shape, dtype=torch.float64)
+    turn = torch.zeros_like(rollout.turn)  # one turn, so that garbage also follows sampled tokens
     losses = []
     for garbage in (0.0, 3.0):
         logprobs, ref_logprobs, kl, advantages, coef = torch.where(outside, garbage, values)
         scores = loss.Scores(logprobs, ref_logprobs, kl, kl)
-        losses += [loss.policy_loss(scores, advantages, coef, mask, rollout.turn, 7, k) for k in ("exact", "k1", "k3")]
+        losses += [loss.policy_loss(scores, advantages, coef, mask, turn, 7, k) for k in ("exact", "k1", "k3")]
     torch.testing.assert_close(losses[:3], losses[3:], atol=1e-12, rtol=0)

@@ -223,19 +223,20 @@ class Sampler:
     def generate(self, prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, seeds=None):
         """Sample group_size completions of each prompt; row i belongs to prompt i // group_size.
 
-        prompt_ids: lists of token ids; temperature 0 is greedy; seeds: (B,) ints, default 0..B-1, so that the
-        same call gives the same samples. Returns a Rollout. Raises ValueError, before any work, if a prompt
-        is empty, has an unknown id or leaves no room for max_new_tokens, or if a number makes no sense.
+        prompt_ids: lists of token ids; max_new_tokens: one for all, or one for each of the B rows; temperature 0 is
+        greedy; seeds: (B,) ints, default 0..B-1, so that the same call gives the same samples. Returns a Rollout.
+        Raises ValueError, before any work, if a prompt is empty, has an unknown id or leaves no room for
+        max_new_tokens, or if a number makes no sense.
         """
         count, total, device = len(prompt_ids), len(prompt_ids) * group_size, self.model.device
-        self._check(prompt_ids, [0] * count, group_size, max_new_tokens, temperature)
+        limits = self._check(prompt_ids, [0] * count, group_size, max_new_tokens, temperature)
         seeds = torch.as_tensor(range(total) if seeds is None else seeds, device=device)
         fine = seeds.shape == (total,) and not seeds.is_floating_point()
         _require(fine, f"seeds must be {total} integers: got {tuple(seeds.shape)} {seeds.dtype}")
         rows, empty = torch.arange(count, device=device), torch.empty(count, 0, device=device)
         cache, mask, ids = KVCache(count, 0, device), empty.bool(), empty.long()
         start = Rollout(ids, mask, ids, empty, torch.zeros_like(rows), mask, rows, rows, cache)
-        return self._turn(start, rows, prompt_ids, group_size, max_new_tokens, temperature, seeds.long())
+        return self._turn(start, rows, prompt_ids, group_size, limits, temperature, seeds.long())
 
     def extend(self, rollout, more_prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, rows=None):
         """Append more_prompt_ids[i] to row rows[i] (default: all) and sample group_size completions of each.
@@ -249,29 +250,36 @@ class Sampler:
         _require(count == len(rows), f"more_prompt_ids has {count} lists, need {len(rows)}: one a row")
         _require(all(0 <= r < total for r in rows), f"rows: the rollout has rows 0..{total - 1} only")
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.model.device)
-        self._check(more_prompt_ids, rollout.lengths[index].tolist(), group_size, max_new_tokens, temperature)
+        old = rollout.lengths[index].tolist()
+        limits = self._check(more_prompt_ids, old, group_size, max_new_tokens, temperature)
         child = torch.arange(group_size, device=index.device)
         seeds = _hash(rollout.seeds[index, None], -1 - child).flatten()
-        return self._turn(rollout, index, more_prompt_ids, group_size, max_new_tokens, temperature, seeds)
+        return self._turn(rollout, index, more_prompt_ids, group_size, limits, temperature, seeds)
 
     def _check(self, prompts, lengths, group_size, max_new_tokens, temperature):
+        """ValueError for input that makes no sense; else max_new_tokens of every row, a list of B."""
+        total, one = len(prompts) * group_size, isinstance(max_new_tokens, int)
+        limits = [max_new_tokens] * total if one else [int(n) for n in max_new_tokens]
+        _require(len(limits) == total, f"max_new_tokens has {len(limits)} numbers, need 1 or {total}: one a row")
         numbers = f"{len(prompts)} prompts, {group_size=}, {max_new_tokens=}"
-        _require(min(len(prompts), group_size, max_new_tokens) >= 1, f"{numbers}: none may be below 1")
+        _require(min(len(prompts), group_size, *limits) >= 1, f"{numbers}: none may be below 1")
         _require(temperature >= 0, f"temperature is {temperature}: it must be positive, or 0 for greedy")
         for i, (prompt, old) in enumerate(zip(prompts, lengths, strict=True)):
             known = all(0 <= token < len(self.is_stop) for token in prompt)
-            sizes = f"{old} old tokens + {len(prompt)} of the prompt + {max_new_tokens} new ones"
-            fits = old + len(prompt) + max_new_tokens <= self.limit
+            new = max(limits[i * group_size : (i + 1) * group_size])
+            sizes = f"{old} old tokens + {len(prompt)} of the prompt + {new} new ones"
+            fits = old + len(prompt) + new <= self.limit
             _require(len(prompt), f"prompt {i} is empty: give it at least one token (a BOS, say)")
             _require(known, f"prompt {i} has an id outside the vocabulary of {len(self.is_stop)}")
             _require(fits, f"prompt {i}: {sizes} exceed {self.limit} positions: lower max_new_tokens")
+        return limits
 
-    def _turn(self, base, index, prompts, group_size, max_new_tokens, temperature, seeds):
+    def _turn(self, base, index, prompts, group_size, limits, temperature, seeds):
         """Rows `index` (R,) of base plus a prompt each, prefilled, branched and decoded: a new Rollout."""
         turn, parent = base.stopped.shape[1], torch.arange(len(seeds), device=index.device) // group_size
         old = base.lengths[index].tolist()
         total = [o + len(p) for o, p in zip(old, prompts, strict=True)]
-        capacity = max(total) + max_new_tokens
+        capacity = max(total) + max(limits)
         column = torch.arange(capacity, device=index.device)
         rollout = base._take(index, capacity, self.pad_id)
         rollout.lengths = torch.tensor(total, device=index.device)
@@ -283,7 +291,7 @@ class Sampler:
                 cache = rollout.cache.gather(rollout.cache.slots[parent], capacity, max(total))
                 rollout = rollout._take(parent, capacity, self.pad_id, cache)
             rollout.seeds, rollout.parents, prompted = seeds, index[parent], rollout.lengths.clone()
-            self._decode(rollout, max_new_tokens, temperature)
+            self._decode(rollout, rollout.lengths + torch.tensor(limits, device=index.device), temperature)
         real = column < rollout.lengths[:, None]  # (B, capacity)
         rollout.action_mask |= real & (column >= prompted[:, None])  # what this turn sampled
         rollout.turn.masked_fill_(real & (rollout.turn < 0), turn)
@@ -310,9 +318,8 @@ class Sampler:
                 self._forward(rollout.cache, first, ids, positions, max(total[i] for i in order[chunk]))
             first += len(last)
 
-    def _decode(self, rollout, max_new_tokens, temperature):
-        """Sample until all rows are done; slot s holds row order[s], in the order active, waiting, done."""
-        end = rollout.lengths + max_new_tokens  # (B,)
+    def _decode(self, rollout, end, temperature):
+        """Sample until all rows are done or `end` (B,) long; slot s holds row order[s]: active, waiting, then done."""
         lengths, ends = rollout.lengths.tolist(), end.tolist()
         order = rollout.cache.slots.argsort().tolist()
         unfinished = len(order)

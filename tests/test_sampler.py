@@ -50,6 +50,18 @@ def three_turns(sampler, temperature=1.0, max_new_tokens=9, seeds=None):
     return first, second, third
 
 
+def test_each_row_has_its_own_token_limit(tiny, tokenizer):
+    sampler = Sampler(tiny("llama"), tokenizer, max_batch=3, block=2)
+    sampler.is_stop[:] = False
+    limits = [3, 1, 7, 2, 5, 5, 1, 9, 4, 6]
+    first = sampler.generate(PROMPTS, 2, max_new_tokens=limits)
+    assert first.action_mask.sum(1).tolist() == limits
+    second = sampler.extend(first, [[4], [5, 6]], 2, rows=[3, 0], max_new_tokens=limits[:4])
+    assert (second.action_mask & (second.turn == 1)).sum(1).tolist() == limits[:4]
+    with pytest.raises(ValueError, match="max_new_tokens has 3 numbers, need 1 or 10"):
+        sampler.generate(PROMPTS, 2, max_new_tokens=[1, 2, 3])
+
+
 def equal(a, b):
     same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in TENSORS if n != "logprobs")
     return same and torch.allclose(a.logprobs, b.logprobs, atol=1e-5)

@@ -24,6 +24,7 @@ from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
+from attention import PrefixTree, attention_is, prefix_tree
 from loss import KL_KINDS, Scores, policy_loss, token_scores
 
 logging.disable_progress_bar()  # "Loading weights" on every load
@@ -131,41 +132,51 @@ class Scorer(nn.Module):
     """Token log-probabilities, entropy and the KL to a reference, of whole rollouts.
 
     forward(ids (B, T), action_mask (B, T), temperature) -> Scores of (B, T) float32 tensors, 0 where not sampled.
-    Rows start at position 0 and are padded on the right, where causal attention keeps padding out of sight: so no
-    attention mask, and no token value is ever taken for padding.
+    Rows start at position 0. A prefix that several rows begin with, and a token sampled there by several of them, is
+    computed once: its scores, and with them the gradients, are those of every row that has it.
     """
 
-    def __init__(self, model, reference=None, chunk: int = 2048):
+    def __init__(self, model, reference=None, chunk: int | None = None):
         super().__init__()
         self.model, self.reference, self.chunk = model, reference, chunk
         if reference is not None:
             reference.requires_grad_(False)
 
     def forward(self, ids: Tensor, action_mask: Tensor, temperature: float = 1.0) -> Scores:
-        chosen = action_mask[:, 1:]  # position t is predicted at t - 1
-        hidden, head = self._hidden(self.model, ids, chosen)
+        needed = action_mask.flip(1).cummax(1).values.flip(1)  # nothing after a row's last sampled token is
+        tree = prefix_tree(ids, needed)
+        sampled = tree.node[tree.row][action_mask]  # (M,) the nodes of sampled tokens
+        chosen, back = torch.unique(sampled, return_inverse=True)
+        hidden, head = self._hidden(self.model, tree, chosen)
         ref_hidden = ref_head = None
         if self.reference is not None:
             with torch.no_grad():
-                ref_hidden, ref_head = self._hidden(self.reference, ids, chosen)
-        flat = token_scores(hidden, head, ids[:, 1:][chosen], ref_hidden, ref_head, temperature, self.chunk)
-        return Scores(*(x.new_zeros(ids.shape).masked_scatter(action_mask, x) for x in flat))
+                ref_hidden, ref_head = self._hidden(self.reference, tree, chosen)
+        tokens = tree.ids[0, chosen]
+        scores = token_scores(hidden, head, tokens, ref_hidden, ref_head, temperature, self.chunk)
+        return Scores(*(x.new_zeros(ids.shape).masked_scatter(action_mask, x[back]) for x in scores))
 
     @staticmethod
-    def _hidden(model, ids: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        return hidden[chosen], model.get_output_embeddings().weight  # (M, H), (V, H)
+    def _hidden(model, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        positions = tree.positions.clone()
+        positions.tree = tree  # the layers hand it on to their attention
+        with attention_is(model, "prefix_tree"):
+            hidden = model.get_decoder()(input_ids=tree.ids, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden[0, tree.parent[chosen]], model.get_output_embeddings().weight  # (M, H), (V, H)
 
 
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
-    """Row indices, longest first, cut so that rows x longest row stays within the budget; each row in exactly one."""
-    order = lengths.argsort(descending=True, stable=True)
-    batches, start = [], 0
-    while start < len(order):
-        rows = max(1, token_budget // int(lengths[order[start]]))
-        batches.append(order[start : start + rows])
-        start += rows
-    return batches
+    """Row indices, cut so that rows x longest row stays within the budget; each row in exactly one.
+
+    In order, since neighbours are siblings that share their prefix; padding costs next to nothing (`tree_attention`).
+    """
+    batches, start, longest = [], 0, 0
+    for row, length in enumerate(lengths.tolist()):
+        longest = max(longest, length)
+        if row > start and longest * (row + 1 - start) > token_budget:
+            batches.append(torch.arange(start, row))
+            start, longest = row, length
+    return [*batches, torch.arange(start, len(lengths))]
 
 
 class Batch(NamedTuple):

@@ -11,12 +11,9 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
-
-def _require(condition, message):
-    if not condition:
-        raise ValueError(message)
+from attention import attention_is, check_layer, require
 
 
 class KVCache:
@@ -73,24 +70,9 @@ def _mask(positions, width, window, groups, dtype):
     return masks[width, window]  # (n, 1, groups * Q, width)
 
 
-def _check_layer(module, attention_mask, window, kwargs):
-    """ValueError if a layer asks for what `ragged_attention` can't do; what is unknown is refused."""
-    name = f"{type(module).__name__} can't be sampled from with a ragged cache: its attention"
-    known = {"position_ids", "is_causal", "use_cache", "dropout", "cache_position"}
-    unknown = [k for k, v in kwargs.items() if k not in known and v is not None and v is not False]
-    causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
-    kinds = getattr(module.config, "layer_types", None)
-    sliding = kinds and kinds[module.layer_idx] == "sliding_attention"
-    _require(not unknown, f"{name} asks for {', '.join(unknown)}")
-    told = attention_mask is None and kwargs.get("position_ids") is not None
-    _require(told, f"{name} has a mask of its own or is not told the position_ids")
-    _require(causal, f"{name} is bidirectional")
-    _require(window or not sliding, f"{name} is not told its sliding window")
-
-
 def ragged_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
     """Over a KVCache: query (n, heads, Q, D), key and value (n, kv_heads, K, D) -> (n, Q, heads, D)."""
-    _check_layer(module, attention_mask, sliding_window, kwargs)
+    check_layer(module, attention_mask, sliding_window, kwargs)
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
     mask = _mask(kwargs["position_ids"], key.shape[2], sliding_window, groups, query.dtype)
     # Heads that share a KV head become queries of it: no expanded copy of it, and any kernel will do.
@@ -99,22 +81,18 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, sl
     return out.unflatten(2, (groups, length)).flatten(1, 2).transpose(1, 2), None
 
 
+AttentionInterface.register("ragged", ragged_attention)
+
+
 @contextmanager
 def _sampling_mode(model):
     """Evaluation mode, no gradients and ragged attention; afterwards everything is as it was."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
-    before = [(config, config._attn_implementation) for config in configs]
     training = [m for m in model.modules() if m.training]
-    AttentionInterface.register("ragged", ragged_attention)
     try:
         model.eval()
-        for config, _ in before:  # the public setter would also overwrite nested configs
-            config._attn_implementation_internal = "ragged"
-        with torch.no_grad():  # not inference_mode: its tensors can't enter a loss later
+        with attention_is(model, "ragged"), torch.no_grad():  # inference_mode's tensors can't enter a loss later
             yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
         for module in training:
             module.training = True
 
@@ -210,15 +188,15 @@ class Sampler:
         other = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
         recurrent = getattr(self.model, "_is_stateful", False)
         pluggable = getattr(self.model, "_supports_attention_backend", False)
-        _require(not self.model.config.is_encoder_decoder, f"{name}: it is an encoder-decoder")
-        _require(not other and not recurrent, f"{name}: it has recurrent or unknown layers {[*other]}")
-        _require(pluggable, f"{name}: it keeps to its own attention function")
+        require(not self.model.config.is_encoder_decoder, f"{name}: it is an encoder-decoder")
+        require(not other and not recurrent, f"{name}: it has recurrent or unknown layers {[*other]}")
+        require(pluggable, f"{name}: it keeps to its own attention function")
         try:
             with _sampling_mode(self.model):
                 self._forward(cache, 0, ids, ids.clone(), 2)
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
-        _require(len(cache.layers) == config.num_hidden_layers, f"{name}: some layers keep no keys in it")
+        require(len(cache.layers) == config.num_hidden_layers, f"{name}: some layers keep no keys in it")
 
     def generate(self, prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, seeds=None):
         """Sample group_size completions of each prompt; row i belongs to prompt i // group_size.
@@ -232,7 +210,7 @@ class Sampler:
         limits = self._check(prompt_ids, [0] * count, group_size, max_new_tokens, temperature)
         seeds = torch.as_tensor(range(total) if seeds is None else seeds, device=device)
         fine = seeds.shape == (total,) and not seeds.is_floating_point()
-        _require(fine, f"seeds must be {total} integers: got {tuple(seeds.shape)} {seeds.dtype}")
+        require(fine, f"seeds must be {total} integers: got {tuple(seeds.shape)} {seeds.dtype}")
         rows, empty = torch.arange(count, device=device), torch.empty(count, 0, device=device)
         cache, mask, ids = KVCache(count, 0, device), empty.bool(), empty.long()
         start = Rollout(ids, mask, ids, empty, torch.zeros_like(rows), mask, rows, rows, cache)
@@ -246,9 +224,9 @@ class Sampler:
         """
         total, count = len(rollout.lengths), len(more_prompt_ids)
         rows = range(total) if rows is None else [int(r) for r in rows]
-        _require(rollout.cache is not None, "this rollout's cache was freed: keep it until the last turn")
-        _require(count == len(rows), f"more_prompt_ids has {count} lists, need {len(rows)}: one a row")
-        _require(all(0 <= r < total for r in rows), f"rows: the rollout has rows 0..{total - 1} only")
+        require(rollout.cache is not None, "this rollout's cache was freed: keep it until the last turn")
+        require(count == len(rows), f"more_prompt_ids has {count} lists, need {len(rows)}: one a row")
+        require(all(0 <= r < total for r in rows), f"rows: the rollout has rows 0..{total - 1} only")
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.model.device)
         old = rollout.lengths[index].tolist()
         limits = self._check(more_prompt_ids, old, group_size, max_new_tokens, temperature)
@@ -260,18 +238,18 @@ class Sampler:
         """ValueError for input that makes no sense; else max_new_tokens of every row, a list of B."""
         total, one = len(prompts) * group_size, isinstance(max_new_tokens, int)
         limits = [max_new_tokens] * total if one else [int(n) for n in max_new_tokens]
-        _require(len(limits) == total, f"max_new_tokens has {len(limits)} numbers, need 1 or {total}: one a row")
+        require(len(limits) == total, f"max_new_tokens has {len(limits)} numbers, need 1 or {total}: one a row")
         numbers = f"{len(prompts)} prompts, {group_size=}, {max_new_tokens=}"
-        _require(min(len(prompts), group_size, *limits) >= 1, f"{numbers}: none may be below 1")
-        _require(temperature >= 0, f"temperature is {temperature}: it must be positive, or 0 for greedy")
+        require(min(len(prompts), group_size, *limits) >= 1, f"{numbers}: none may be below 1")
+        require(temperature >= 0, f"temperature is {temperature}: it must be positive, or 0 for greedy")
         for i, (prompt, old) in enumerate(zip(prompts, lengths, strict=True)):
             known = all(0 <= token < len(self.is_stop) for token in prompt)
             new = max(limits[i * group_size : (i + 1) * group_size])
             sizes = f"{old} old tokens + {len(prompt)} of the prompt + {new} new ones"
             fits = old + len(prompt) + new <= self.limit
-            _require(len(prompt), f"prompt {i} is empty: give it at least one token (a BOS, say)")
-            _require(known, f"prompt {i} has an id outside the vocabulary of {len(self.is_stop)}")
-            _require(fits, f"prompt {i}: {sizes} exceed {self.limit} positions: lower max_new_tokens")
+            require(len(prompt), f"prompt {i} is empty: give it at least one token (a BOS, say)")
+            require(known, f"prompt {i} has an id outside the vocabulary of {len(self.is_stop)}")
+            require(fits, f"prompt {i}: {sizes} exceed {self.limit} positions: lower max_new_tokens")
         return limits
 
     def _turn(self, base, index, prompts, group_size, limits, temperature, seeds):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import loss
 import policy
@@ -18,7 +19,12 @@ def small_llama(seed=0, **changes):
     torch.manual_seed(seed)
     shape = dict(vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, pad_token_id=0)  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
+    for module in list(model.modules()):  # transformers' own norm rounds float64 to float32
+        for name, child in module.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                setattr(module, name, torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon))
+    return model
 
 
 def made_up_rollout(rows=7, pad=0, seed=0):

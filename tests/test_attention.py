@@ -1,0 +1,76 @@
+"""The scorer's prefix tree: every distinct prefix encoded once, scores and gradients those of whole rows."""
+
+import pytest
+import torch
+import transformers as tf
+
+from attention import prefix_tree
+from conftest import TINY, VOCAB, build
+from loss import Scores
+from policy import Scorer
+
+
+def random_rows(B=40, T=11, vocabulary=3, seed=0):
+    """Rows of few different tokens: many share prefixes, are equal, or are the beginning of another."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, (B, T), generator=g)
+    lengths = torch.randint(1, T + 1, (B,), generator=g)
+    return ids, lengths, torch.arange(T) < lengths[:, None]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_tree_has_every_distinct_prefix_once_and_leads_back_to_every_row(seed):
+    ids, lengths, real = random_rows(seed=seed)
+    tree = prefix_tree(ids, real)
+    rows = [tuple(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
+    prefixes = {row[: i + 1] for row in rows for i in range(len(row))}
+    spelt = []
+    for node in range(tree.ids.shape[1]):
+        word, at = [], node
+        for _ in range(int(tree.positions[0, node]) + 1):
+            word.append(int(tree.ids[0, at]))
+            at = int(tree.parent[at])
+        spelt.append(tuple(word[::-1]))
+    assert sorted(spelt) == sorted(prefixes)
+    for b, row in enumerate(rows):
+        assert [spelt[n] for n in tree.node[tree.row[b], : len(row)]] == [row[: i + 1] for i in range(len(row))]
+    assert torch.equal(tree.node.flatten()[tree.place], torch.arange(len(spelt)))
+
+
+def plain_scores(model, reference, ids, mask, temperature):
+    """Row by row in one whole forward each, all logits at once."""
+    logp, ref = ((m(input_ids=ids).logits[:, :-1].float() / temperature).log_softmax(-1) for m in (model, reference))
+    taken = [x.gather(2, ids[:, 1:, None])[..., 0] for x in (logp, ref)]
+    entropy = -(logp.exp() * logp).sum(-1)
+    scores = (*taken, (logp.exp() * (logp - ref)).sum(-1), entropy)
+    return Scores(*(torch.nn.functional.pad(x, (1, 0)) * mask for x in scores))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_scores_and_gradients_equal_those_of_whole_rows(name):
+    config_class, options = TINY[name]
+    options = {k: v for k, v in options.items() if k != "final_logit_softcapping"}  # `load_model` refuses it
+    model, reference = (build(config_class, **options, initializer_range=r) for r in (0.2, 0.1))
+    ids, lengths, real = random_rows(B=12, T=14, vocabulary=VOCAB if name == "llama_mha" else 3)
+    mask = real & (torch.arange(14) % 5 > 1)
+    weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for scores in (Scorer(model, reference, chunk=7)(ids, mask, 0.8), plain_scores(model, reference, ids, mask, 0.8)):
+        model.zero_grad()
+        ((scores.logprobs + scores.kl) * weight).sum().backward()
+        results.append((scores, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (ours, gradient), (plain, expected) = results
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_shared_prefix_is_encoded_once_and_nothing_after_the_last_sampled_token():
+    model, fed = build(tf.LlamaConfig), []
+    model.model.register_forward_pre_hook(lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True)
+    ids = torch.tensor([[5, 6, 7, 8, 2], [5, 6, 7, 9, 2], [5, 6, 7, 9, 3]])
+    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0]]).bool()
+    scores = Scorer(model)(ids, mask)
+    assert fed == [5]  # 5, 6, 7 and then 8 or 9
+    assert torch.equal(scores.logprobs[1], scores.logprobs[2])

@@ -17,7 +17,7 @@ from attention import attention_is, check_layer, require
 
 
 class KVCache:
-    """Keys and values of all rows, (rows, capacity, kv_heads, D) a layer, for use as past_key_values."""
+    """Keys and values of all rows, (rows, kv_heads, capacity, D) a layer, for use as past_key_values."""
 
     def __init__(self, rows, capacity, device):
         self.capacity = -(-capacity // 8) * 8  # widths are multiples of 8, as attention kernels like them
@@ -27,17 +27,17 @@ class KVCache:
     def aim(self, first, positions, width):
         """Write the next tokens of rows first, first + 1, ... at positions (n, Q); read slots [0, width)."""
         row = torch.arange(first, first + len(positions), device=positions.device)
-        self.rows, self.spot = slice(first, first + len(positions)), (row[:, None], positions)
+        self.rows, self.spot = slice(first, first + len(positions)), (row[:, None], slice(None), positions)
         self.width = min(-(-width // 8) * 8, self.capacity)
 
     def update(self, key, value, layer_idx, *args, **kwargs):
         """Store key and value (n, kv_heads, Q, D); return these rows so far, (n, kv_heads, width, D)."""
         if layer_idx not in self.layers:  # zeros, since 0 * NaN would leak through a masked slot
-            shape = (len(self.slots), self.capacity, key.shape[1])
+            shape = (len(self.slots), key.shape[1], self.capacity)
             self.layers[layer_idx] = [key.new_zeros(*shape, new.shape[-1]) for new in (key, value)]
         for store, new in zip(self.layers[layer_idx], (key, value), strict=True):
             store[self.spot] = new.transpose(1, 2)
-        return tuple(store[self.rows, : self.width].transpose(1, 2) for store in self.layers[layer_idx])
+        return tuple(store[self.rows, :, : self.width] for store in self.layers[layer_idx])
 
     def get_seq_length(self, layer_idx=0):
         return 0  # models ask only to make up position ids, and ours are given
@@ -46,7 +46,7 @@ class KVCache:
         """A new cache whose rows are copies of the first `used` positions of `slots` (rows,)."""
         new = KVCache(len(slots), capacity, slots.device)
         for layer, stores in self.layers.items():
-            new.layers[layer] = [F.pad(s[slots, :used], (0, 0, 0, 0, 0, new.capacity - used)) for s in stores]
+            new.layers[layer] = [F.pad(s[slots, :, :used], (0, 0, 0, new.capacity - used)) for s in stores]
         return new
 
     def move(self, before, after, used):
@@ -55,7 +55,7 @@ class KVCache:
         if moves:
             target, source = torch.tensor(moves, device=self.slots.device).T
             for store in (s for stores in self.layers.values() for s in stores):
-                store[target, :used] = store[source, :used]
+                store[target, :, :used] = store[source, :, :used]
 
 
 def _mask(positions, width, window, groups, dtype):

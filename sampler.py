@@ -112,16 +112,35 @@ def uniform(seeds, positions):
     return ((_hash(seeds, positions) >> 41) & (2**23 - 1)).float() * 2.0**-23
 
 
+def _draw(mass, x):
+    """The first index at which the cumulative mass (n, K) exceeds x (n, 1), and how far x reaches into it."""
+    cdf = mass.cumsum(-1)
+    index = torch.searchsorted(cdf, x, right=True).clamp(max=mass.shape[1] - 1)
+    # Rounding may lift x to the total, and a parallel cumsum is not quite monotone: nothing impossible slips through.
+    index = torch.where(mass.gather(1, index) > 0, index, mass.argmax(-1, keepdim=True))
+    return index, (x - (cdf - mass).gather(1, index)).clamp(min=0)
+
+
 def sample(logits, temperature, u):
-    """Tokens (n,) from softmax(logits (n, V) / temperature) by its CDF at u (n,); log-probs (n,) float32."""
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # 0 is greedy, with log-probs at 1
-    token = best = logprobs.argmax(-1, keepdim=True)
+    """Tokens (n,) from softmax(logits (n, V) / temperature) by its CDF at u (n,); log-probs (n,) float32.
+
+    Temperature 0 is greedy, with log-probs at 1. The CDF is searched in two levels, blocks of words and then the words
+    of one block, so that all V words are only exponentiated and summed.
+    """
+    logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
+    (n, V), size, top = logits.shape, min(logits.shape[1], 256), logits.amax(-1, keepdim=True)
+    mass = logits.new_empty(n, -(-V // size), size)
+    words = mass.view(n, -1)
+    words[:, V:] = 0
+    torch.sub(logits, top, out=words[:, :V]).exp_()
+    blocks = mass.sum(-1)
+    total = blocks.sum(-1, keepdim=True)
     if temperature > 0:
-        cdf = logprobs.exp().cumsum(-1)
-        drawn = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-        # A parallel cumsum is monotone only up to rounding: make sure that no impossible token slips through.
-        token = torch.where(logprobs.gather(1, drawn) > -100, drawn, best)
-    return token[:, 0], logprobs.gather(1, token)[:, 0]
+        block, x = _draw(blocks, u[:, None] * total)
+        token = block * size + _draw(mass.take_along_dim(block[:, :, None], 1)[:, 0], x)[0]
+    else:
+        token = logits.argmax(-1, keepdim=True)
+    return token[:, 0], (logits.gather(1, token) - top - total.log())[:, 0]
 
 
 @dataclass

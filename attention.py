@@ -2,7 +2,7 @@
 
 `attention_is(model, name)` switches them on for a while; a layer then hands over its queries, keys and values and is
 told where they stand by `position_ids`. This file has the switch, the check that a layer asks for nothing we ignore,
-and the scorer's attention over a prefix tree; the sampler's, over its cache, is in sampler.py.
+the sampler's attention over its cache ("ragged") and the scorer's over a tree of prefixes ("prefix_tree").
 """
 
 from contextlib import contextmanager
@@ -46,6 +46,36 @@ def attention_is(model, name: str):
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, dtype) -> Tensor:
+    """What queries at positions (n, Q) may see of slots [0, width): (n, 1, heads * Q, width), to be added.
+
+    Slot j iff j <= position and within the window; the same for each of the `heads` that share a key-value head.
+    """
+    slot, position = torch.arange(width, device=positions.device), positions[:, :, None]
+    visible = slot <= position  # (n, Q, width)
+    if window is not None:
+        visible &= slot > position - window
+    return torch.where(visible, 0.0, -torch.inf).to(dtype).repeat(1, heads, 1)[:, None]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """query (n, heads, Q, D), key and value (n, kv_heads, K, D), mask of `ragged_mask` -> (n, Q, heads, D)."""
+    # Heads that share a KV head become queries of it: no expanded copy of it, and any kernel will do.
+    folded = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (n, kv_heads, heads / kv_heads * Q, D)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2)
+
+
+def ragged_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """Over the sampler's cache, where slot j of a row holds the token at position j."""
+    check_layer(module, attention_mask, sliding_window, kwargs)
+    positions, heads, width = kwargs["position_ids"], query.shape[1] // key.shape[1], key.shape[2]
+    masks = positions.__dict__.setdefault("masks", {})  # all layers of one forward pass share their masks
+    if (width, sliding_window) not in masks:
+        masks[width, sliding_window] = ragged_mask(positions, width, heads, sliding_window, query.dtype)
+    return attend(query, key, value, masks[width, sliding_window], scaling), None
 
 
 class PrefixTree(NamedTuple):
@@ -106,4 +136,5 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, slid
     return out.flatten(0, 1).index_select(0, tree.place)[None], None
 
 
+AttentionInterface.register("ragged", ragged_attention)
 AttentionInterface.register("prefix_tree", tree_attention)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
 
-from attention import attention_is, check_layer, require
+from attention import attention_is, require
+from fused import fusable, fuse
 
 
 class KVCache:
@@ -56,32 +56,6 @@ class KVCache:
             target, source = torch.tensor(moves, device=self.slots.device).T
             for store in (s for stores in self.layers.values() for s in stores):
                 store[target, :, :used] = store[source, :, :used]
-
-
-def _mask(positions, width, window, groups, dtype):
-    """What each query may see, as an additive mask: slot j iff j <= position and within the window."""
-    masks = positions.__dict__.setdefault("masks", {})  # all layers of one forward pass share their masks
-    if (width, window) not in masks:
-        slot, position = torch.arange(width, device=positions.device), positions[:, :, None]
-        visible = slot <= position  # (n, Q, width)
-        if window is not None:
-            visible &= slot > position - window
-        masks[width, window] = torch.where(visible, 0.0, -torch.inf).to(dtype).repeat(1, groups, 1)[:, None]
-    return masks[width, window]  # (n, 1, groups * Q, width)
-
-
-def ragged_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """Over a KVCache: query (n, heads, Q, D), key and value (n, kv_heads, K, D) -> (n, Q, heads, D)."""
-    check_layer(module, attention_mask, sliding_window, kwargs)
-    groups, length = query.shape[1] // key.shape[1], query.shape[2]
-    mask = _mask(kwargs["position_ids"], key.shape[2], sliding_window, groups, query.dtype)
-    # Heads that share a KV head become queries of it: no expanded copy of it, and any kernel will do.
-    query = query.unflatten(1, (-1, groups)).flatten(2, 3)  # (n, kv_heads, groups * Q, D)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    return out.unflatten(2, (groups, length)).flatten(1, 2).transpose(1, 2), None
-
-
-AttentionInterface.register("ragged", ragged_attention)
 
 
 @contextmanager
@@ -187,7 +161,9 @@ class Sampler:
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
         self.model, self.max_batch, self.prefill_tokens = model, max_batch, prefill_tokens
         self.block = block or (4 if model.device.type == "cpu" else 16)
+        self.fused, self._fused = False, None
         self._probe()
+        self.graphs = self.fused and model.device.type == "cuda"
         config, eos = model.config.get_text_config(), model.generation_config.eos_token_id
         vocabulary, self.limit = range(config.vocab_size), config.max_position_embeddings
         rope = getattr(config, "rope_parameters", None) or {}
@@ -212,7 +188,11 @@ class Sampler:
         require(pluggable, f"{name}: it keeps to its own attention function")
         try:
             with _sampling_mode(self.model):
-                self._forward(cache, 0, ids, ids.clone(), 2)
+                logits = self._forward(cache, 0, ids, ids.clone(), 2)
+                if fusable(self.model):
+                    self._fused = fuse(self.model)
+                    error = (self._forward(KVCache(1, 2, ids.device), 0, ids, ids, 2) - logits).abs().max()
+                    self.fused = bool(error < (1e-4 if logits.dtype == torch.float32 else 0.05) * logits.abs().max())
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
         require(len(cache.layers) == config.num_hidden_layers, f"{name}: some layers keep no keys in it")
@@ -283,6 +263,7 @@ class Sampler:
         new = (column >= base.lengths[index, None]) & (column < rollout.lengths[:, None])  # (R, column)
         rollout.ids.masked_scatter_(new, torch.tensor([t for p in prompts for t in p], device=index.device))
         with _sampling_mode(self.model):
+            self._fused = fuse(self.model) if self.fused and fusable(self.model) else None
             self._prefill(rollout, base.cache, base.cache.slots[index], old, total)
             if group_size > 1:
                 cache = rollout.cache.gather(rollout.cache.slots[parent], capacity, max(total))
@@ -319,15 +300,17 @@ class Sampler:
         """Sample until all rows are done or `end` (B,) long; slot s holds row order[s]: active, waiting, then done."""
         lengths, ends = rollout.lengths.tolist(), end.tolist()
         order = rollout.cache.slots.argsort().tolist()
-        unfinished = len(order)
+        unfinished, graphs = len(order), {}
         while unfinished:
-            active = order[: min(self.max_batch, unfinished)]
-            longest = max(lengths[r] for r in active)
-            steps = min(self.block, max(ends[r] - lengths[r] for r in active))
-            rows = torch.tensor(active, device=end.device)
-            state = self._decode_block(rollout, rows, end[rows], longest, steps, temperature)
+            active = min(self.max_batch, unfinished)
+            longest = max(lengths[r] for r in order[:active])
+            steps = min(self.block, max(ends[r] - lengths[r] for r in order[:active]))
+            rows = torch.tensor(order[: self._bucket(active, len(order))], device=end.device)
+            state = self._decode_block(
+                rollout, rows, active, end[rows], longest + steps - 1, steps, temperature, graphs
+            )
             state, before = state.tolist(), list(order)  # the one host sync of the block
-            for slot in reversed(range(len(active))):
+            for slot in reversed(range(active)):
                 lengths[order[slot]], done = state[slot]
                 if done:  # change places with the last row that isn't
                     unfinished -= 1
@@ -335,26 +318,61 @@ class Sampler:
             rollout.cache.move(before, order, max(lengths))
         rollout.cache.slots = torch.tensor(order, device=end.device).argsort()
 
-    def _decode_block(self, rollout, rows, end, longest, steps, temperature):
-        """Up to `steps` tokens for `rows` (n,), cache rows [0, n). Returns (n, 2): length, done."""
-        position, done = rollout.lengths[rows] - 1, torch.zeros_like(rows, dtype=torch.bool)  # (n,)
+    def _bucket(self, active, total):
+        """How many rows to decode together: a graph holds for one number only, so some idle ones may come along."""
+        if not self.graphs:
+            return active
+        power = 1 << (active - 1).bit_length()
+        return min(total, next(n for n in (power * 3 // 4, power) if n >= active))
+
+    def _decode_block(self, rollout, rows, active, end, width, steps, temperature, graphs):
+        """`steps` steps of rows (n,), in cache rows [0, n), of which the first `active` count: (n, 2) of length, done.
+
+        With graphs, all that a step reads and writes stays in one place, so that a captured step can be replayed.
+        """
+        position, idle = rollout.lengths[rows] - 1, torch.arange(len(rows), device=rows.device) >= active  # (n,)
         token, logprob = rollout.ids[rows, position], rollout.logprobs[rows, position]
-        fresh = position[:, None] + torch.arange(1, steps + 1, device=rows.device)  # (n, steps)
-        u = uniform(rollout.seeds[rows, None], fresh)
-        for step in range(steps):
-            logits = self._forward(rollout.cache, 0, token[:, None], position[:, None], longest + step)
-            new_token, new_logprob = sample(logits, temperature, u[:, step])
-            # A row that is done feeds its last token at its own place again, which changes nothing.
-            token, logprob = torch.where(done, token, new_token), torch.where(done, logprob, new_logprob)
-            position = position + ~done
-            rollout.ids[rows, position], rollout.logprobs[rows, position] = token, logprob
-            done = self.is_stop[token] | (position + 1 == end)
+        state, replays = (rows, end, rollout.seeds[rows], position, token, logprob, idle), {}
+        if self.graphs:
+            width = -(-width // 128) * 128
+            fixed, replays = graphs.setdefault(len(rows), (state, replays))
+            for old, new in zip(fixed, state, strict=True):
+                old.copy_(new)
+            state = fixed
+
+        def step():
+            self._step(rollout, *state, width, temperature)
+
+        for _ in range(steps):
+            replays.get(width, step)()
+            if self.graphs and width not in replays:  # after one step as it is, which also warms up
+                replays[width] = self._capture(step)
+        rows, _, _, position, _, _, done = state
         rollout.lengths[rows] = position + 1
         return torch.stack([position + 1, done], 1)
+
+    def _capture(self, step):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+    def _step(self, rollout, rows, end, seeds, position, token, logprob, done, width, temperature):
+        """One token more for each row that isn't done; position, token, logprob and done are changed in place."""
+        logits = self._forward(rollout.cache, 0, token[:, None], position[:, None], width)
+        new_token, new_logprob = sample(logits, temperature, uniform(seeds, position + 1))
+        # A row that is done feeds its last token at its own place again, which changes nothing.
+        token.copy_(torch.where(done, token, new_token))
+        logprob.copy_(torch.where(done, logprob, new_logprob))
+        position += ~done
+        rollout.ids[rows, position], rollout.logprobs[rows, position] = token, logprob
+        done |= self.is_stop[token] | (position + 1 == end)
 
     def _forward(self, cache, first, ids, positions, width):
         """Feed ids (n, Q) at positions (n, Q) to cache rows first, ...; returns the last logits (n, V)."""
         cache.aim(first, positions, width)
+        if self._fused:
+            return self._fused(cache, ids, positions)
         positions.masks = {}
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         return self.model(**inputs, logits_to_keep=1).logits[:, -1]

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 
 from conftest import EOS, TINY, VOCAB, build
+from fused import fusable
 from sampler import Sampler, sample, uniform
 
 PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
@@ -152,6 +154,62 @@ def test_all_stop_ids_of_the_generation_config_and_tokenizer_stop(tokenizer):
     model.generation_config.eos_token_id = None
     none = SimpleNamespace(eos_token_id=None, pad_token_id=None)
     assert not Sampler(model, none).generate(PROMPTS, 4, max_new_tokens=12).stopped.any()
+
+
+FUSED = ("llama", "llama_mha", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_fused_path_is_taken_where_it_applies_and_samples_what_the_general_one_does(tiny, tokenizer, name):
+    sampler = Sampler(tiny(name), tokenizer, max_batch=4, block=3, prefill_tokens=8)
+    assert sampler.fused == (name in FUSED)
+    fused = three_turns(sampler)
+    sampler.fused = False
+    assert all(equal(a, b) for a, b in zip(fused, three_turns(sampler), strict=True))
+
+
+def test_the_fused_path_handles_biases_and_bfloat16(tokenizer):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build(tf.LlamaConfig, attention_bias=True, mlp_bias=True, initializer_range=0.1)
+        for name, parameter in model.named_parameters():
+            if "bias" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        sampler = Sampler(model.to(dtype), tokenizer)
+        assert sampler.fused
+        if dtype == torch.float32:
+            check(model, three_turns(sampler)[2])
+
+
+def test_the_fused_path_follows_the_weights_and_yields_to_hooks_and_changed_layers(tokenizer):
+    model = build(tf.LlamaConfig)
+    sampler = Sampler(model, tokenizer)
+    before = three_turns(sampler)[2]
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+    check(model, three_turns(sampler)[2])
+    assert not equal(before, three_turns(sampler)[2])
+    called = []
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
+    assert not fusable(model) and three_turns(sampler) and called
+    hook.remove()
+
+    class Adapter(torch.nn.Linear):
+        pass
+
+    assert fusable(model)
+    model.model.layers[0].mlp.up_proj = Adapter(32, 48, bias=False)
+    assert not fusable(model)
+
+
+@pytest.mark.parametrize("max_batch", [3, 256])
+def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(tiny, tokenizer, max_batch, monkeypatch):
+    """All of the CUDA graph's bookkeeping but the graph: idle rows that fill a bucket, fixed state, wider caches."""
+    sampler = Sampler(tiny("llama"), tokenizer, max_batch, block=5)
+    plain = three_turns(sampler)
+    captured = []
+    monkeypatch.setattr(sampler, "_capture", lambda step: captured.append(step) or step)
+    sampler.graphs = True
+    assert all(equal(a, b) for a, b in zip(plain, three_turns(sampler), strict=True)) and captured
 
 
 def test_no_token_is_fed_twice(tokenizer):
@@ -344,6 +402,18 @@ def test_samples_follow_the_distribution(temperature):
     assert counts[4] == 0
     assert ((counts - expected) ** 2 / expected)[expected > 0].sum() < 30  # 6 degrees of freedom
     assert torch.allclose(logprob, exact.log()[token], atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [24, 256, 257, 1000])
+def test_the_two_level_search_finds_the_word_of_a_plain_cdf(V):
+    logits = torch.randn(300, V, generator=torch.Generator().manual_seed(V)) * 3
+    u = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    cdf = (logits.double() / 0.8).softmax(-1).cumsum(-1)
+    token, logprob = sample(logits, 0.8, u)
+    low, high = F.pad(cdf, (1, 0)).gather(1, token[:, None])[:, 0], cdf.gather(1, token[:, None])[:, 0]
+    assert (low - 1e-6 <= u).all() and (u <= high + 1e-6).all()
+    expected = (logits / 0.8).log_softmax(-1).gather(1, token[:, None])[:, 0]
+    torch.testing.assert_close(logprob, expected, atol=1e-5, rtol=0)
 
 
 def test_a_zero_probability_token_is_never_drawn():

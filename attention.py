@@ -2,11 +2,10 @@
 
 `attention_is(model, name)` switches them on for a while; a layer then hands over its queries, keys and values and is
 told where they stand by `position_ids`. This file has the switch, the check that a layer asks for nothing we ignore,
-the sampler's attention over its cache ("ragged") and the scorer's over a tree of prefixes ("prefix_tree").
+and the sampler's attention over its cache, "ragged"; the scorer's, "prefix_tree", is in scorer.py.
 """
 
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,63 +77,4 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, sl
     return attend(query, key, value, masks[width, sliding_window], scaling), None
 
 
-class PrefixTree(NamedTuple):
-    """The distinct prefixes of B rows, each a node that is encoded once; R distinct rows, N nodes.
-
-    ids, positions: (1, N) int64, what to feed
-    parent:         (N,) int64, the node of the prefix without its last token; its own index at position 0
-    node:           (R, T) int64, the node at each place of a distinct row; 0 in the padding on the right
-    row:            (B,) int64, which distinct row a row is
-    place:          (N,) int64, one place of `node`, flattened, where the node stands
-    """
-
-    ids: Tensor
-    positions: Tensor
-    parent: Tensor
-    node: Tensor
-    row: Tensor
-    place: Tensor
-
-
-def prefix_tree(ids: Tensor, real: Tensor) -> PrefixTree:
-    """The tree of rows ids (B, T), right-padded where `real` (B, T) is False. Exact: tokens are compared, not hashed.
-
-    In the sorted rows a prefix that any row above has, the next row above has too.
-    """
-    rows, row = torch.unique(ids.masked_fill(~real, -1), dim=0, return_inverse=True)  # (R, T), (B,)
-    shared = F.pad((rows[1:] == rows[:-1]).long().cumprod(1), (0, 0, 1, 0)).bool()  # as in the row above up to here
-    new = (rows >= 0) & ~shared  # (R, T)
-    number = (new.flatten().cumsum(0) - 1).view_as(rows)
-    first = torch.arange(len(rows), device=ids.device)[:, None] * new
-    node = number.gather(0, first.cummax(0).values).masked_fill(rows < 0, 0)  # (R, T)
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(rows)[new]
-    place = new.flatten().nonzero()[:, 0]
-    parent = node.flatten()[place - (positions > 0).long()]
-    return PrefixTree(rows[new][None], positions[None], parent, node, row, place)
-
-
-def tree_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """Over a PrefixTree: query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N, heads, D).
-
-    Only here are rows whole again: every node is copied to where it stands. All else in a layer is done once a node.
-    """
-    check_layer(module, attention_mask, sliding_window, kwargs)
-    tree = kwargs["position_ids"].tree
-    R, T = tree.node.shape
-
-    def spread_out(x: Tensor) -> Tensor:  # (1, heads, N, D) -> (R, heads, T, D)
-        flat = x[0].transpose(0, 1).flatten(1).index_select(0, tree.node.flatten())
-        return flat.view(R, T, *x.shape[1::2]).transpose(1, 2)
-
-    mask = None  # causal, which also keeps the padding on the right out of sight
-    if sliding_window is not None:
-        t = torch.arange(T, device=query.device)
-        mask = (t <= t[:, None]) & (t > t[:, None] - sliding_window)
-    rows = [spread_out(x) for x in (query, key, value)]
-    options = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "enable_gqa": True}
-    out = F.scaled_dot_product_attention(*rows, **options).transpose(1, 2)  # (R, T, heads, D)
-    return out.flatten(0, 1).index_select(0, tree.place)[None], None
-
-
 AttentionInterface.register("ragged", ragged_attention)
-AttentionInterface.register("prefix_tree", tree_attention)

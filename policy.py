@@ -1,7 +1,6 @@
 """The policy: loading, scoring, updating and saving a causal language model, and a run's directory.
 
-Everything that the algorithm files share and that is not an algorithm. One process for now; `Scorer.forward` does all
-the work on the weights that a training step needs, so that sharding has one module to wrap.
+Everything that the algorithm files share and that is not an algorithm. One process for now.
 """
 
 import hashlib
@@ -24,8 +23,8 @@ from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
-from attention import PrefixTree, attention_is, prefix_tree
-from loss import KL_KINDS, Scores, policy_loss, token_scores
+from loss import KL_KINDS, Scores, policy_loss
+from scorer import Scorer
 
 logging.disable_progress_bar()  # "Loading weights" on every load
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -128,47 +127,10 @@ def check_head(model, name: str) -> None:
         raise ValueError(f"--model {name}: its logits are not hidden @ head.T (a cap, scale or bias); not supported")
 
 
-class Scorer(nn.Module):
-    """Token log-probabilities, entropy and the KL to a reference, of whole rollouts.
-
-    forward(ids (B, T), action_mask (B, T), temperature) -> Scores of (B, T) float32 tensors, 0 where not sampled.
-    Rows start at position 0. A prefix that several rows begin with, and a token sampled there by several of them, is
-    computed once: its scores, and with them the gradients, are those of every row that has it.
-    """
-
-    def __init__(self, model, reference=None, chunk: int | None = None):
-        super().__init__()
-        self.model, self.reference, self.chunk = model, reference, chunk
-        if reference is not None:
-            reference.requires_grad_(False)
-
-    def forward(self, ids: Tensor, action_mask: Tensor, temperature: float = 1.0) -> Scores:
-        needed = action_mask.flip(1).cummax(1).values.flip(1)  # nothing after a row's last sampled token is
-        tree = prefix_tree(ids, needed)
-        sampled = tree.node[tree.row][action_mask]  # (M,) the nodes of sampled tokens
-        chosen, back = torch.unique(sampled, return_inverse=True)
-        hidden, head = self._hidden(self.model, tree, chosen)
-        ref_hidden = ref_head = None
-        if self.reference is not None:
-            with torch.no_grad():
-                ref_hidden, ref_head = self._hidden(self.reference, tree, chosen)
-        tokens = tree.ids[0, chosen]
-        scores = token_scores(hidden, head, tokens, ref_hidden, ref_head, temperature, self.chunk)
-        return Scores(*(x.new_zeros(ids.shape).masked_scatter(action_mask, x[back]) for x in scores))
-
-    @staticmethod
-    def _hidden(model, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        positions = tree.positions.clone()
-        positions.tree = tree  # the layers hand it on to their attention
-        with attention_is(model, "prefix_tree"):
-            hidden = model.get_decoder()(input_ids=tree.ids, position_ids=positions, use_cache=False).last_hidden_state
-        return hidden[0, tree.parent[chosen]], model.get_output_embeddings().weight  # (M, H), (V, H)
-
-
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
     """Row indices, cut so that rows x longest row stays within the budget; each row in exactly one.
 
-    In order, since neighbours are siblings that share their prefix; padding costs next to nothing (`tree_attention`).
+    In order, since neighbours are siblings that share their prefix; padding costs next to nothing (scorer.py).
     """
     batches, start, longest = [], 0, 0
     for row, length in enumerate(lengths.tolist()):
@@ -345,7 +307,7 @@ def train(config, run: Path, scorer: Scorer, tokenizer, steps: int, make_batch, 
     kept in run/checkpoint is the one after the `save_every` steps with the highest mean training reward, counting
     steps of `config.last_stage` only.
     """
-    optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=config.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     start, best, window = 0, float("-inf"), []
 
     def save(step: int) -> None:

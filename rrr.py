@@ -27,7 +27,6 @@ from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
 from policy import (
     KL_HELP,
     Batch,
-    Scorer,
     TrainConfig,
     check_counts,
     check_run,
@@ -41,6 +40,7 @@ from policy import (
     train,
 )
 from sampler import Sampler
+from scorer import Scorer
 from tasks import first_turn_ids, follow_up_ids, read_jsonl, seam_ids
 
 PIECE = 1024  # answers sampled in one go while failures are collected

@@ -270,6 +270,7 @@ class Sampler:
                 rollout = rollout._take(parent, capacity, self.pad_id, cache)
             rollout.seeds, rollout.parents, prompted = seeds, index[parent], rollout.lengths.clone()
             self._decode(rollout, rollout.lengths + torch.tensor(limits, device=index.device), temperature)
+            self._fused = None  # its packed weights are of no use after an update
         real = column < rollout.lengths[:, None]  # (B, capacity)
         rollout.action_mask |= real & (column >= prompted[:, None])  # what this turn sampled
         rollout.turn.masked_fill_(real & (rollout.turn < 0), turn)

@@ -20,7 +20,6 @@ from evaluate import evaluate_both, grade, prepare, report, watcher
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
 from policy import (
     Batch,
-    Scorer,
     TrainConfig,
     check_counts,
     exit_on_bad_input,
@@ -33,6 +32,7 @@ from policy import (
     train,
 )
 from sampler import Sampler
+from scorer import Scorer
 from tasks import follow_up_ids
 
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")

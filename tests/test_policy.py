@@ -13,6 +13,7 @@ import policy
 import score
 import tiny
 from loss import divide_by_std, later_in_turn, subtract_baseline, token_scores
+from scorer import Scorer
 
 
 def small_llama(seed=0, **changes):
@@ -45,7 +46,7 @@ def made_up_rollout(rows=7, pad=0, seed=0):
 
 
 def gradient_of(rollout, budget, seed=0):
-    scorer = policy.Scorer(small_llama().double(), small_llama(1).double(), chunk=5)
+    scorer = Scorer(small_llama().double(), small_llama(1).double(), chunk=5)
     g = torch.Generator().manual_seed(seed)
     per_turn = torch.randn(len(rollout.ids), 2, generator=g, dtype=torch.float64)
     adv = loss.spread(per_turn, rollout)
@@ -81,7 +82,7 @@ def test_scores_equal_a_plain_forward_and_a_full_softmax(pad):
         made_up_rollout(pad=pad),
         0.7,
     )
-    scores = policy.Scorer(model, reference, chunk=4)(rollout.ids, rollout.action_mask, T)
+    scores = Scorer(model, reference, chunk=4)(rollout.ids, rollout.action_mask, T)
     for row, length in enumerate(rollout.lengths.tolist()):
         ids = rollout.ids[row : row + 1, :length]
         logp, ref = ((m(input_ids=ids).logits[0] / T).log_softmax(-1) for m in (model, reference))
@@ -103,14 +104,14 @@ def test_no_kl_and_no_credit_reach_prompt_instruction_or_padding():
     grads = []
     for fill in (0.0, 100.0):
         adv, coef = (torch.where(outside, fill, 1.0).double() for _ in range(2))
-        scorer = policy.Scorer(small_llama().double(), small_llama(1).double())
+        scorer = Scorer(small_llama().double(), small_llama(1).double())
         policy.accumulate_gradients(scorer, policy.Batch(rollout, adv, coef, 7, {}), score.Config())
         grads.append(torch.cat([p.grad.flatten() for p in scorer.model.parameters()]))
     torch.testing.assert_close(*grads, atol=1e-12, rtol=0)
 
 
 def test_the_reference_gets_no_gradient():
-    scorer = policy.Scorer(small_llama(), small_llama(1))
+    scorer = Scorer(small_llama(), small_llama(1))
     rollout = made_up_rollout()
     ones = rollout.action_mask.float()
     policy.accumulate_gradients(scorer, policy.Batch(rollout, ones, ones, 7, {}), score.Config())
@@ -217,7 +218,7 @@ def test_the_gradient_is_clipped_to_its_norm():
 def test_a_second_epoch_is_clipped_against_the_first_ones_policy(monkeypatch):
     rollout = made_up_rollout()
     ones = rollout.action_mask.float()
-    scorer = policy.Scorer(small_llama(), small_llama())
+    scorer = Scorer(small_llama(), small_llama())
     seen = []
 
     def spy(scorer, batch, config, old_logprobs=None):

@@ -4,10 +4,9 @@ import pytest
 import torch
 import transformers as tf
 
-from attention import prefix_tree
 from conftest import TINY, VOCAB, build
 from loss import Scores
-from policy import Scorer
+from scorer import Scorer, prefix_tree
 
 
 def random_rows(B=40, T=11, vocabulary=3, seed=0):

@@ -1,0 +1,114 @@
+"""Token log-probabilities of whole rollouts, with gradients: every distinct prefix of a batch is encoded once.
+
+Rows of a group share their prompt, second attempts their first, and a policy that has learnt something says many things
+twice. `Scorer.forward` does all the work on the weights that a training step needs, so that sharding has one module to
+wrap.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from attention import attention_is, check_layer
+from loss import Scores, token_scores
+
+
+class PrefixTree(NamedTuple):
+    """The distinct prefixes of B rows, each a node that is encoded once; R distinct rows, N nodes.
+
+    ids, positions: (1, N) int64, what to feed
+    parent:         (N,) int64, the node of the prefix without its last token; its own index at position 0
+    node:           (R, T) int64, the node at each place of a distinct row; 0 in the padding on the right
+    row:            (B,) int64, which distinct row a row is
+    place:          (N,) int64, one place of `node`, flattened, where the node stands
+    """
+
+    ids: Tensor
+    positions: Tensor
+    parent: Tensor
+    node: Tensor
+    row: Tensor
+    place: Tensor
+
+
+def prefix_tree(ids: Tensor, real: Tensor) -> PrefixTree:
+    """The tree of rows ids (B, T), right-padded where `real` (B, T) is False. Exact: tokens are compared, not hashed.
+
+    In the sorted rows a prefix that any row above has, the next row above has too.
+    """
+    rows, row = torch.unique(ids.masked_fill(~real, -1), dim=0, return_inverse=True)  # (R, T), (B,)
+    shared = F.pad((rows[1:] == rows[:-1]).long().cumprod(1), (0, 0, 1, 0)).bool()  # as in the row above up to here
+    new = (rows >= 0) & ~shared  # (R, T)
+    number = (new.flatten().cumsum(0) - 1).view_as(rows)
+    first = torch.arange(len(rows), device=ids.device)[:, None] * new
+    node = number.gather(0, first.cummax(0).values).masked_fill(rows < 0, 0)  # (R, T)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(rows)[new]
+    place = new.flatten().nonzero()[:, 0]
+    parent = node.flatten()[place - (positions > 0).long()]
+    return PrefixTree(rows[new][None], positions[None], parent, node, row, place)
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """Over a PrefixTree: query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N, heads, D).
+
+    Only here are rows whole again: every node is copied to where it stands. All else in a layer is done once a node.
+    """
+    check_layer(module, attention_mask, sliding_window, kwargs)
+    tree = kwargs["position_ids"].tree
+    R, T = tree.node.shape
+
+    def spread_out(x: Tensor) -> Tensor:  # (1, heads, N, D) -> (R, heads, T, D)
+        flat = x[0].transpose(0, 1).flatten(1).index_select(0, tree.node.flatten())
+        return flat.view(R, T, *x.shape[1::2]).transpose(1, 2)
+
+    mask = None  # causal, which also keeps the padding on the right out of sight
+    if sliding_window is not None:
+        t = torch.arange(T, device=query.device)
+        mask = (t <= t[:, None]) & (t > t[:, None] - sliding_window)
+    rows = [spread_out(x) for x in (query, key, value)]
+    options = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "enable_gqa": True}
+    out = F.scaled_dot_product_attention(*rows, **options).transpose(1, 2)  # (R, T, heads, D)
+    return out.flatten(0, 1).index_select(0, tree.place)[None], None
+
+
+AttentionInterface.register("prefix_tree", tree_attention)
+
+
+class Scorer(nn.Module):
+    """Token log-probabilities, entropy and the KL to a reference, of whole rollouts.
+
+    forward(ids (B, T), action_mask (B, T), temperature) -> Scores of (B, T) float32 tensors, 0 where not sampled.
+    Rows start at position 0. A prefix that several rows begin with, and a token sampled there by several of them, is
+    computed once: its scores, and with them the gradients, are those of every row that has it.
+    """
+
+    def __init__(self, model, reference=None, chunk: int | None = None):
+        super().__init__()
+        self.model, self.reference, self.chunk = model, reference, chunk
+        if reference is not None:
+            reference.requires_grad_(False)
+
+    def forward(self, ids: Tensor, action_mask: Tensor, temperature: float = 1.0) -> Scores:
+        needed = action_mask.flip(1).cummax(1).values.flip(1)  # nothing after a row's last sampled token is
+        tree = prefix_tree(ids, needed)
+        sampled = tree.node[tree.row][action_mask]  # (M,) the nodes of sampled tokens
+        chosen, back = torch.unique(sampled, return_inverse=True)
+        hidden, head = self._hidden(self.model, tree, chosen)
+        ref_hidden = ref_head = None
+        if self.reference is not None:
+            with torch.no_grad():
+                ref_hidden, ref_head = self._hidden(self.reference, tree, chosen)
+        tokens = tree.ids[0, chosen]
+        scores = token_scores(hidden, head, tokens, ref_hidden, ref_head, temperature, self.chunk)
+        return Scores(*(x.new_zeros(ids.shape).masked_scatter(action_mask, x[back]) for x in scores))
+
+    @staticmethod
+    def _hidden(model, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        positions = tree.positions.clone()
+        positions.tree = tree  # the layers hand it on to their attention
+        with attention_is(model, "prefix_tree"):
+            hidden = model.get_decoder()(input_ids=tree.ids, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden[0, tree.parent[chosen]], model.get_output_embeddings().weight  # (M, H), (V, H)

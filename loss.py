@@ -46,11 +46,11 @@ def token_scores(
     """Scores of M tokens from the hidden states that predict them, without ever holding all (M, V) logits.
 
     hidden, ref_hidden (M, H); head, ref_head (V, H); tokens (M,) int64. `chunk` tokens at a time (by default as many
-    as make 2^25 logits), and each chunk's logits are computed again in the backward pass: so memory grows with the
+    as make 2^24 logits), and each chunk's logits are computed again in the backward pass: so memory grows with the
     chunk only. Both distributions are taken at the sampling `temperature`. Without a reference, ref_logprobs and kl
     are zero.
     """
-    chunk = chunk or max(1, 2**25 // len(head))
+    chunk = chunk or max(1, 2**24 // len(head))
 
     def score(hidden, tokens, ref_hidden):
         logp = F.log_softmax(at_least_float32(hidden @ head.T) / temperature, dim=-1)  # (chunk, V)

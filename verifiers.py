@@ -103,17 +103,21 @@ def run_steps(response: str, numbers: list[int]) -> int | None:
     `16 / 8 = 2 ; 19 + 2 = 21`: every step combines two values still unused, states their exact result, an integer
     from 0 to 99, and puts it back; one value is left at the end.
     """
-    unused = Counter(str(n) for n in numbers)
+    unused = [str(n) for n in numbers]
     value = None
     for step in response.split(" ; "):
         words = step.split(" ")
-        if len(words) != 5 or words[3] != "=" or not unused >= Counter((words[0], words[2])):
+        if len(words) != 5 or words[3] != "=":
             return None
+        for word in (words[0], words[2]):
+            if word not in unused:
+                return None
+            unused.remove(word)
         value = step_result(int(words[0]), words[1], int(words[2]))
         if value is None or str(value) != words[4]:
             return None
-        unused = unused - Counter((words[0], words[2])) + Counter((words[4],))
-    return value if unused.total() == 1 else None
+        unused.append(words[4])
+    return value if len(unused) == 1 else None
 
 
 def step_result(left: int, operator: str, right: int) -> int | None:

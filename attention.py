@@ -53,10 +53,11 @@ def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, d
     Slot j iff j <= position and within the window; the same for each of the `heads` that share a key-value head.
     """
     slot, position = torch.arange(width, device=positions.device), positions[:, :, None]
-    visible = slot <= position  # (n, Q, width)
+    hidden = slot > position  # (n, Q, width)
     if window is not None:
-        visible &= slot > position - window
-    return torch.where(visible, 0.0, -torch.inf).to(dtype).repeat(1, heads, 1)[:, None]
+        hidden |= slot <= position - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    return mask.repeat(1, heads, 1)[:, None]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -3,7 +3,11 @@
 Slot j of a cache row holds the token at position j: rows start at position 0 and have their own lengths,
 with no padding on the left. Between calls the cache holds all tokens of a row but the last, the pending one,
 so whatever is fed next starts with it: a decoding step or the next turn's instruction. Left out: top-k, top-p
-and penalties (a policy gradient needs the log-probs of what was sampled from), paged memory, CUDA graphs.
+and penalties (a policy gradient needs the log-probs of what was sampled from), paged memory, and reading a group's
+prompt once for all its rows (it is *computed* once; bench/README.md has what reading it once would gain).
+
+Speed beyond that is in fused.py, a forward pass without modules for Llama-like models, and in `_capture`: on CUDA its
+decoding steps are replayed as graphs.
 """
 
 from contextlib import contextmanager
@@ -155,7 +159,8 @@ class Sampler:
     max_batch: rows decoded together; block: steps between two looks at which are done (a host sync each; by default
     4 on CPU, where it costs nothing, else 16); prefill_tokens: prompt tokens fed at once. It stops at the tokenizer's
     eos and at those of the model's generation_config, of which nothing else is used. The constructor runs the model,
-    on two tokens.
+    on two tokens. `fused` says whether decoding takes the fast path of fused.py, `graphs` whether steps are captured;
+    both may be set to False.
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
@@ -164,6 +169,7 @@ class Sampler:
         self.fused, self._fused = False, None
         self._probe()
         self.graphs = self.fused and model.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         config, eos = model.config.get_text_config(), model.generation_config.eos_token_id
         vocabulary, self.limit = range(config.vocab_size), config.max_position_embeddings
         rope = getattr(config, "rope_parameters", None) or {}
@@ -189,13 +195,17 @@ class Sampler:
         try:
             with _sampling_mode(self.model):
                 logits = self._forward(cache, 0, ids, ids.clone(), 2)
-                if fusable(self.model):
-                    self._fused = fuse(self.model)
-                    error = (self._forward(KVCache(1, 2, ids.device), 0, ids, ids, 2) - logits).abs().max()
-                    self.fused = bool(error < (1e-4 if logits.dtype == torch.float32 else 0.05) * logits.abs().max())
+                self.fused = fusable(self.model) and self._agrees(ids, logits)
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
         require(len(cache.layers) == config.num_hidden_layers, f"{name}: some layers keep no keys in it")
+
+    def _agrees(self, ids, logits):
+        """Whether the fused path gives the model's own logits (1, V) for ids (1, Q), up to rounding."""
+        cache = KVCache(1, ids.shape[1], ids.device)
+        cache.aim(0, ids, ids.shape[1])
+        error = (fuse(self.model)(cache, ids, ids) - logits).abs().max()
+        return bool(error < (1e-4 if logits.dtype.itemsize > 2 else 0.05) * logits.abs().max())
 
     def generate(self, prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, seeds=None):
         """Sample group_size completions of each prompt; row i belongs to prompt i // group_size.
@@ -354,7 +364,7 @@ class Sampler:
 
     def _capture(self, step):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):  # one pool: graphs run one after the other
             step()
         return graph.replay
 

@@ -1,0 +1,179 @@
+"""What the timing scripts share: flags, models, workloads, clocks, tables and the JSON line at the end."""
+
+import json
+import math
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import CompileConfig, GenerationConfig, StoppingCriteria
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from policy import flag, load_model, parse_args  # noqa: E402, F401
+
+
+@dataclass
+class BenchConfig:
+    """The flags that every timing script shares."""
+
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to run")
+    dtype: str | None = flag(None, "float32 or bfloat16; default: bfloat16 on a GPU, else float32")
+    repeats: int = flag(3, "rounds; in each of them everything compared runs once, in turn")
+    seed: int = flag(0, "seed of the workload")
+
+    def __post_init__(self):
+        self.dtype = self.dtype or ("float32" if self.device == "cpu" else "bfloat16")
+
+
+def load(name: str, config: BenchConfig, positions: int = 0):
+    """(model, tokenizer) for conversations of `positions` tokens, be the model trained on such lengths or not."""
+    model, tokenizer = load_model(name, config.device)
+    return ready(model, config, positions), tokenizer
+
+
+def ready(model, config: BenchConfig, positions: int = 0):
+    model.to(config.device, getattr(torch, config.dtype)).eval()
+    text = model.config.get_text_config()  # rotary positions have no limit of their own
+    text.max_position_embeddings = max(text.max_position_embeddings, positions)
+    model.generation_config = GenerationConfig()  # no stop tokens, penalties or limits that a benchmark doesn't see
+    return model
+
+
+def draw_ids(rng: random.Random, length: int, vocabulary: int) -> list[int]:
+    return [rng.randrange(vocabulary) for _ in range(length)]
+
+
+def draw_lengths(rng: random.Random, count: int, median: float, longest: int, sigma: float = 0.8) -> list[int]:
+    """Response lengths, log-normal as those of a model that may think, clipped to 1..longest."""
+    return [min(longest, max(1, round(rng.lognormvariate(math.log(median), sigma)))) for _ in range(count)]
+
+
+def clock(function, device: str):
+    """(seconds, result), with the device's queue empty before and after."""
+    synchronize(device)
+    started = time.perf_counter()
+    result = function()
+    synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def left_padded(rows: list[list[int]], width: int, device: str):
+    """(ids, attention mask), both (n, width)."""
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+
+
+def generate_options(cache: str, temperature: float, max_new_tokens: int) -> dict:
+    """For `model.generate`: a dynamic, static or compiled static cache, no stop token, nothing hidden."""
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "pad_token_id": 0}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if cache != "dynamic":
+        settings |= {"cache_implementation": "static", "disable_compile": cache != "compiled"}
+    if cache == "compiled":
+        settings["compile_config"] = CompileConfig()
+        settings["compile_config"]._compile_all_devices = True  # by itself it compiles on accelerators only
+    return {"generation_config": GenerationConfig(**settings)}
+
+
+class StepClock(StoppingCriteria):
+    """Times generate's steps from the `first` to the `last`, in steady state: after prefill and compilation."""
+
+    def __init__(self, first: int, last: int, device: str):
+        self.first, self.last, self.device, self.calls, self.times = first, last, device, 0, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += 1
+        if self.calls in (self.first, self.last):
+            synchronize(self.device)
+            self.times.append(time.perf_counter())
+        return torch.full((len(input_ids),), self.calls >= self.last, device=input_ids.device)
+
+    @classmethod
+    def measure(cls, model, rows, width: int, cache: str, temperature: float, capacity: int, device: str) -> float:
+        """Seconds a step of `model.generate` on rows padded to `width`, with room for `capacity` tokens."""
+        steps = cls(min(4, capacity - 1), min(12, capacity), device)
+        ids, mask = left_padded(rows, width, device)
+        options = generate_options(cache, temperature, capacity)
+        model.generate(ids, attention_mask=mask, stopping_criteria=[steps], **options)
+        return (steps.times[1] - steps.times[0]) / (steps.last - steps.first)
+
+
+def interleave(jobs: dict, repeats: int) -> dict[str, list]:
+    """Results of each job, run A B A B ...: what slows the machine down for a while slows all of them."""
+    results = {name: [] for name in jobs}
+    for _ in range(repeats):
+        for name, job in jobs.items():
+            results[name].append(job())
+    return results
+
+
+def resident_mib(line: str = "VmHWM") -> float:
+    """This process's peak memory since it started, or with VmRSS its memory now (Linux).
+
+    Unlike ru_maxrss it doesn't start from the peak of the process that started this one.
+    """
+    for entry in Path("/proc/self/status").read_text().splitlines():
+        if entry.startswith(line + ":"):
+            return int(entry.split()[1]) / 2**10
+    raise OSError(f"/proc/self/status has no {line}")
+
+
+def memory_mib(device: str, peak: bool = True) -> float:
+    """Of the GPU if the work is done there, else of the process."""
+    if device.startswith("cuda"):
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    return resident_mib("VmHWM" if peak else "VmRSS")
+
+
+def last_json(command: list) -> dict:
+    """What a program of ours says of itself in its last line."""
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median and range."""
+    low, high = min(values), max(values)
+    return f"{statistics.median(values):.{digits}f}" + (f" ({low:.{digits}f}-{high:.{digits}f})" if low < high else "")
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Of medians."""
+    return round(statistics.median(above) / statistics.median(below), 3)
+
+
+def print_table(header: tuple, rows: list[tuple]) -> None:
+    print("\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ("---",) * len(header), *rows]), flush=True)
+
+
+def finish(config, **figures) -> None:
+    """The last line: figures, flags, and what they were measured on."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    about = {"hardware": hardware(config.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    about |= {"transformers": transformers.__version__, "commit": commit.stdout.strip() or None}
+    print(json.dumps({"bench": Path(sys.argv[0]).stem, **figures, **about, "flags": asdict(config)}))
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0]} x {len(models)}" if models else platform.processor()

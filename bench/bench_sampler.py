@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from common import (
     BenchConfig,
-    StepClock,
     clock,
     draw_ids,
     draw_lengths,
     finish,
     flag,
     generate_options,
+    generate_step,
     interleave,
     left_padded,
     load,
@@ -52,7 +52,7 @@ class Config(BenchConfig):
     cache: str | None = flag(None, "generate's: dynamic, static or compiled (static); default: the fastest")
     rows: int | None = flag(None, "rows a call of generate; default: the fastest of 32, 64, 128")
     try_compiled: bool = flag(
-        torch.cuda.is_available(), "measure the compiled static cache too (compiling takes minutes)"
+        True, "measure the compiled static cache too; compiling takes minutes, and a C++ compiler"
     )
 
 
@@ -155,10 +155,10 @@ def best_setting(model, work: Workload, config: Config) -> Setting:
     predicted, table = {}, []
     for setting in candidates:
         groups = calls(rows, setting.rows)
-        steps, widest = sum(max(work.lengths[0][i] for i in group) for group in groups), config.longest_prompt
-        width = widest if setting.cache != "dynamic" else len(rows[groups[len(groups) // 2][0]])
-        prompts = [rows[i] for i in groups[len(groups) // 2]]
-        step = StepClock.measure(model, prompts, width, setting.cache, 1.0, config.max_new_tokens, config.device)
+        steps = sum(max(work.lengths[0][i] for i in group) for group in groups)
+        width = len(rows[groups[len(groups) // 2][0]]) if setting.cache == "dynamic" else config.longest_prompt
+        half = config.max_new_tokens // 2  # a dynamic cache gets slower as it grows: look at it half-way
+        step = generate_step(model, setting.cache, setting.rows, width + half, config.max_new_tokens - half)
         predicted[setting] = step * steps
         table.append((setting.cache, setting.rows, f"{step * 1e3:.1f}", steps, f"{step * steps:.1f}"))
     print_table(("generate's cache", "rows a call", "ms a step", "steps of turn 1", "predicted s"), table)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import CompileConfig, GenerationConfig, StoppingCriteria
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, StoppingCriteria
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -103,14 +103,25 @@ class StepClock(StoppingCriteria):
             self.times.append(time.perf_counter())
         return torch.full((len(input_ids),), self.calls >= self.last, device=input_ids.device)
 
-    @classmethod
-    def measure(cls, model, rows, width: int, cache: str, temperature: float, capacity: int, device: str) -> float:
-        """Seconds a step of `model.generate` on rows padded to `width`, with room for `capacity` tokens."""
-        steps = cls(min(4, capacity - 1), min(12, capacity), device)
-        ids, mask = left_padded(rows, width, device)
-        options = generate_options(cache, temperature, capacity)
-        model.generate(ids, attention_mask=mask, stopping_criteria=[steps], **options)
-        return (steps.times[1] - steps.times[0]) / (steps.last - steps.first)
+
+def generate_step(model, cache: str, rows: int, context: int, room: int, temperature: float = 1.0) -> float:
+    """Seconds a step of `model.generate` on `rows` rows with `context` tokens each, a static cache having `room` more.
+
+    The cache is filled with noise instead of a prefill, which would take longer than what is measured.
+    """
+    device, config = model.device, model.config.get_text_config()
+    kind = {"config": config} if cache == "dynamic" else {"config": config, "max_cache_len": context + room}
+    filled = (DynamicCache if cache == "dynamic" else StaticCache)(**kind)
+    heads, size = config.num_key_value_heads, getattr(config, "head_dim", None)
+    size = size or config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        filled.update(*torch.randn(2, rows, heads, context, size, device=device, dtype=model.dtype), layer)
+    ids = torch.zeros(rows, context + 1, dtype=torch.int64, device=device)
+    steps = StepClock(min(4, room - 1), min(12, room), str(device))
+    options = generate_options(cache, temperature, room) | {"past_key_values": filled, "stopping_criteria": [steps]}
+    options["generation_config"].cache_implementation = None  # it is given
+    model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return (steps.times[1] - steps.times[0]) / (steps.last - steps.first)
 
 
 def interleave(jobs: dict, repeats: int) -> dict[str, list]:

@@ -1,0 +1,148 @@
+"""A decode step against the hardware: the time it takes beside the time that its bytes or its arithmetic must take.
+
+    python bench/bench_roofline.py --model DIR
+
+The floor of a step at batch B and context C is the larger of bytes / bandwidth and FLOPs / rate. Bytes: every weight
+and every cached key and value once. FLOPs: 2 a weight and row, and 4 C a layer, row and width of all heads. Bandwidth
+and rate are the best that torch reaches here on a large tensor and a large product, measured again in every round.
+"""
+
+import random
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from common import (
+    BenchConfig,
+    clock,
+    draw_ids,
+    finish,
+    flag,
+    generate_step,
+    interleave,
+    load,
+    parse_args,
+    print_table,
+)
+
+from sampler import Sampler
+
+WARM = 8  # steps that are not counted: what a call costs once is in both times whose difference is taken
+
+
+@dataclass
+class Config(BenchConfig):
+    model: str = flag("models/tiny", "model directory")
+    batches: str = flag("1,8,32,64,128", "rows decoded together")
+    context: int = flag(200, "tokens in the cache, on average over the steps timed")
+    steps: int = flag(16, "decode steps timed, a difference of two calls")
+    probe_mib: int = flag(1024, "size of the tensor read to measure bandwidth")
+    probe_size: int = flag(4096, "rows of the matrix product that measures the arithmetic; half as many columns")
+
+
+def fastest(functions: list, device: str, tries: int = 4) -> float:
+    """Seconds of the fastest try of the fastest function, each tried once before."""
+    return min(clock(function, device)[0] for function in functions for _ in range(tries + 1))
+
+
+def bandwidth(config: Config) -> float:
+    """Bytes a second of reading a large tensor: a sum, or a product with a vector."""
+    x = torch.ones(config.probe_mib * 2**10, 256, device=config.device)  # float32
+    v = torch.ones(256, device=config.device)
+    return x.numel() * 4 / fastest([x.sum, lambda: x @ v], config.device)
+
+
+def arithmetic(config: Config) -> dict[str, float]:
+    """FLOPs a second of a large product, of each way that torch offers for this device."""
+    rows, columns = config.probe_size, config.probe_size // 2
+    x = torch.randn(rows, columns, device=config.device).to(getattr(torch, config.dtype))
+    weight = torch.randn(columns, columns, device=config.device).to(x)
+    ways = {"F.linear": lambda: F.linear(x, weight), "matmul": lambda: x @ weight}
+    if config.device == "cpu" and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        ways["packed weight"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return {name: 2 * rows * columns**2 / fastest([way], config.device) for name, way in ways.items()}
+
+
+def cost(model, batch: int, context: int) -> tuple[float, float]:
+    """(bytes, FLOPs) that a decode step can't do without."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    if embedding is not model.get_output_embeddings().weight:
+        weights -= embedding.numel()  # of which a step reads one row a token
+    cached = 2 * batch * context * config.num_hidden_layers * config.num_key_value_heads * size
+    attention = 4 * batch * context * config.num_hidden_layers * config.num_attention_heads * size
+    return (weights + cached) * embedding.element_size(), 2.0 * weights * batch + attention
+
+
+def our_step(sampler: Sampler, rollout, config: Config) -> float:
+    """Seconds a step: the difference between extending these rows by WARM + steps tokens and by WARM."""
+
+    def took(count: int) -> float:
+        more = [[0]] * len(rollout.lengths)
+        return clock(lambda: sampler.extend(rollout, more, max_new_tokens=count), config.device)[0]
+
+    few, many = took(WARM), took(WARM + config.steps)
+    return (many - few) / config.steps
+
+
+def at_batch(model, sampler: Sampler, batch: int, config: Config) -> dict[str, list]:
+    """Every round's ceilings and step times at one batch size."""
+    rng, vocabulary = random.Random(config.seed), model.config.get_text_config().vocab_size
+    before = max(1, config.context - WARM - config.steps // 2 - 2)
+    prompts = [draw_ids(rng, before, vocabulary) for _ in range(batch)]  # distinct: no row's cache is another's
+    rollout = sampler.generate(prompts, max_new_tokens=1)
+    room = WARM + config.steps
+    jobs = {
+        "bandwidth": lambda: bandwidth(config),
+        "arithmetic": lambda: arithmetic(config),
+        "ours": lambda: our_step(sampler, rollout, config),
+        "dynamic": lambda: generate_step(model, "dynamic", batch, config.context, room),
+        "static": lambda: generate_step(model, "static", batch, config.context, room),
+    }
+    return interleave(jobs, config.repeats)
+
+
+def summary(model, batch: int, rounds: dict, config: Config) -> dict:
+    """Medians in ms; shares are taken in each round, since the ceilings move when the machine is shared."""
+    needed, flops = cost(model, batch, config.context)
+    reading = [needed / rate for rate in rounds["bandwidth"]]
+    counting = [flops / max(rates.values()) for rates in rounds["arithmetic"]]
+    floors = [max(pair) for pair in zip(reading, counting, strict=True)]
+    cache = min(("dynamic", "static"), key=lambda kind: median(rounds[kind]))
+    steps = {"ours": rounds["ours"], "generate": rounds[cache]}
+    out = {"batch": batch, "bytes_ms": median(reading) * 1e3, "flops_ms": median(counting) * 1e3, "cache": cache}
+    for side, seconds in steps.items():
+        shares = [floor / second for floor, second in zip(floors, seconds, strict=True)]
+        out |= {f"{side}_ms": median(seconds) * 1e3, f"{side}_share": median(shares)}
+    return out
+
+
+def main(config: Config) -> None:
+    model, tokenizer = load(config.model, config, 2 * config.context + WARM + config.steps)
+    sampler = Sampler(model, tokenizer)
+    sampler.is_stop[:] = False
+    lines, figures, ceilings = [], {}, {"bandwidth": [], "arithmetic": []}
+    for batch in map(int, config.batches.split(",")):
+        rounds = at_batch(model, sampler, batch, config)
+        line = summary(model, batch, rounds, config)
+        lines.append(line)
+        figures[f"speedup_batch{batch}"] = round(line["generate_ms"] / line["ours_ms"], 3)
+        figures[f"roofline_share_batch{batch}"] = round(line["ours_share"], 3)
+        for name, seen in ceilings.items():
+            seen += rounds[name]
+    print(f"{median(ceilings['bandwidth']) / 1e9:.1f} GB/s")
+    for way in ceilings["arithmetic"][0]:
+        print(f"{median(rates[way] for rates in ceilings['arithmetic']) / 1e9:.0f} GFLOP/s, {config.dtype}, {way}")
+    header = ("batch", "bytes, ms", "FLOPs, ms", "ours, ms", "of roofline", "generate, ms", "of roofline", "its cache")
+    keys = ("bytes_ms", "flops_ms", "ours_ms", "ours_share", "generate_ms", "generate_share")
+    print()
+    print_table(header, [(line["batch"], *(f"{line[key]:.2f}" for key in keys), line["cache"]) for line in lines])
+    finish(config, **figures, lines=lines)
+
+
+if __name__ == "__main__":
+    main(parse_args(Config))

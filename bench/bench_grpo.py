@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from common import (
     BenchConfig,
     clock,
@@ -32,7 +33,6 @@ from common import (
     ratio,
     spread,
 )
-
 from loss import divide_by_std, subtract_baseline
 from loss import spread as spread_turns
 from policy import Batch, Scorer, TrainConfig, update

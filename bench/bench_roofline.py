@@ -13,6 +13,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+
 from common import (
     BenchConfig,
     clock,
@@ -24,8 +25,9 @@ from common import (
     load,
     parse_args,
     print_table,
+    ratio,
+    spread,
 )
-
 from sampler import Sampler
 
 WARM = 8  # steps that are not counted: what a call costs once is in both times whose difference is taken
@@ -33,10 +35,11 @@ WARM = 8  # steps that are not counted: what a call costs once is in both times 
 
 @dataclass
 class Config(BenchConfig):
+    repeats: int = flag(5, "rounds; in each of them everything compared runs once, in turn")
     model: str = flag("models/tiny", "model directory")
     batches: str = flag("1,8,32,64,128", "rows decoded together")
     context: int = flag(200, "tokens in the cache, on average over the steps timed")
-    steps: int = flag(16, "decode steps timed, a difference of two calls")
+    steps: int = flag(32, "decode steps timed, a difference of two calls")
     probe_mib: int = flag(1024, "size of the tensor read to measure bandwidth")
     probe_size: int = flag(4096, "rows of the matrix product that measures the arithmetic; half as many columns")
 
@@ -78,15 +81,10 @@ def cost(model, batch: int, context: int) -> tuple[float, float]:
     return (weights + cached) * embedding.element_size(), 2.0 * weights * batch + attention
 
 
-def our_step(sampler: Sampler, rollout, config: Config) -> float:
-    """Seconds a step: the difference between extending these rows by WARM + steps tokens and by WARM."""
-
-    def took(count: int) -> float:
-        more = [[0]] * len(rollout.lengths)
-        return clock(lambda: sampler.extend(rollout, more, max_new_tokens=count), config.device)[0]
-
-    few, many = took(WARM), took(WARM + config.steps)
-    return (many - few) / config.steps
+def extending(sampler: Sampler, rollout, count: int, config: Config) -> float:
+    """Seconds of sampling `count` more tokens for all rows, which stay as they are."""
+    more = [[0]] * len(rollout.lengths)
+    return clock(lambda: sampler.extend(rollout, more, max_new_tokens=count), config.device)[0]
 
 
 def at_batch(model, sampler: Sampler, batch: int, config: Config) -> dict[str, list]:
@@ -99,26 +97,41 @@ def at_batch(model, sampler: Sampler, batch: int, config: Config) -> dict[str, l
     jobs = {
         "bandwidth": lambda: bandwidth(config),
         "arithmetic": lambda: arithmetic(config),
-        "ours": lambda: our_step(sampler, rollout, config),
+        "few": lambda: extending(sampler, rollout, WARM, config),
+        "many": lambda: extending(sampler, rollout, room, config),
         "dynamic": lambda: generate_step(model, "dynamic", batch, config.context, room),
         "static": lambda: generate_step(model, "static", batch, config.context, room),
     }
+    for job in ("few", "dynamic", "static"):
+        jobs[job]()
     return interleave(jobs, config.repeats)
 
 
 def summary(model, batch: int, rounds: dict, config: Config) -> dict:
-    """Medians in ms; shares are taken in each round, since the ceilings move when the machine is shared."""
+    """ms a step in each round; the floor and the shares of it are of medians."""
     needed, flops = cost(model, batch, config.context)
-    reading = [needed / rate for rate in rounds["bandwidth"]]
-    counting = [flops / max(rates.values()) for rates in rounds["arithmetic"]]
-    floors = [max(pair) for pair in zip(reading, counting, strict=True)]
+    reading = 1e3 * needed / median(rounds["bandwidth"])
+    counting = 1e3 * flops / median(max(rates.values()) for rates in rounds["arithmetic"])
+    pairs = zip(rounds["many"], rounds["few"], strict=True)
     cache = min(("dynamic", "static"), key=lambda kind: median(rounds[kind]))
-    steps = {"ours": rounds["ours"], "generate": rounds[cache]}
-    out = {"batch": batch, "bytes_ms": median(reading) * 1e3, "flops_ms": median(counting) * 1e3, "cache": cache}
-    for side, seconds in steps.items():
-        shares = [floor / second for floor, second in zip(floors, seconds, strict=True)]
-        out |= {f"{side}_ms": median(seconds) * 1e3, f"{side}_share": median(shares)}
-    return out
+    steps = {"ours": [1e3 * (many - few) / config.steps for many, few in pairs]}
+    steps["generate"] = [1e3 * seconds for seconds in rounds[cache]]
+    shares = {f"{side}_share": round(max(reading, counting) / median(ms), 3) for side, ms in steps.items()}
+    return {"batch": batch, "bytes": reading, "flops": counting, "cache": cache} | steps | shares
+
+
+def show(lines: list[dict], ceilings: dict, config: Config) -> None:
+    print(f"{median(ceilings['bandwidth']) / 1e9:.1f} GB/s")
+    for way in ceilings["arithmetic"][0]:
+        print(f"{median(rates[way] for rates in ceilings['arithmetic']) / 1e9:.0f} GFLOP/s, {config.dtype}, {way}")
+    table = []
+    for line in lines:
+        floor = (f"{line['bytes']:.2f}", f"{line['flops']:.2f}")
+        sides = (line["ours"], line["ours_share"], line["generate"], line["generate_share"])
+        cells = [spread(cell) if isinstance(cell, list) else f"{100 * cell:.0f} %" for cell in sides]
+        table.append((line["batch"], *floor, *cells, line["cache"]))
+    header = ("batch", "bytes, ms", "FLOPs, ms", "ours, ms", "of roofline", "generate, ms", "of roofline", "its cache")
+    print_table(header, table)
 
 
 def main(config: Config) -> None:
@@ -130,17 +143,11 @@ def main(config: Config) -> None:
         rounds = at_batch(model, sampler, batch, config)
         line = summary(model, batch, rounds, config)
         lines.append(line)
-        figures[f"speedup_batch{batch}"] = round(line["generate_ms"] / line["ours_ms"], 3)
-        figures[f"roofline_share_batch{batch}"] = round(line["ours_share"], 3)
+        figures[f"speedup_batch{batch}"] = ratio(line["generate"], line["ours"])
+        figures[f"roofline_share_batch{batch}"] = line["ours_share"]
         for name, seen in ceilings.items():
             seen += rounds[name]
-    print(f"{median(ceilings['bandwidth']) / 1e9:.1f} GB/s")
-    for way in ceilings["arithmetic"][0]:
-        print(f"{median(rates[way] for rates in ceilings['arithmetic']) / 1e9:.0f} GFLOP/s, {config.dtype}, {way}")
-    header = ("batch", "bytes, ms", "FLOPs, ms", "ours, ms", "of roofline", "generate, ms", "of roofline", "its cache")
-    keys = ("bytes_ms", "flops_ms", "ours_ms", "ours_share", "generate_ms", "generate_share")
-    print()
-    print_table(header, [(line["batch"], *(f"{line[key]:.2f}" for key in keys), line["cache"]) for line in lines])
+    show(lines, ceilings, config)
     finish(config, **figures, lines=lines)
 
 

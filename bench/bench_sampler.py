@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from transformers import StoppingCriteria
+
 from common import (
     BenchConfig,
     clock,
@@ -30,8 +32,6 @@ from common import (
     ratio,
     spread,
 )
-from transformers import StoppingCriteria
-
 from sampler import Sampler
 
 MODES = {"greedy": 0.0, "sampled": 1.0}

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
 from common import (
     BenchConfig,
     clock,
@@ -28,7 +29,6 @@ from common import (
     resident_mib,
     spread,
 )
-
 from loss import token_scores
 
 KINDS = ("chunked", "plain")

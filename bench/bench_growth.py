@@ -1,0 +1,169 @@
+"""How time grows: sampling against rows, length and model size, and the update against tokens.
+
+    python bench/bench_growth.py
+
+Random Llama models, so nothing to download. Writes results/growth.csv and a log-log plot, results/growth.png, in which
+a slope of 1 is proportional; it is fitted to the three largest sizes of a series.
+"""
+
+import copy
+import csv
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from common import ROOT, BenchConfig, clock, draw_ids, finish, flag, interleave, parse_args, print_table, ready, spread
+from policy import Batch, Scorer, TrainConfig, update
+from sampler import Sampler
+
+HEAD, VOCABULARY, PROMPT = 32, 4096, 32
+LABELS = {
+    "batch": "sampling: rows",
+    "length": "sampling: tokens a row",
+    "model": "sampling: parameters",
+    "update": "update: tokens",
+}
+
+
+@dataclass
+class Config(BenchConfig):
+    hidden_size: int = flag(256, "of the model in which the other sizes grow")
+    layers: int = flag(4, "of every model")
+    batches: str = flag("1,2,4,8,16,32,64,128,256", "rows, 32 tokens each")
+    lengths: str = flag("16,32,64,128,256,512", "sampled tokens a row, 32 rows")
+    hidden_sizes: str = flag("128,256,512,1024", "of the models that grow, 32 rows of 32 tokens")
+    tokens: str = flag("512,1024,2048,4096,8192", "tokens of an update, half of them sampled, 64 a row")
+    output: str = flag("results/growth", "the files, without their endings")
+
+    def sizes(self, name: str) -> list[int]:
+        return [int(size) for size in getattr(self, name).split(",")]
+
+
+def make_model(hidden_size: int, config: Config):
+    torch.manual_seed(config.seed)
+    shape = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden_size,
+        intermediate_size=8 * hidden_size // 3,
+        num_hidden_layers=config.layers,
+        num_attention_heads=hidden_size // HEAD,
+        num_key_value_heads=max(1, hidden_size // HEAD // 4),
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    return ready(AutoModelForCausalLM.from_config(shape), config, PROMPT + max(config.sizes("lengths")))
+
+
+def make_sampler(model) -> Sampler:
+    sampler = Sampler(model, SimpleNamespace(eos_token_id=None, pad_token_id=0))
+    sampler.is_stop[:] = False
+    return sampler
+
+
+def roll_out(sampler: Sampler, rows: int, length: int):
+    rng = random.Random(rows)
+    prompts = [draw_ids(rng, PROMPT, VOCABULARY) for _ in range(rows)]
+    return sampler.generate(prompts, max_new_tokens=length)
+
+
+def update_job(sampler: Sampler, tokens: int, config: Config):
+    """An update of one batch, as often as it is called: forward, reference, loss, backward, AdamW."""
+    rollout = roll_out(sampler, max(1, tokens // (2 * PROMPT)), PROMPT)
+    rollout.cache = None
+    weights = rollout.action_mask.float()
+    batch = Batch(rollout, weights, 0.05 * weights, float(weights.sum()), {})
+    scorer = Scorer(sampler.model, copy.deepcopy(sampler.model))
+    optimizer = torch.optim.AdamW(sampler.model.parameters(), lr=1e-6)
+    return lambda: update(scorer, optimizer, batch, TrainConfig())
+
+
+def make_jobs(config: Config) -> dict[tuple[str, int], object]:
+    """(series, size) -> what is timed."""
+    base, jobs = make_sampler(make_model(config.hidden_size, config)), {}
+
+    @cache
+    def sampler_of(hidden_size: int) -> Sampler:
+        return make_sampler(make_model(hidden_size, config))
+
+    for rows in config.sizes("batches"):
+        jobs["batch", rows] = lambda rows=rows: roll_out(base, rows, 32)
+    for length in config.sizes("lengths"):
+        jobs["length", length] = lambda length=length: roll_out(base, 32, length)
+    for hidden_size in config.sizes("hidden_sizes"):
+        sampler = sampler_of(hidden_size)
+        jobs["model", sampler.model.num_parameters()] = lambda sampler=sampler: roll_out(sampler, 32, 32)
+    trained = make_sampler(make_model(config.hidden_size, config))
+    for tokens in config.sizes("tokens"):
+        jobs["update", tokens] = update_job(trained, tokens, config)
+    return jobs
+
+
+def measure(config: Config) -> dict[str, dict[int, list[float]]]:
+    """{series: {size: seconds of each round}}"""
+    jobs = make_jobs(config)
+    for job in jobs.values():
+        job()
+    runs = interleave({key: lambda job=job: clock(job, config.device)[0] for key, job in jobs.items()}, config.repeats)
+    series = {name: {} for name in LABELS}
+    for (name, size), seconds in runs.items():
+        series[name][size] = seconds
+    return series
+
+
+def slope(points: dict[int, list[float]]) -> float | None:
+    """Of log time against log size, over the three largest sizes."""
+    if len(points) < 2:
+        return None
+    sizes = sorted(points)[-3:]
+    return float(np.polyfit(np.log(sizes), np.log([median(points[size]) for size in sizes]), 1)[0])
+
+
+def write_csv(path: Path, series: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("series", "size", "round", "seconds"))
+        for name, points in series.items():
+            for size, seconds in points.items():
+                writer.writerows((name, size, number, f"{second:.5g}") for number, second in enumerate(seconds))
+
+
+def draw(path: Path, series: dict) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(series), figsize=(3.6 * len(series), 3.4))
+    for axis, (name, points) in zip(axes, series.items(), strict=True):
+        sizes = sorted(points)
+        for size in sizes:
+            axis.plot([size] * len(points[size]), points[size], ".", color="tab:gray", markersize=3)
+        axis.plot(sizes, [median(points[size]) for size in sizes], "o-", color="tab:blue", markersize=4)
+        axis.set(xscale="log", yscale="log", xlabel=LABELS[name], ylabel="seconds" if axis is axes[0] else "")
+        if (steepness := slope(points)) is not None:
+            axis.annotate(f"slope {steepness:.2f}", (0.06, 0.9), xycoords="axes fraction")
+        axis.grid(alpha=0.2, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(config: Config) -> None:
+    series, path = measure(config), ROOT / config.output
+    write_csv(path.with_suffix(".csv"), series)
+    draw(path.with_suffix(".png"), series)
+    rows = [(LABELS[n], size, spread(s, 4)) for n, points in series.items() for size, s in points.items()]
+    print_table(("", "size", "seconds"), rows)
+    slopes = {f"slope_{name}": points and slope(points) for name, points in series.items()}
+    finish(config, **{key: value and round(value, 3) for key, value in slopes.items()})
+
+
+if __name__ == "__main__":
+    main(parse_args(Config))

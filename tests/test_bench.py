@@ -1,0 +1,108 @@
+"""Every timing script at its smallest size: it runs, and its last line is JSON with what it promises."""
+
+import json
+
+import pytest
+
+import bench_growth
+import bench_grpo
+import bench_roofline
+import bench_sampler
+import bench_update
+import common
+from helpers import save_random_model
+
+ALWAYS = {"bench", "hardware", "threads", "torch", "transformers", "commit", "flags"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_random_model(tmp_path_factory.mktemp("bench") / "model")
+
+
+def last_line(script, capsys, **flags):
+    """What `script.main` prints last, parsed, and everything that it prints."""
+    script.main(script.Config(device="cpu", **flags))
+    out = capsys.readouterr().out
+    figures = json.loads(out.splitlines()[-1])
+    assert set(figures) >= ALWAYS
+    return figures, out
+
+
+def test_sampler_against_generate(model, capsys):
+    sizes = {"prompts": 2, "group_size": 2, "shortest_prompt": 3, "longest_prompt": 6, "median_tokens": 3}
+    sizes |= {"max_new_tokens": 5, "instruction": 2, "try_compiled": False}
+    figures, out = last_line(bench_sampler, capsys, model=model, repeats=1, **sizes)
+    for mode in ("greedy", "sampled"):
+        for turn in ("turn1", "turn2", "whole"):
+            assert figures[f"speedup_{mode}_{turn}"] > 0
+    assert figures["greedy_agreement"] == 1  # both did the same work, and a random tiny model leaves no near ties
+    assert "| greedy | ours |" in out
+
+
+def test_roofline(model, capsys):
+    small = {"batches": "1,2", "context": 24, "steps": 4, "probe_mib": 1, "probe_size": 64}
+    figures, _ = last_line(bench_roofline, capsys, model=model, repeats=1, **small)
+    assert {"speedup_batch1", "speedup_batch2", "roofline_share_batch1", "roofline_share_batch2"} <= set(figures)
+
+
+def test_cost_of_a_step(tiny):
+    model = tiny("llama")  # 2 layers, hidden 32, 4 heads and 2 KV heads of 8, untied
+    weights = sum(p.numel() for p in model.parameters()) - model.config.vocab_size * 32
+    needed, flops = bench_roofline.cost(model, batch=3, context=10)
+    assert needed == 4 * (weights + 3 * 10 * 2 * 2 * 2 * 8)
+    assert flops == 2 * weights * 3 + 4 * 3 * 10 * 2 * 4 * 8
+
+
+def test_grpo_step_without_trl(model, capsys):
+    sizes = {"prompts": 2, "group_size": 2, "median_tokens": 2, "max_new_tokens": 4, "steps": 1}
+    figures, out = last_line(bench_grpo, capsys, model=model, repeats=1, **sizes)
+    assert "TRL left out" in out
+    for kl in ("k3", "exact"):
+        assert figures[f"speedup_{kl}_over_trl"] is None
+        assert figures["sides"][f"ours, {kl}"]["peak_mib"][0] > 0
+
+
+def test_update(capsys):
+    small = {"tokens": "64", "vocabularies": "500", "hidden_size": 8}
+    figures, _ = last_line(bench_update, capsys, repeats=1, **small)
+    assert {"speedup_500_64", "memory_ratio_500_64"} <= set(figures)
+    assert 0 <= figures["gradient_difference"] < 1e-5
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch):
+    monkeypatch.setattr(bench_update, "PLAIN_COPIES", 10**9)
+    config = bench_update.Config(device="cpu")
+    assert not bench_update.fits("plain", 64, 500, config)
+    assert bench_update.fits("chunked", 64, 500, config)
+    run = {"seconds": [1.0], "grown_mib": [10.0]}
+    assert "does not fit, about 128" in bench_update.row(64, 500, {"chunked": run}, scale=2.0)
+
+
+def test_growth(tmp_path, capsys):
+    sizes = {
+        "hidden_size": 64,
+        "layers": 1,
+        "batches": "1,2",
+        "lengths": "2,3",
+        "hidden_sizes": "32",
+        "tokens": "64,128",
+    }
+    figures, _ = last_line(bench_growth, capsys, repeats=1, output=str(tmp_path / "growth"), **sizes)
+    assert isinstance(figures["slope_batch"], float) and figures["slope_model"] is None
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+    assert (tmp_path / "growth.csv").read_text().splitlines()[0] == "series,size,round,seconds"
+
+
+def test_results_do_not_depend_on_the_order_of_rows(model):
+    """Rows are handed to generate sorted, in several calls, and come back in their own order."""
+    config = bench_sampler.Config(model=model, device="cpu", prompts=3, group_size=2, max_new_tokens=6, median_tokens=3,
+                                  shortest_prompt=2, longest_prompt=9)  # fmt: skip
+    loaded, _ = common.load(model, config)
+    work = bench_sampler.draw(config, loaded.config.vocab_size)
+    one, two = (
+        bench_sampler.theirs(loaded, work, 0.0, config, bench_sampler.Setting(cache, rows))["ids"]
+        for cache, rows in (("dynamic", 6), ("static", 2))
+    )
+    assert one == two
+    assert [list(map(len, turn)) for turn in one] == list(map(list, work.lengths))

@@ -20,8 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common import ROOT, BenchConfig, clock, draw_ids, finish, flag, interleave, parse_args, print_table, ready, spread
-from policy import Batch, Scorer, TrainConfig, update
+from policy import Batch, TrainConfig, update
 from sampler import Sampler
+from scorer import Scorer
 
 HEAD, VOCABULARY, PROMPT = 32, 4096, 32
 LABELS = {

@@ -35,8 +35,9 @@ from common import (
 )
 from loss import divide_by_std, subtract_baseline
 from loss import spread as spread_turns
-from policy import Batch, Scorer, TrainConfig, update
+from policy import Batch, TrainConfig, update
 from sampler import Sampler
+from scorer import Scorer
 from tasks import countdown_prompt
 
 TRL_SIDES = {"TRL": {"checkpointing": True}, "TRL, no checkpointing": {"checkpointing": False}}

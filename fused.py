@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attention import attend, ragged_mask
 
+PACK_FROM = 2**17  # weights: oneDNN takes 50 us a call, however small
 KNOWN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -49,9 +50,9 @@ def _linear(*layers: nn.Linear) -> Callable:
         return lambda x: [F.linear(x, layer.weight, layer.bias) for layer in layers]
     weight, sizes = torch.cat([layer.weight for layer in layers]), [layer.out_features for layer in layers]
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    if weight.numel() < 2**17 or weight.dtype not in (torch.float32, torch.bfloat16):
+    if weight.numel() < PACK_FROM or weight.dtype not in (torch.float32, torch.bfloat16):
         return lambda x: F.linear(x, weight, bias).split(sizes, -1)
-    # oneDNN's packed layout: 1.5 to 2.3 times faster for 1 to 128 rows of SmolLM2-135M, but 50 us a call at least.
+    # oneDNN's packed layout: 1.5 to 2.3 times faster for 1 to 128 rows of SmolLM2-135M.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "").split(sizes, -1)
 

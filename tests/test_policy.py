@@ -97,6 +97,14 @@ def test_scores_equal_a_plain_forward_and_a_full_softmax(pad):
             )
 
 
+def test_no_logits_are_kept_for_the_backward_pass():
+    M, H, V, kept = 40, 8, 1000, []
+    hidden, head = torch.randn(M, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        token_scores(hidden, head, torch.arange(M), torch.randn(M, H), torch.randn(V, H), chunk=10)
+    assert kept and max(kept) <= V * H < 10 * V
+
+
 def test_no_kl_and_no_credit_reach_prompt_instruction_or_padding():
     rollout = made_up_rollout()
     outside = ~rollout.action_mask

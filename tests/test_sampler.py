@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
+import fused
 from conftest import EOS, TINY, VOCAB, build
 from fused import fusable
 from sampler import Sampler, sample, uniform
@@ -163,12 +164,14 @@ FUSED = ("llama", "llama_mha", "qwen2", "qwen3")
 def test_the_fused_path_is_taken_where_it_applies_and_samples_what_the_general_one_does(tiny, tokenizer, name):
     sampler = Sampler(tiny(name), tokenizer, max_batch=4, block=3, prefill_tokens=8)
     assert sampler.fused == (name in FUSED)
-    fused = three_turns(sampler)
+    quick = three_turns(sampler)
     sampler.fused = False
-    assert all(equal(a, b) for a, b in zip(fused, three_turns(sampler), strict=True))
+    assert all(equal(a, b) for a, b in zip(quick, three_turns(sampler), strict=True))
 
 
-def test_the_fused_path_handles_biases_and_bfloat16(tokenizer):
+@pytest.mark.parametrize("pack_from", [0, 2**17])
+def test_the_fused_path_handles_biases_packed_weights_and_bfloat16(tokenizer, pack_from, monkeypatch):
+    monkeypatch.setattr(fused, "PACK_FROM", pack_from)
     for dtype in (torch.float32, torch.bfloat16):
         model = build(tf.LlamaConfig, attention_bias=True, mlp_bias=True, initializer_range=0.1)
         for name, parameter in model.named_parameters():
@@ -202,14 +205,17 @@ def test_the_fused_path_follows_the_weights_and_yields_to_hooks_and_changed_laye
 
 
 @pytest.mark.parametrize("max_batch", [3, 256])
-def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(tiny, tokenizer, max_batch, monkeypatch):
+def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(tokenizer, max_batch, monkeypatch):
     """All of the CUDA graph's bookkeeping but the graph: idle rows that fill a bucket, fixed state, wider caches."""
-    sampler = Sampler(tiny("llama"), tokenizer, max_batch, block=5)
-    plain = three_turns(sampler)
+    sampler = Sampler(build(tf.LlamaConfig, max_position_embeddings=400), tokenizer, max_batch, block=5)
+    sampler.is_stop[:] = False
+    long = {"prompt_ids": [[5, 7] * 55, [6] * 90], "group_size": 2, "max_new_tokens": [60, 20, 50, 9]}  # up to 170
+    plain = [*three_turns(sampler), sampler.generate(**long)]
     captured = []
     monkeypatch.setattr(sampler, "_capture", lambda step: captured.append(step) or step)
     sampler.graphs = True
-    assert all(equal(a, b) for a, b in zip(plain, three_turns(sampler), strict=True)) and captured
+    again = [*three_turns(sampler), sampler.generate(**long)]
+    assert all(equal(a, b) for a, b in zip(plain, again, strict=True)) and captured
 
 
 def test_no_token_is_fed_twice(tokenizer):

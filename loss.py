@@ -52,15 +52,19 @@ def token_scores(
     """
     chunk = chunk or max(1, 2**24 // len(head))
 
+    def log_softmax(hidden, head):  # (chunk, V)
+        logits = at_least_float32(hidden @ head.T)
+        return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
     def score(hidden, tokens, ref_hidden):
-        logp = F.log_softmax(at_least_float32(hidden @ head.T) / temperature, dim=-1)  # (chunk, V)
-        logprobs = logp.gather(-1, tokens[:, None])[:, 0]
-        entropy = -(logp.exp() * logp).sum(-1).detach()
-        if ref_hidden is None:
-            return logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs), entropy
+        logp = log_softmax(hidden, head)
+        logprobs, p = logp.gather(-1, tokens[:, None])[:, 0], logp.exp()
         with torch.no_grad():
-            ref_logp = F.log_softmax(at_least_float32(ref_hidden @ ref_head.T) / temperature, dim=-1)
-        kl = (logp.exp() * (logp - ref_logp)).sum(-1)
+            entropy = -(p * logp).sum(-1)
+            if ref_hidden is None:
+                return logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs), entropy
+            ref_logp = log_softmax(ref_hidden, ref_head)
+        kl = (p * (logp - ref_logp)).sum(-1)
         return logprobs, ref_logp.gather(-1, tokens[:, None])[:, 0], kl, entropy
 
     parts = []

@@ -60,11 +60,20 @@ def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, d
     return mask.repeat(1, heads, 1)[:, None]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """query (n, heads, Q, D), key and value (n, kv_heads, K, D), mask of `ragged_mask` -> (n, Q, heads, D)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, spans: list) -> Tensor:
+    """query (n, heads, Q, D), key and value (n, kv_heads, K, D), mask of `ragged_mask` -> (n, Q, heads, D).
+
+    spans: (first row, end, width) of neighbours in length, which need not read the cache as far as the longest row.
+    """
     # Heads that share a KV head become queries of it: no expanded copy of it, and any kernel will do.
     folded = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (n, kv_heads, heads / kv_heads * Q, D)
-    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    parts = [
+        F.scaled_dot_product_attention(
+            folded[a:b], key[a:b, :, :width], value[a:b, :, :width], attn_mask=mask[a:b, ..., :width], scale=scale
+        )
+        for a, b, width in spans
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2)
 
 
@@ -75,7 +84,7 @@ def ragged_attention(module, query, key, value, attention_mask, scaling=None, sl
     masks = positions.__dict__.setdefault("masks", {})  # all layers of one forward pass share their masks
     if (width, sliding_window) not in masks:
         masks[width, sliding_window] = ragged_mask(positions, width, heads, sliding_window, query.dtype)
-    return attend(query, key, value, masks[width, sliding_window], scaling), None
+    return attend(query, key, value, masks[width, sliding_window], scaling, positions.spans), None
 
 
 AttentionInterface.register("ragged", ragged_attention)

@@ -98,7 +98,7 @@ def fuse(model) -> Callable:
             q, k, v = (t.view(n, Q, -1, cos.shape[-1]) for t in layer.qkv(layer.norm1(x)))  # (n, Q, heads, D)
             q, k = _rotate(layer.q_norm(q), cos, sin), _rotate(layer.k_norm(k), cos, sin)
             key, value = cache.update(k.transpose(1, 2), v.transpose(1, 2), i)
-            out = attend(q.transpose(1, 2), key, value, mask, scale).flatten(2)  # (n, Q, heads * D)
+            out = attend(q.transpose(1, 2), key, value, mask, scale, cache.spans).flatten(2)  # (n, Q, heads * D)
             x = x + layer.out(out)[0]
             gate, up = layer.gate_up(layer.norm2(x))
             x = x + layer.down(F.silu(gate) * up)[0]

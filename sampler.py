@@ -28,11 +28,16 @@ class KVCache:
         self.slots = torch.arange(rows, device=device)  # (B,) where each row of the rollout lives
         self.layers = {}
 
-    def aim(self, first, positions, width):
-        """Write the next tokens of rows first, first + 1, ... at positions (n, Q); read slots [0, width)."""
-        row = torch.arange(first, first + len(positions), device=positions.device)
-        self.rows, self.spot = slice(first, first + len(positions)), (row[:, None], slice(None), positions)
-        self.width = min(-(-width // 8) * 8, self.capacity)
+    def aim(self, first, positions, widths):
+        """Write the next tokens of rows first, first + 1, ... at positions (n, Q); read slots [0, width).
+
+        widths: one for each run of ceil(n / len(widths)) rows.
+        """
+        n, run = len(positions), -(-len(positions) // len(widths))
+        row = torch.arange(first, first + n, device=positions.device)
+        self.rows, self.spot = slice(first, first + n), (row[:, None], slice(None), positions)
+        widths = [min(-(-width // 8) * 8, self.capacity) for width in widths]
+        self.width, self.spans = max(widths), [(i * run, min(i * run + run, n), w) for i, w in enumerate(widths)]
 
     def update(self, key, value, layer_idx, *args, **kwargs):
         """Store key and value (n, kv_heads, Q, D); return these rows so far, (n, kv_heads, width, D)."""
@@ -194,7 +199,7 @@ class Sampler:
         require(pluggable, f"{name}: it keeps to its own attention function")
         try:
             with _sampling_mode(self.model):
-                logits = self._forward(cache, 0, ids, ids.clone(), 2)
+                logits = self._forward(cache, 0, ids, ids.clone(), [2])
                 self.fused = fusable(self.model) and self._agrees(ids, logits)
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
@@ -203,7 +208,7 @@ class Sampler:
     def _agrees(self, ids, logits):
         """Whether the fused path gives the model's own logits (1, V) for ids (1, Q), up to rounding."""
         cache = KVCache(1, ids.shape[1], ids.device)
-        cache.aim(0, ids, ids.shape[1])
+        cache.aim(0, ids, [ids.shape[1]])
         error = (fuse(self.model)(cache, ids, ids) - logits).abs().max()
         return bool(error < (1e-4 if logits.dtype.itemsize > 2 else 0.05) * logits.abs().max())
 
@@ -276,7 +281,9 @@ class Sampler:
             self._fused = fuse(self.model) if self.fused and fusable(self.model) else None
             self._prefill(rollout, base.cache, base.cache.slots[index], old, total)
             if group_size > 1:
-                cache = rollout.cache.gather(rollout.cache.slots[parent], capacity, max(total))
+                order = rollout.lengths[parent].argsort(descending=True)  # neighbours in the cache are alike in length
+                cache = rollout.cache.gather(rollout.cache.slots[parent[order]], capacity, max(total))
+                cache.slots = order.argsort()
                 rollout = rollout._take(parent, capacity, self.pad_id, cache)
             rollout.seeds, rollout.parents, prompted = seeds, index[parent], rollout.lengths.clone()
             self._decode(rollout, rollout.lengths + torch.tensor(limits, device=index.device), temperature)
@@ -291,7 +298,7 @@ class Sampler:
     def _prefill(self, rollout, cache, slots, old, total):
         """Copy cached rows at `slots` (R,) to rollout.cache and feed what they lack of total - 1 tokens."""
         cached = [max(o - 1, 0) for o in old]
-        order = sorted(range(len(old)), key=lambda i: cached[i] - total[i])  # a chunk is a range of rows
+        order = sorted(range(len(old)), key=lambda i: (cached[i] - total[i], -total[i]))  # a chunk is a range of rows
         rows = torch.tensor(order, device=slots.device)
         rollout.cache = cache.gather(slots[rows], rollout.ids.shape[1], max(cached))
         rollout.cache.slots = rows.argsort()
@@ -304,7 +311,7 @@ class Sampler:
                 # Shorter rows end in copies of their pending token at its own place: no padding at all.
                 positions = torch.minimum(start[chunk] + step, last)  # (n, Q)
                 ids = rollout.ids[rows[chunk]].gather(1, positions)
-                self._forward(rollout.cache, first, ids, positions, max(total[i] for i in order[chunk]))
+                self._forward(rollout.cache, first, ids, positions, [max(total[i] for i in order[chunk])])
             first += len(last)
 
     def _decode(self, rollout, end, temperature):
@@ -314,12 +321,10 @@ class Sampler:
         unfinished, graphs = len(order), {}
         while unfinished:
             active = min(self.max_batch, unfinished)
-            longest = max(lengths[r] for r in order[:active])
             steps = min(self.block, max(ends[r] - lengths[r] for r in order[:active]))
+            widths = self._widths([lengths[r] + steps - 1 for r in order[:active]])
             rows = torch.tensor(order[: self._bucket(active, len(order))], device=end.device)
-            state = self._decode_block(
-                rollout, rows, active, end[rows], longest + steps - 1, steps, temperature, graphs
-            )
+            state = self._decode_block(rollout, rows, active, end[rows], widths, steps, temperature, graphs)
             state, before = state.tolist(), list(order)  # the one host sync of the block
             for slot in reversed(range(active)):
                 lengths[order[slot]], done = state[slot]
@@ -329,6 +334,15 @@ class Sampler:
             rollout.cache.move(before, order, max(lengths))
         rollout.cache.slots = torch.tensor(order, device=end.device).argsort()
 
+    def _widths(self, lengths):
+        """How far to read the cache: as far as the longest row, or in runs of 16 rows if that spares a fifth of it."""
+        if self.graphs:
+            return [-(-max(lengths) // 128) * 128]
+        count = -(-len(lengths) // 16)
+        run = -(-len(lengths) // count)
+        widths = [max(lengths[i * run : (i + 1) * run]) for i in range(count)]
+        return widths if 5 * sum(widths) < 4 * max(widths) * len(widths) else [max(widths)]
+
     def _bucket(self, active, total):
         """How many rows to decode together: a graph holds for one number only, so some idle ones may come along."""
         if not self.graphs:
@@ -336,7 +350,7 @@ class Sampler:
         power = 1 << (active - 1).bit_length()
         return min(total, next(n for n in (power * 3 // 4, power) if n >= active))
 
-    def _decode_block(self, rollout, rows, active, end, width, steps, temperature, graphs):
+    def _decode_block(self, rollout, rows, active, end, widths, steps, temperature, graphs):
         """`steps` steps of rows (n,), in cache rows [0, n), of which the first `active` count: (n, 2) of length, done.
 
         With graphs, all that a step reads and writes stays in one place, so that a captured step can be replayed.
@@ -345,19 +359,18 @@ class Sampler:
         token, logprob = rollout.ids[rows, position], rollout.logprobs[rows, position]
         state, replays = (rows, end, rollout.seeds[rows], position, token, logprob, idle), {}
         if self.graphs:
-            width = -(-width // 128) * 128
             fixed, replays = graphs.setdefault(len(rows), (state, replays))
             for old, new in zip(fixed, state, strict=True):
                 old.copy_(new)
             state = fixed
 
         def step():
-            self._step(rollout, *state, width, temperature)
+            self._step(rollout, *state, widths, temperature)
 
         for _ in range(steps):
-            replays.get(width, step)()
-            if self.graphs and width not in replays:  # after one step as it is, which also warms up
-                replays[width] = self._capture(step)
+            replays.get(widths[0], step)()
+            if self.graphs and widths[0] not in replays:  # after one step as it is, which also warms up
+                replays[widths[0]] = self._capture(step)
         rows, _, _, position, _, _, done = state
         rollout.lengths[rows] = position + 1
         return torch.stack([position + 1, done], 1)
@@ -368,9 +381,9 @@ class Sampler:
             step()
         return graph.replay
 
-    def _step(self, rollout, rows, end, seeds, position, token, logprob, done, width, temperature):
+    def _step(self, rollout, rows, end, seeds, position, token, logprob, done, widths, temperature):
         """One token more for each row that isn't done; position, token, logprob and done are changed in place."""
-        logits = self._forward(rollout.cache, 0, token[:, None], position[:, None], width)
+        logits = self._forward(rollout.cache, 0, token[:, None], position[:, None], widths)
         new_token, new_logprob = sample(logits, temperature, uniform(seeds, position + 1))
         # A row that is done feeds its last token at its own place again, which changes nothing.
         token.copy_(torch.where(done, token, new_token))
@@ -379,11 +392,11 @@ class Sampler:
         rollout.ids[rows, position], rollout.logprobs[rows, position] = token, logprob
         done |= self.is_stop[token] | (position + 1 == end)
 
-    def _forward(self, cache, first, ids, positions, width):
+    def _forward(self, cache, first, ids, positions, widths):
         """Feed ids (n, Q) at positions (n, Q) to cache rows first, ...; returns the last logits (n, V)."""
-        cache.aim(first, positions, width)
+        cache.aim(first, positions, widths)
         if self._fused:
             return self._fused(cache, ids, positions)
-        positions.masks = {}
+        positions.masks, positions.spans = {}, cache.spans
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         return self.model(**inputs, logits_to_keep=1).logits[:, -1]

@@ -10,7 +10,7 @@ import transformers as tf
 import fused
 from conftest import EOS, TINY, VOCAB, build
 from fused import fusable
-from sampler import Sampler, sample, uniform
+from sampler import KVCache, Sampler, sample, uniform
 
 PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
 TENSORS = ("ids", "action_mask", "turn", "logprobs", "lengths", "stopped", "parents", "seeds")
@@ -216,6 +216,18 @@ def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(tokeni
     sampler.graphs = True
     again = [*three_turns(sampler), sampler.generate(**long)]
     assert all(equal(a, b) for a, b in zip(plain, again, strict=True)) and captured
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_of_unlike_length_read_no_more_of_the_cache_than_their_neighbours_need(tiny, tokenizer, name, monkeypatch):
+    used, aim = [], KVCache.aim
+    monkeypatch.setattr(KVCache, "aim", lambda cache, *a: aim(cache, *a) or used.append(cache.spans))
+    sampler = Sampler(tiny(name), tokenizer, max_batch=35, block=3)
+    prompts = [[5 + i % 7] * (2 + 47 * (i % 13 == 0) + i) for i in range(26)]
+    rollout = sampler.generate(prompts, 2, max_new_tokens=12)
+    check(tiny(name), rollout)
+    check(tiny(name), sampler.extend(rollout, [[4, 6]] * 52, max_new_tokens=8))
+    assert any(len(spans) > 1 and spans[0][2] > 2 * spans[-1][2] for spans in used)
 
 
 def test_no_token_is_fed_twice(tokenizer):

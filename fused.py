@@ -1,8 +1,8 @@
 """The forward pass of Llama-like models over the sampler's cache, written out for speed.
 
 Decoding is a sequence of small operations, and of transformers' modules each costs some time of its own. `fuse(model)`
-does without them, and on CPU with weights that are packed once a turn, not once a step. The general path, the model's
-own forward, is its test twin: `Sampler` takes this one only for models that it knows and where both agree.
+does without them, and on CPU with a copy of the weights that is packed once a turn, not once a step. The general path,
+the model's own forward, is its test twin: `Sampler` takes this one only for models that it knows and where both agree.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from attention import attend, ragged_mask
 
 PACK_FROM = 2**17  # weights: oneDNN takes 50 us a call, however small
-KNOWN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 
 
 class Layer(NamedTuple):
@@ -32,16 +33,27 @@ class Layer(NamedTuple):
 
 
 def fusable(model) -> bool:
-    """A known model as it was built: full attention, plain linear layers, and no hook that wants to see them."""
-    config = model.config
+    """A known model with full attention, all of it as transformers builds it: no adapter, wrapper, patch or hook."""
+    config, family = model.config, type(model).__name__.removesuffix("ForCausalLM")
     kinds = getattr(config, "layer_types", None) or ()
     windowed = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if type(model).__name__ not in KNOWN or windowed or config.hidden_act != "silu" or rope in ("dynamic", "longrope"):
+    if family not in FAMILIES or windowed or rope in ("dynamic", "longrope") or config.hidden_act != "silu":
         return False
-    blocks = [m for layer in model.get_decoder().layers for m in (*layer.self_attn.children(), *layer.mlp.children())]
-    plain = all(type(m) is nn.Linear for m in blocks if hasattr(m, "in_features"))
-    return plain and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    names = {family + part for part in PARTS} | {"SiLUActivation"}
+    for m in model.modules():
+        stock = type(m).__module__.startswith("transformers.") and type(m).__name__ in names
+        touched = m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
+        if touched or not (stock or type(m) in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)):
+            return False
+    return True
+
+
+def _packs(weight: Tensor) -> bool:
+    if not torch.backends.mkldnn.is_available() or weight.numel() < PACK_FROM:
+        return False
+    half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or half
 
 
 def _linear(*layers: nn.Linear) -> Callable:
@@ -50,7 +62,7 @@ def _linear(*layers: nn.Linear) -> Callable:
         return lambda x: [F.linear(x, layer.weight, layer.bias) for layer in layers]
     weight, sizes = torch.cat([layer.weight for layer in layers]), [layer.out_features for layer in layers]
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    if weight.numel() < PACK_FROM or weight.dtype not in (torch.float32, torch.bfloat16):
+    if not _packs(weight):
         return lambda x: F.linear(x, weight, bias).split(sizes, -1)
     # oneDNN's packed layout: 1.5 to 2.3 times faster for 1 to 128 rows of SmolLM2-135M.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)

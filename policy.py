@@ -130,7 +130,7 @@ def check_head(model, name: str) -> None:
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
     """Row indices, cut so that rows x longest row stays within the budget; each row in exactly one.
 
-    In order, since neighbours are siblings that share their prefix; padding costs next to nothing (scorer.py).
+    In order, not by length, since neighbours are siblings that share their prefix; padding costs attention only.
     """
     batches, start, longest = [], 0, 0
     for row, length in enumerate(lengths.tolist()):

@@ -12,6 +12,7 @@ decoding steps are replayed as graphs.
 
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +100,9 @@ def _draw(mass, x):
     """The first index at which the cumulative mass (n, K) exceeds x (n, 1), and how far x reaches into it."""
     cdf = mass.cumsum(-1)
     index = torch.searchsorted(cdf, x, right=True).clamp(max=mass.shape[1] - 1)
-    # Rounding may lift x to the total, and a parallel cumsum is not quite monotone: nothing impossible slips through.
-    index = torch.where(mass.gather(1, index) > 0, index, mass.argmax(-1, keepdim=True))
+    # Rounding may lift x to the end, and a parallel cumsum is not quite monotone: nothing impossible slips through.
+    fine = (mass.gather(1, index) > 0) & (x < cdf[:, -1:])
+    index = torch.where(fine, index, mass.argmax(-1, keepdim=True))
     return index, (x - (cdf - mass).gather(1, index)).clamp(min=0)
 
 
@@ -158,14 +160,40 @@ class Rollout:
         return Rollout(**tensors, cache=cache)
 
 
+class State(NamedTuple):
+    """Rows that are decoded together, each tensor (n,)."""
+
+    rows: torch.Tensor  # of the rollout
+    end: torch.Tensor  # the length at which a row is cut off
+    seeds: torch.Tensor
+    position: torch.Tensor  # of the last token, which is fed next
+    token: torch.Tensor
+    logprob: torch.Tensor
+    done: torch.Tensor
+
+
+def _widths(lengths):
+    """How far to read the cache: as far as the longest row, or in runs of 16 rows if that spares a fifth of it."""
+    count = -(-len(lengths) // 16)
+    run = -(-len(lengths) // count)
+    widths = [max(lengths[i * run : (i + 1) * run]) for i in range(count)]
+    return widths if 5 * sum(widths) < 4 * max(widths) * count else [max(widths)]
+
+
+def _bucket(active):
+    """How many rows to decode together with graphs, each for one number of rows: some idle ones come along."""
+    power = 1 << (active - 1).bit_length()
+    return next(n for n in (power * 3 // 4, power) if n >= active)
+
+
 class Sampler:
     """Samples from a transformers causal LM with standard attention; ValueError for any other model.
 
     max_batch: rows decoded together; block: steps between two looks at which are done (a host sync each; by default
     4 on CPU, where it costs nothing, else 16); prefill_tokens: prompt tokens fed at once. It stops at the tokenizer's
-    eos and at those of the model's generation_config, of which nothing else is used. The constructor runs the model,
-    on two tokens. `fused` says whether decoding takes the fast path of fused.py, `graphs` whether steps are captured;
-    both may be set to False.
+    eos and at those of the model's generation_config, of which nothing else is used. The constructor runs the model on
+    two tokens, on both paths. `fused` says whether decoding takes the fast path of fused.py, `graphs` whether steps are
+    captured; both may be set to False.
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
@@ -174,7 +202,6 @@ class Sampler:
         self.fused, self._fused = False, None
         self._probe()
         self.graphs = self.fused and model.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         config, eos = model.config.get_text_config(), model.generation_config.eos_token_id
         vocabulary, self.limit = range(config.vocab_size), config.max_position_embeddings
         rope = getattr(config, "rope_parameters", None) or {}
@@ -204,6 +231,15 @@ class Sampler:
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
         require(len(cache.layers) == config.num_hidden_layers, f"{name}: some layers keep no keys in it")
+
+    @contextmanager
+    def _fast_path(self):
+        """For one turn, `_forward` takes the fused path if it applies: its packed weights are those of now."""
+        self._fused = fuse(self.model) if self.fused and fusable(self.model) else None
+        try:
+            yield
+        finally:
+            self._fused = None
 
     def _agrees(self, ids, logits):
         """Whether the fused path gives the model's own logits (1, V) for ids (1, Q), up to rounding."""
@@ -250,8 +286,10 @@ class Sampler:
 
     def _check(self, prompts, lengths, group_size, max_new_tokens, temperature):
         """ValueError for input that makes no sense; else max_new_tokens of every row, a list of B."""
-        total, one = len(prompts) * group_size, isinstance(max_new_tokens, int)
-        limits = [max_new_tokens] * total if one else [int(n) for n in max_new_tokens]
+        total, limits = len(prompts) * group_size, torch.as_tensor(max_new_tokens)
+        whole = limits.ndim < 2 and not limits.is_floating_point()
+        require(whole, f"max_new_tokens is {max_new_tokens}: it must be a whole number, or one for each row")
+        limits = limits.tolist() if limits.ndim else [int(limits)] * total
         require(len(limits) == total, f"max_new_tokens has {len(limits)} numbers, need 1 or {total}: one a row")
         numbers = f"{len(prompts)} prompts, {group_size=}, {max_new_tokens=}"
         require(min(len(prompts), group_size, *limits) >= 1, f"{numbers}: none may be below 1")
@@ -271,14 +309,13 @@ class Sampler:
         turn, parent = base.stopped.shape[1], torch.arange(len(seeds), device=index.device) // group_size
         old = base.lengths[index].tolist()
         total = [o + len(p) for o, p in zip(old, prompts, strict=True)]
-        capacity = max(total) + max(limits)
+        capacity = max(total[i // group_size] + new for i, new in enumerate(limits))
         column = torch.arange(capacity, device=index.device)
         rollout = base._take(index, capacity, self.pad_id)
         rollout.lengths = torch.tensor(total, device=index.device)
         new = (column >= base.lengths[index, None]) & (column < rollout.lengths[:, None])  # (R, column)
         rollout.ids.masked_scatter_(new, torch.tensor([t for p in prompts for t in p], device=index.device))
-        with _sampling_mode(self.model):
-            self._fused = fuse(self.model) if self.fused and fusable(self.model) else None
+        with _sampling_mode(self.model), self._fast_path():
             self._prefill(rollout, base.cache, base.cache.slots[index], old, total)
             if group_size > 1:
                 order = rollout.lengths[parent].argsort(descending=True)  # neighbours in the cache are alike in length
@@ -287,7 +324,6 @@ class Sampler:
                 rollout = rollout._take(parent, capacity, self.pad_id, cache)
             rollout.seeds, rollout.parents, prompted = seeds, index[parent], rollout.lengths.clone()
             self._decode(rollout, rollout.lengths + torch.tensor(limits, device=index.device), temperature)
-            self._fused = None  # its packed weights are of no use after an update
         real = column < rollout.lengths[:, None]  # (B, capacity)
         rollout.action_mask |= real & (column >= prompted[:, None])  # what this turn sampled
         rollout.turn.masked_fill_(real & (rollout.turn < 0), turn)
@@ -318,12 +354,16 @@ class Sampler:
         """Sample until all rows are done or `end` (B,) long; slot s holds row order[s]: active, waiting, then done."""
         lengths, ends = rollout.lengths.tolist(), end.tolist()
         order = rollout.cache.slots.argsort().tolist()
-        unfinished, graphs = len(order), {}
+        unfinished, graphs = len(order), {} if self.graphs and self._fused else None
+        self._pool = None  # a pool of memory dies with its graphs
         while unfinished:
             active = min(self.max_batch, unfinished)
             steps = min(self.block, max(ends[r] - lengths[r] for r in order[:active]))
-            widths = self._widths([lengths[r] + steps - 1 for r in order[:active]])
-            rows = torch.tensor(order[: self._bucket(active, len(order))], device=end.device)
+            widths = _widths([lengths[r] + steps - 1 for r in order[:active]])
+            if graphs is not None:
+                widths = [-(-max(widths) // 128) * 128]
+            together = active if graphs is None else min(_bucket(active), len(order))
+            rows = torch.tensor(order[:together], device=end.device)
             state = self._decode_block(rollout, rows, active, end[rows], widths, steps, temperature, graphs)
             state, before = state.tolist(), list(order)  # the one host sync of the block
             for slot in reversed(range(active)):
@@ -333,56 +373,42 @@ class Sampler:
                     order[slot], order[unfinished] = order[unfinished], order[slot]
             rollout.cache.move(before, order, max(lengths))
         rollout.cache.slots = torch.tensor(order, device=end.device).argsort()
-
-    def _widths(self, lengths):
-        """How far to read the cache: as far as the longest row, or in runs of 16 rows if that spares a fifth of it."""
-        if self.graphs:
-            return [-(-max(lengths) // 128) * 128]
-        count = -(-len(lengths) // 16)
-        run = -(-len(lengths) // count)
-        widths = [max(lengths[i * run : (i + 1) * run]) for i in range(count)]
-        return widths if 5 * sum(widths) < 4 * max(widths) * len(widths) else [max(widths)]
-
-    def _bucket(self, active, total):
-        """How many rows to decode together: a graph holds for one number only, so some idle ones may come along."""
-        if not self.graphs:
-            return active
-        power = 1 << (active - 1).bit_length()
-        return min(total, next(n for n in (power * 3 // 4, power) if n >= active))
+        rollout.cache.rows = rollout.cache.spot = None  # the last may belong to a graph
 
     def _decode_block(self, rollout, rows, active, end, widths, steps, temperature, graphs):
         """`steps` steps of rows (n,), in cache rows [0, n), of which the first `active` count: (n, 2) of length, done.
 
         With graphs, all that a step reads and writes stays in one place, so that a captured step can be replayed.
         """
-        position, idle = rollout.lengths[rows] - 1, torch.arange(len(rows), device=rows.device) >= active  # (n,)
+        position, idle = rollout.lengths[rows] - 1, torch.arange(len(rows), device=rows.device) >= active
         token, logprob = rollout.ids[rows, position], rollout.logprobs[rows, position]
-        state, replays = (rows, end, rollout.seeds[rows], position, token, logprob, idle), {}
-        if self.graphs:
+        state, replays = State(rows, end, rollout.seeds[rows], position, token, logprob, idle), {}
+        if graphs is not None:
             fixed, replays = graphs.setdefault(len(rows), (state, replays))
             for old, new in zip(fixed, state, strict=True):
                 old.copy_(new)
             state = fixed
 
         def step():
-            self._step(rollout, *state, widths, temperature)
+            self._step(rollout, state, widths, temperature)
 
         for _ in range(steps):
             replays.get(widths[0], step)()
-            if self.graphs and widths[0] not in replays:  # after one step as it is, which also warms up
+            if graphs is not None and widths[0] not in replays:  # after one step as it is, which also warms up
                 replays[widths[0]] = self._capture(step)
-        rows, _, _, position, _, _, done = state
-        rollout.lengths[rows] = position + 1
-        return torch.stack([position + 1, done], 1)
+        rollout.lengths[state.rows] = state.position + 1
+        return torch.stack([state.position + 1, state.done], 1)
 
     def _capture(self, step):
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):  # one pool: graphs run one after the other
+        with torch.cuda.device(self.model.device), torch.cuda.graph(graph, pool=self._pool):
             step()
         return graph.replay
 
-    def _step(self, rollout, rows, end, seeds, position, token, logprob, done, widths, temperature):
-        """One token more for each row that isn't done; position, token, logprob and done are changed in place."""
+    def _step(self, rollout, state, widths, temperature):
+        """One token more for each row that isn't done; the state is changed in place."""
+        rows, end, seeds, position, token, logprob, done = state
         logits = self._forward(rollout.cache, 0, token[:, None], position[:, None], widths)
         new_token, new_logprob = sample(logits, temperature, uniform(seeds, position + 1))
         # A row that is done feeds its last token at its own place again, which changes nothing.

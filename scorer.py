@@ -68,8 +68,11 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, slid
     if sliding_window is not None:
         t = torch.arange(T, device=query.device)
         mask = (t <= t[:, None]) & (t > t[:, None] - sliding_window)
+    grouped = query.device.type == "cpu" or (mask is None and query.dtype.itemsize == 2)  # else the slow kernel's case
+    if not grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     rows = [spread_out(x) for x in (query, key, value)]
-    options = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "enable_gqa": True}
+    options = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "enable_gqa": grouped}
     out = F.scaled_dot_product_attention(*rows, **options).transpose(1, 2)  # (R, T, heads, D)
     return out.flatten(0, 1).index_select(0, tree.place)[None], None
 

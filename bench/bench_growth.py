@@ -81,7 +81,7 @@ def update_job(sampler: Sampler, tokens: int, config: Config):
     weights = rollout.action_mask.float()
     batch = Batch(rollout, weights, 0.05 * weights, float(weights.sum()), {})
     scorer = Scorer(sampler.model, copy.deepcopy(sampler.model))
-    optimizer = torch.optim.AdamW(sampler.model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(sampler.model.parameters(), lr=1e-6, fused=True)
     return lambda: update(scorer, optimizer, batch, TrainConfig())
 
 

@@ -4,7 +4,8 @@
 
 Single-turn, P prompts x a group of G, a KL to the reference, one update of one batch, the same response lengths on both
 sides. Each side runs in processes of its own, in turn, so that peaks are theirs alone. bench/requirements-trl.txt is
-TRL's environment. TRL runs as it comes (gradient checkpointing on) and with checkpointing off, as ours does.
+TRL's environment. TRL runs as it comes (gradient checkpointing on, all rows in one micro-batch), with checkpointing
+off, as ours does; both sides also with micro-batches of about 8 rows.
 """
 
 import copy
@@ -40,8 +41,16 @@ from sampler import Sampler
 from scorer import Scorer
 from tasks import countdown_prompt
 
-TRL_SIDES = {"TRL": {"checkpointing": True}, "TRL, no checkpointing": {"checkpointing": False}}
-OUR_SIDES = {"ours, k3": {"kl": "k3"}, "ours, exact": {"kl": "exact"}}
+TRL_SIDES = {
+    "TRL": {"checkpointing": True, "micro": None},
+    "TRL, no checkpointing": {"checkpointing": False, "micro": None},
+    "TRL, no checkpointing, 8 rows at a time": {"checkpointing": False, "micro": 8},
+}
+OUR_SIDES = {
+    "ours, k3": {"kl": "k3", "token_budget": TrainConfig.token_budget},
+    "ours, exact": {"kl": "exact", "token_budget": TrainConfig.token_budget},
+    "ours, k3, about 8 rows at a time": {"kl": "k3", "token_budget": 1024},
+}
 
 
 @dataclass
@@ -87,8 +96,11 @@ def our_steps(job: dict) -> dict:
     model, tokenizer = load(job["model"], bench, 512)
     scorer, sampler = Scorer(model, copy.deepcopy(model)), Sampler(model, tokenizer)
     sampler.is_stop[:] = False  # lengths are the job's
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], weight_decay=0.0)
-    train_config, rng = TrainConfig(kl=job["kl"]), torch.Generator().manual_seed(job["seed"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], weight_decay=0.0, fused=True)
+    train_config, rng = (
+        TrainConfig(kl=job["kl"], token_budget=job["token_budget"]),
+        torch.Generator().manual_seed(job["seed"]),
+    )
     prompts = [tokenizer(prompt).input_ids for prompt in job["prompts"]]
     result = {"seconds": [], "rollout": [], "loaded_mib": memory_mib(job["device"], peak=False)}
     for _ in range(job["steps"] + 1):
@@ -143,11 +155,11 @@ def main(config: Config) -> None:
     if not config.trl_python:
         print("TRL left out: --trl_python names no python")
     figures = {}
-    for label, theirs in (("trl", "TRL"), ("trl_no_checkpointing", "TRL, no checkpointing")):
-        for kl in ("k3", "exact"):
-            ours, other = sides[f"ours, {kl}"], sides.get(theirs)
+    for label, theirs in zip(("trl", "trl_no_checkpointing", "trl_8_rows"), TRL_SIDES, strict=True):
+        for kind, name in zip(("k3", "exact", "k3_8_rows"), OUR_SIDES, strict=True):
+            ours, other = sides[name], sides.get(theirs)
             for prefix, key in (("speedup", "seconds"), ("memory_ratio", "peak_mib"), ("above_ratio", "above_mib")):
-                figures[f"{prefix}_{kl}_over_{label}"] = ratio(other[key], ours[key]) if other else None
+                figures[f"{prefix}_{kind}_over_{label}"] = ratio(other[key], ours[key]) if other else None
     finish(config, **figures, sides=sides)
 
 

@@ -65,9 +65,12 @@ def memory_mib(job, line):
 
 def make_trainer(job, output_dir, clock):
     rng = random.Random(job["seed"])
+    micro = job["micro"] or len(job["lengths"])
     config = GRPOConfig(
         output_dir=output_dir,
-        per_device_train_batch_size=len(job["lengths"]),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=len(job["lengths"]) // micro,
+        steps_per_generation=len(job["lengths"]) // micro,
         num_generations=job["group_size"],
         max_completion_length=max(job["lengths"]),
         beta=job["beta"],

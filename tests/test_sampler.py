@@ -61,6 +61,9 @@ def test_each_row_has_its_own_token_limit(tiny, tokenizer):
     assert first.action_mask.sum(1).tolist() == limits
     second = sampler.extend(first, [[4], [5, 6]], 2, rows=[3, 0], max_new_tokens=limits[:4])
     assert (second.action_mask & (second.turn == 1)).sum(1).tolist() == limits[:4]
+    assert sampler.generate(PROMPTS, max_new_tokens=torch.tensor(3)).lengths.max() == 11 + 3
+    with pytest.raises(ValueError, match="max_new_tokens is 2.5: it must be a whole number"):
+        sampler.generate(PROMPTS, max_new_tokens=2.5)
     with pytest.raises(ValueError, match="max_new_tokens has 3 numbers, need 1 or 10"):
         sampler.generate(PROMPTS, 2, max_new_tokens=[1, 2, 3])
 
@@ -199,9 +202,18 @@ def test_the_fused_path_follows_the_weights_and_yields_to_hooks_and_changed_laye
     class Adapter(torch.nn.Linear):
         pass
 
-    assert fusable(model)
-    model.model.layers[0].mlp.up_proj = Adapter(32, 48, bias=False)
-    assert not fusable(model)
+    for change in (
+        lambda m: setattr(m.model.layers[0].mlp, "up_proj", Adapter(32, 48, bias=False)),
+        lambda m: setattr(m, "lm_head", Adapter(32, VOCAB, bias=False)),
+        lambda m: setattr(m.model, "norm", torch.nn.RMSNorm(32)),
+        lambda m: setattr(m.model.layers[1], "mlp", torch.nn.Sequential(m.model.layers[1].mlp)),
+        lambda m: setattr(m.model.layers[1].mlp, "forward", m.model.layers[1].mlp.forward),
+    ):
+        model = build(tf.LlamaConfig)
+        assert fusable(model)
+        change(model)
+        assert not fusable(model)
+        check(model, three_turns(Sampler(model, tokenizer))[2])
 
 
 @pytest.mark.parametrize("max_batch", [3, 256])

@@ -93,7 +93,7 @@ def our_batch(sampler: Sampler, prompts: list, job: dict, rng: torch.Generator) 
 def our_steps(job: dict) -> dict:
     """What trl_step.py does, with this project's parts."""
     bench = BenchConfig(device=job["device"], dtype=job["dtype"])
-    model, tokenizer = load(job["model"], bench, 512)
+    model, tokenizer = load(job["model"], bench, max(map(len, job["prompts"])) + job["max_new_tokens"])
     scorer, sampler = Scorer(model, copy.deepcopy(model)), Sampler(model, tokenizer)
     sampler.is_stop[:] = False  # lengths are the job's
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], weight_decay=0.0, fused=True)

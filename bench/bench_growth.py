@@ -149,6 +149,11 @@ def draw(path: Path, series: dict) -> None:
             axis.plot([size] * len(points[size]), points[size], ".", color="tab:gray", markersize=3)
         axis.plot(sizes, [median(points[size]) for size in sizes], "o-", color="tab:blue", markersize=4)
         axis.set(xscale="log", yscale="log", xlabel=LABELS[name], ylabel="seconds" if axis is axes[0] else "")
+        axis.xaxis.minorticks_off()
+        labels = [
+            f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size / 1e3:.0f}k" if size >= 1e4 else size for size in sizes
+        ]
+        axis.set_xticks(sizes, labels, fontsize=8, rotation=45)
         if (steepness := slope(points)) is not None:
             axis.annotate(f"slope {steepness:.2f}", (0.06, 0.9), xycoords="axes fraction")
         axis.grid(alpha=0.2, which="both")

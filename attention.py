@@ -60,6 +60,11 @@ def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, d
     return mask.repeat(1, heads, 1)[:, None]
 
 
+def _one_query(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+    """Attention as it is written: on CPU, for a single query, a sixth faster than the kernel made for many."""
+    return torch.add(attn_mask, query @ key.mT, alpha=scale).softmax(-1) @ value
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, spans: list) -> Tensor:
     """query (n, heads, Q, D), key and value (n, kv_heads, K, D), mask of `ragged_mask` -> (n, Q, heads, D).
 
@@ -67,10 +72,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     """
     # Heads that share a KV head become queries of it: no expanded copy of it, and any kernel will do.
     folded = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # (n, kv_heads, heads / kv_heads * Q, D)
+    single = folded.shape[2] == 1 and folded.device.type == "cpu" and folded.dtype == torch.float32
+    kernel = _one_query if single else F.scaled_dot_product_attention
     parts = [
-        F.scaled_dot_product_attention(
-            folded[a:b], key[a:b, :, :width], value[a:b, :, :width], attn_mask=mask[a:b, ..., :width], scale=scale
-        )
+        kernel(folded[a:b], key[a:b, :, :width], value[a:b, :, :width], attn_mask=mask[a:b, ..., :width], scale=scale)
         for a, b, width in spans
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -56,7 +56,9 @@ class KVCache:
         """A new cache whose rows are copies of the first `used` positions of `slots` (rows,)."""
         new = KVCache(len(slots), capacity, slots.device)
         for layer, stores in self.layers.items():
-            new.layers[layer] = [F.pad(s[slots, :, :used], (0, 0, 0, new.capacity - used)) for s in stores]
+            new.layers[layer] = [s.new_zeros(len(slots), s.shape[1], new.capacity, s.shape[3]) for s in stores]
+            for store, copy in zip(stores, new.layers[layer], strict=True):
+                copy[:, :, :used] = store[slots, :, :used]
         return new
 
     def move(self, before, after, used):

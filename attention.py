@@ -2,7 +2,7 @@
 
 `attention_is(model, name)` switches them on for a while; a layer then hands over its queries, keys and values and is
 told where they stand by `position_ids`. This file has the switch, the check that a layer asks for nothing we ignore,
-and the sampler's attention over its cache, "ragged"; the scorer's, "prefix_tree", is in scorer.py.
+the sampler's cache and its attention over it, "ragged"; the scorer's, "prefix_tree", is in scorer.py.
 """
 
 from contextlib import contextmanager
@@ -45,6 +45,55 @@ def attention_is(model, name: str):
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+class KVCache:
+    """Keys and values of all rows, (rows, kv_heads, capacity, D) a layer, for use as past_key_values."""
+
+    def __init__(self, rows, capacity, device):
+        self.capacity = -(-capacity // 8) * 8  # widths are multiples of 8, as attention kernels like them
+        self.slots = torch.arange(rows, device=device)  # (B,) where each row of the rollout lives
+        self.layers = {}
+
+    def aim(self, first, positions, widths):
+        """Write the next tokens of rows first, first + 1, ... at positions (n, Q); read slots [0, width).
+
+        widths: one for each run of ceil(n / len(widths)) rows.
+        """
+        n, run = len(positions), -(-len(positions) // len(widths))
+        row = torch.arange(first, first + n, device=positions.device)
+        self.rows, self.spot = slice(first, first + n), (row[:, None], slice(None), positions)
+        widths = [min(-(-width // 8) * 8, self.capacity) for width in widths]
+        self.width, self.spans = max(widths), [(i * run, min(i * run + run, n), w) for i, w in enumerate(widths)]
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        """Store key and value (n, kv_heads, Q, D); return these rows so far, (n, kv_heads, width, D)."""
+        if layer_idx not in self.layers:  # zeros, since 0 * NaN would leak through a masked slot
+            shape = (len(self.slots), key.shape[1], self.capacity)
+            self.layers[layer_idx] = [key.new_zeros(*shape, new.shape[-1]) for new in (key, value)]
+        for store, new in zip(self.layers[layer_idx], (key, value), strict=True):
+            store[self.spot] = new.transpose(1, 2)
+        return tuple(store[self.rows, :, : self.width] for store in self.layers[layer_idx])
+
+    def get_seq_length(self, layer_idx=0):
+        return 0  # models ask only to make up position ids, and ours are given
+
+    def gather(self, slots, capacity, used):
+        """A new cache whose rows are copies of the first `used` positions of `slots` (rows,)."""
+        new = KVCache(len(slots), capacity, slots.device)
+        for layer, stores in self.layers.items():
+            new.layers[layer] = [s.new_zeros(len(slots), s.shape[1], new.capacity, s.shape[3]) for s in stores]
+            for store, copy in zip(stores, new.layers[layer], strict=True):
+                copy[:, :, :used] = store[slots, :, :used]
+        return new
+
+    def move(self, before, after, used):
+        """Reorder rows: slot s held row before[s] and shall hold row after[s] (host lists)."""
+        moves = [(slot, before.index(row)) for slot, row in enumerate(after) if before[slot] != row]
+        if moves:
+            target, source = torch.tensor(moves, device=self.slots.device).T
+            for store in (s for stores in self.layers.values() for s in stores):
+                store[target, :, :used] = store[source, :, :used]
 
 
 def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, dtype) -> Tensor:

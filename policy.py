@@ -58,6 +58,7 @@ class TrainConfig:
     epochs: int = flag(1, "updates a batch; above 1 the ratio pi / pi_old is clipped")
     clip: float = flag(0.2, "how far the ratio may move from 1 when epochs > 1")
     token_budget: int = flag(16384, "tokens of a micro-batch")
+    checkpointing: bool = flag(False, "compute the activations again in the backward pass: less memory, more time")
     save_every: int = flag(20, "steps between saved states; the best checkpoint is chosen over such windows")
     eval_every: int = flag(40, "steps between evaluations at T = 1 on validation; 0: only at the end")
     eval_problems: int = flag(300, "validation problems of those evaluations")

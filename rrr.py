@@ -317,7 +317,7 @@ def main(config: Config) -> None:
             write_failures(run / "failures.jsonl", source, success, sampler.model, config)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     base = Sampler(copy.deepcopy(sampler.model), tokenizer)
-    scorer = Scorer(sampler.model, base.model)
+    scorer = Scorer(sampler.model, base.model, checkpointing=config.checkpointing)
 
     def step_batch(step: int, state: dict) -> Batch:
         chosen = pick_problems(source, config.seed, step, config.failures_per_step)

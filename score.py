@@ -197,7 +197,8 @@ def main(config: Config) -> None:
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     results = {"base": evaluate_both(sampler, *shared)}
     model, base = sampler.model, copy.deepcopy(sampler.model)
-    base_sampler, scorer = Sampler(base, tokenizer), Scorer(model, copy.deepcopy(base))
+    base_sampler = Sampler(base, tokenizer)
+    scorer = Scorer(model, copy.deepcopy(base), checkpointing=config.checkpointing)
 
     def step_batch(step: int, state: dict) -> Batch:
         stage = stage_of(step, config)

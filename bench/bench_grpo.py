@@ -5,7 +5,7 @@
 Single-turn, P prompts x a group of G, a KL to the reference, one update of one batch, the same response lengths on both
 sides. Each side runs in processes of its own, in turn, so that peaks are theirs alone. bench/requirements-trl.txt is
 TRL's environment. TRL runs as it comes (gradient checkpointing on, all rows in one micro-batch), with checkpointing
-off, as ours does; both sides also with micro-batches of about 8 rows.
+off, and that in micro-batches of 8 rows; ours runs with and without checkpointing, all rows in one micro-batch.
 """
 
 import copy
@@ -47,9 +47,9 @@ TRL_SIDES = {
     "TRL, no checkpointing, 8 rows at a time": {"checkpointing": False, "micro": 8},
 }
 OUR_SIDES = {
-    "ours, k3": {"kl": "k3", "token_budget": TrainConfig.token_budget},
-    "ours, exact": {"kl": "exact", "token_budget": TrainConfig.token_budget},
-    "ours, k3, about 8 rows at a time": {"kl": "k3", "token_budget": 1024},
+    "ours, k3": {"kl": "k3", "token_budget": TrainConfig.token_budget, "checkpointing": False},
+    "ours, exact": {"kl": "exact", "token_budget": TrainConfig.token_budget, "checkpointing": False},
+    "ours, k3, checkpointing": {"kl": "k3", "token_budget": TrainConfig.token_budget, "checkpointing": True},
 }
 
 
@@ -94,7 +94,8 @@ def our_steps(job: dict) -> dict:
     """What trl_step.py does, with this project's parts."""
     bench = BenchConfig(device=job["device"], dtype=job["dtype"])
     model, tokenizer = load(job["model"], bench, max(map(len, job["prompts"])) + job["max_new_tokens"])
-    scorer, sampler = Scorer(model, copy.deepcopy(model)), Sampler(model, tokenizer)
+    scorer = Scorer(model, copy.deepcopy(model), checkpointing=job["checkpointing"])
+    sampler = Sampler(model, tokenizer)
     sampler.is_stop[:] = False  # lengths are the job's
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], weight_decay=0.0, fused=True)
     train_config, rng = (
@@ -156,7 +157,7 @@ def main(config: Config) -> None:
         print("TRL left out: --trl_python names no python")
     figures = {}
     for label, theirs in zip(("trl", "trl_no_checkpointing", "trl_8_rows"), TRL_SIDES, strict=True):
-        for kind, name in zip(("k3", "exact", "k3_8_rows"), OUR_SIDES, strict=True):
+        for kind, name in zip(("k3", "exact", "k3_checkpointing"), OUR_SIDES, strict=True):
             ours, other = sides[name], sides.get(theirs)
             for prefix, key in (("speedup", "seconds"), ("memory_ratio", "peak_mib"), ("above_ratio", "above_mib")):
                 figures[f"{prefix}_{kind}_over_{label}"] = ratio(other[key], ours[key]) if other else None

@@ -54,14 +54,17 @@ def test_scores_and_gradients_equal_those_of_whole_rows(name):
     mask = real & (torch.arange(14) % 5 > 1)
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
     results = []
-    for scores in (Scorer(model, reference, chunk=7)(ids, mask, 0.8), plain_scores(model, reference, ids, mask, 0.8)):
+    ways = [Scorer(model, reference, chunk=7, checkpointing=c) for c in (False, True)]
+    for way in (lambda *x: plain_scores(model, reference, *x), *ways):
         model.zero_grad()
+        scores = way(ids, mask, 0.8)
         ((scores.logprobs + scores.kl) * weight).sum().backward()
         results.append((scores, torch.cat([p.grad.flatten() for p in model.parameters()])))
-    (ours, gradient), (plain, expected) = results
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-    assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max()
+    (plain, expected), *ours = results
+    for scores, gradient in ours:
+        for a, b in zip(scores, plain, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+        assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max()
     assert model.config._attn_implementation == "eager"
 
 
@@ -73,3 +76,15 @@ def test_a_shared_prefix_is_encoded_once_and_nothing_after_the_last_sampled_toke
     scores = Scorer(model)(ids, mask)
     assert fed == [5]  # 5, 6, 7 and then 8 or 9
     assert torch.equal(scores.logprobs[1], scores.logprobs[2])
+
+
+def test_checkpointing_keeps_nothing_of_a_block_but_what_it_is_given():
+    model, kept = build(tf.LlamaConfig, num_hidden_layers=8), []
+    ids = torch.arange(40).view(2, 20) % VOCAB
+    for checkpointing in (False, True):
+        scorer, sizes = Scorer(model, checkpointing=checkpointing), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            scorer(ids, torch.ones_like(ids).bool())
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 5
+    assert "forward" not in vars(model.model.layers[0])

@@ -4,13 +4,24 @@ Each is a pure function that never raises on any response text and never calls `
 alone: a response in the wrong format is a wrong answer.
 """
 
+import json
 import re
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from fractions import Fraction
+
+import grader
 
 MAX_ANSWER_CHARS = 1000
 TOKEN = re.compile(r"[ \t\r\n]*(?:(0|[1-9][0-9]*)(?![0-9])|([-+*/()]))")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3}
+BRACES = re.compile(r"\\?\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # a brace after a backslash is a character
+FINAL_ANSWER = re.compile(r"final answer is", re.IGNORECASE)
+MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|\*\*")
+FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*)```", re.DOTALL)
 STEP_LIMIT = 99  # the largest value that has a token of its own in the tiny vocabulary
 
 
@@ -133,3 +144,155 @@ def step_result(left: int, operator: str, right: int) -> int | None:
     else:
         return None
     return result if 0 <= result <= STEP_LIMIT else None
+
+
+def verify_math(response: str, answer: str, timeout: float = grader.TIMEOUT) -> bool:
+    """True if math-verify finds the response's answer equal to `answer`, LaTeX or a plain number such as 1,234.
+
+    Exact: what agrees after rounding only is different. Over 1,000 characters, or over `timeout` seconds of processor
+    time: False. A grader that can't be started raises ImportError or RuntimeError.
+    """
+    given = extract_math(response)
+    if not given or len(given) > MAX_ANSWER_CHARS:
+        return False
+    return grader.equivalent(_without_full_stop(answer), _without_full_stop(given), timeout)
+
+
+def extract_math(response: str) -> str | None:
+    """What the last balanced `\\boxed{…}` after the last `</think>` holds; else the text after "final answer is".
+
+    Of that text, the formula it begins with, or its first sentence.
+    """
+    text = response.rpartition("</think>")[2]
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    *before, text = FINAL_ANSWER.split(text)
+    if not before:
+        return None
+    text = text.lstrip(" \t\r\n:*")
+    span = MATH_SPAN.match(text)
+    answer = (span[span.lastindex] if span else SENTENCE_END.split(text, maxsplit=1)[0]).strip()
+    return answer if _last_boxed(rf"\boxed{{{answer}}}") == answer else None  # braces that don't match: no answer
+
+
+def _last_boxed(text: str) -> str | None:
+    """In one pass, for a text of a million braces too."""
+    opened: list[tuple[int, bool]] = []
+    last = (-1, -1)
+    for match in BRACES.finditer(text):
+        if match[0] == "}" and opened:
+            start, boxed = opened.pop()
+            if boxed and start > last[0]:
+                last = (start, match.start())
+        elif match[0] == "{" or "boxed" in match[0]:
+            opened.append((match.end(), match[0] != "{"))
+    return None if last[0] < 0 else text[last[0] : last[1]]
+
+
+def _without_full_stop(answer: str) -> str:
+    answer = answer.strip()
+    return answer[:-1] if re.search(r"\d\.\Z", answer) else answer
+
+
+def verify_function_call(response: str, calls: list[dict]) -> bool:
+    """True if the response is a JSON list of exactly these calls, in any order.
+
+    calls: `{"name", "arguments"}` objects (APIGen), or the BFCL's `{name: {argument: [accepted values]}}`, where ""
+        among the accepted values makes an argument optional and objects list accepted values for each of their fields.
+    """
+    text = response.rpartition("</think>")[2].strip(" \t\r\n")
+    fence = FENCE.fullmatch(text)
+    try:
+        given = _parse_json(fence[1] if fence else text)
+    except (ValueError, ArithmeticError, RecursionError):
+        return False
+    gold = _parse_json(json.dumps(calls))
+    return _is_list_of_calls(given) and len(given) == len(gold) and _matches_one_to_one(given, gold)
+
+
+def _parse_json(text: str):
+    """Numbers become Decimal: 3 is 3.0, but 10**20 + 1 is not 1e20. Duplicate keys, NaN and Infinity: ValueError."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("duplicate key")
+        return dict(pairs)
+
+    def no_constant(name: str):
+        raise ValueError(name)
+
+    return json.loads(
+        text, object_pairs_hook=unique, parse_int=Decimal, parse_float=Decimal, parse_constant=no_constant
+    )
+
+
+def _is_list_of_calls(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(call, dict)
+        and call.keys() == {"name", "arguments"}
+        and isinstance(call["name"], str)
+        and isinstance(call["arguments"], dict)
+        for call in value
+    )
+
+
+def _matches_one_to_one(given: list[dict], gold: list[dict]) -> bool:
+    """A perfect matching by augmenting paths: where accepted values overlap, first come first served is not enough."""
+    fits = [[j for j, wanted in enumerate(gold) if _is_call(call, wanted)] for call in given]
+    owner: dict[int, int] = {}
+
+    def place(i: int, tried: set[int]) -> bool:
+        for j in fits[i]:
+            if j not in tried:
+                tried.add(j)
+                if j not in owner or place(owner[j], tried):
+                    owner[j] = i
+                    return True
+        return False
+
+    return all(place(i, set()) for i in range(len(given)))
+
+
+def _is_call(call: dict, gold: dict) -> bool:
+    if gold.keys() == {"name", "arguments"}:
+        return _same(call, gold)
+    ((name, arguments),) = gold.items()
+    return call["name"] == name and _is_accepted(call["arguments"], arguments)
+
+
+def _same(value, gold) -> bool:
+    """Equal as JSON: true is not 1, objects have the same keys, lists the same order."""
+    if type(value) is not type(gold):
+        return False
+    if isinstance(gold, dict):
+        return value.keys() == gold.keys() and all(_same(value[key], gold[key]) for key in gold)
+    if isinstance(gold, list):
+        return len(value) == len(gold) and all(map(_same, value, gold))
+    return value == gold
+
+
+def _is_accepted(value, gold) -> bool:
+    """The same, where every field of an object in `gold` lists its accepted values."""
+    if isinstance(value, dict) and isinstance(gold, dict):
+        return value.keys() <= gold.keys() and all(
+            any(_is_accepted(value[key], one) for one in accepted) if key in value else "" in accepted
+            for key, accepted in gold.items()
+        )
+    if isinstance(value, list) and isinstance(gold, list):
+        return len(value) == len(gold) and all(map(_is_accepted, value, gold))
+    return _same(value, gold)
+
+
+def verify_batch(verify: Callable[[str, dict], bool], texts: list[str], problems: list[dict], workers: int = 1):
+    """`verify(text, problem)` of every pair, in order: a list of bool. What a verifier raises is raised.
+
+    workers: threads, for verifiers that wait for a process of their own (mathematics, code); the others take 1. One
+        verdict that hangs until its timeout does not keep the others waiting.
+    """
+    if workers == 1:
+        return [verify(text, problem) for text, problem in zip(texts, problems, strict=True)]
+    if len(texts) != len(problems):
+        raise ValueError(f"{len(texts)} texts for {len(problems)} problems")
+    with ThreadPoolExecutor(workers) as threads:
+        return list(threads.map(verify, texts, problems))

@@ -1,6 +1,8 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from verifiers import run_steps, verify_countdown
 
@@ -92,3 +94,12 @@ def test_only_honest_derivations_have_a_value(steps, value):
 def test_equal_numbers_are_counted():
     assert run_steps("5 / 5 = 1 ; 5 + 1 = 6", [5, 5, 5]) == 6
     assert run_steps("5 / 5 = 1 ; 5 + 1 = 6", [5, 5, 1]) is None
+
+
+PIECES = ["<answer>", "</answer>", "</think>", "(", ")", "+", "-", "*", "/", "3", "4", "5", "0", " ", "=", "\ud800"]
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=2), max_size=16).map("".join), st.booleans())
+def test_no_text_makes_verify_countdown_raise(text, tagged):
+    assert verify_countdown(f"<answer>{text}</answer>" if tagged else text, [3, 4, 5], 7) in (True, False)

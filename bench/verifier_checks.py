@@ -1,0 +1,113 @@
+"""Verifiers against real gold answers: what must be right is, what must be wrong is not, and how many a second.
+
+`checks(folder)` runs them all over the JSONL files in `folder`; each is a row of a table.
+"""
+
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from verifiers import verify_batch, verify_countdown, verify_function_call, verify_math  # noqa: E402
+
+BFCL = ("bfcl_simple_python", "bfcl_multiple", "bfcl_parallel", "bfcl_parallel_multiple")
+
+
+def checks(folder: Path, workers: int = 2) -> list[dict]:
+    rows = [math_gold(folder, workers), *gsm8k(folder, workers), *countdown(folder)]
+    return rows + [row for name in BFCL for row in function_calls(folder, name)]
+
+
+def measure(check: str, verify, pairs: list[tuple], expected: bool, workers: int = 1) -> dict:
+    """{check, expected, as_expected, of, per_second, failures}: verdicts on (text, problem) pairs."""
+    texts, problems = zip(*pairs)
+    verify_batch(verify, texts[:workers], problems[:workers], workers)  # processes are started outside the clock
+    start = time.perf_counter()
+    verdicts = verify_batch(verify, texts, problems, workers)
+    seconds = time.perf_counter() - start
+    failures = [pair for pair, verdict in zip(pairs, verdicts) if verdict is not expected]
+    figures = {"as_expected": len(pairs) - len(failures), "of": len(pairs), "per_second": len(pairs) / seconds}
+    return {"check": check, "expected": expected, **figures, "failures": failures}
+
+
+def read(folder: Path, name: str) -> list[dict]:
+    with open(folder / f"{name}.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def math_gold(folder: Path, workers: int) -> dict:
+    pairs = [(row["solution"], row["answer"]) for row in read(folder, "math500")]
+    return measure("MATH-500: solutions", verify_math, pairs, True, workers)
+
+
+def gsm8k(folder: Path, workers: int) -> list[dict]:
+    pairs = []
+    for row in read(folder, "gsm8k_test"):
+        pairs.append((row["answer"].replace("####", "The final answer is"), row["answer"].rpartition("#### ")[2]))
+    wrong = [(f"\\boxed{{{int(gold.replace(',', '')) + 1}}}", gold) for _, gold in pairs]
+    return [
+        measure("GSM8K: solutions", verify_math, pairs, True, workers),
+        measure("GSM8K: one more", verify_math, wrong, False, workers),
+    ]
+
+
+def countdown(folder: Path) -> list[dict]:
+    rows = read(folder, "countdown34_train")
+    pairs = [(f"<answer>{row['solution']}</answer>", row) for row in rows]
+    wrong = [(text, row | {"target": row["target"] + 1}) for text, row in pairs]
+
+    def verify(text, row):
+        return verify_countdown(text, row["nums"], row["target"])
+
+    return [
+        measure("Countdown: solutions", verify, pairs, True),
+        measure("Countdown: another target", verify, wrong, False),
+    ]
+
+
+def function_calls(folder: Path, name: str) -> list[dict]:
+    pairs, wrong = [], []
+    for row in read(folder, name):
+        gold = row["ground_truth"]
+        calls = [{"name": function, "arguments": plain(wanted)} for call in gold for function, wanted in call.items()]
+        pairs.append((json.dumps(calls), gold))
+        wrong += [(json.dumps(changed), gold) for changed in one_value_changed(calls)]
+    return [
+        measure(f"{name}: gold", verify_function_call, pairs, True),
+        measure(f"{name}: one value changed", verify_function_call, wrong, False),
+    ]
+
+
+def plain(wanted: dict) -> dict:
+    """An object of lists of accepted values -> the first accepted value of each that is not "", which means none."""
+
+    def value(accepted):
+        if isinstance(accepted, dict):
+            return plain(accepted)
+        return [value(one) for one in accepted] if isinstance(accepted, list) else accepted
+
+    return {key: value(one) for key, accepted in wanted.items() for one in [v for v in accepted if v != ""][:1]}
+
+
+def one_value_changed(calls: list[dict]):
+    """`calls` once for every string, number, true, false and null in it, each time with that one changed."""
+    calls = copy.deepcopy(calls)
+
+    def visit(holder, key):
+        value = holder[key]
+        if isinstance(value, dict | list):
+            for inner in list(value) if isinstance(value, dict) else range(len(value)):
+                yield from visit(value, inner)
+            return
+        if value is None or isinstance(value, bool):
+            holder[key] = 1 if value else 0  # 1 is not true
+        else:
+            holder[key] = value + " (changed)" if isinstance(value, str) else value + 12345
+        yield calls
+        holder[key] = value
+
+    for index in range(len(calls)):
+        yield from visit(calls, index)

@@ -86,7 +86,8 @@ def _start_server() -> tuple[subprocess.Popen, socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:  # -P: not this folder, whose names would hide others'; a session of its own: no Ctrl-C
         command = [sys.executable, "-P", os.path.abspath(__file__), str(theirs.fileno())]
-        return subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True), ours
+        same = os.environ | {"PYTHONHASHSEED": "0"}  # sympy's order of terms is that of hashes
+        return subprocess.Popen(command, pass_fds=[theirs.fileno()], env=same, start_new_session=True), ours
 
 
 def _reset() -> None:

@@ -26,11 +26,13 @@ def test_one_json_list_is_read(response):
 
 
 @pytest.mark.parametrize("response", [
-    "", "null", "{}", "[]", TEXT[1:-1], f"Here: {TEXT}", f"{TEXT} done", f"{TEXT} {TEXT}", f"[{TEXT}]", f"{TEXT}</think>",
+    "", "null", "{}", "[]", TEXT[1:-1], f"Here: {TEXT}", f"{TEXT} done", f"{TEXT} {TEXT}", f"[{TEXT}]",
+    f"{TEXT}</think>",
     f"```json\n```json\n{TEXT}\n```\n```", f"Sure.\n```json\n{TEXT}\n```", f"```json\n{TEXT}\n```\nDone.", f"`{TEXT}`",
     f"```json\n{TEXT}", f"\ufeff{TEXT}", f"\u00a0{TEXT}", TEXT.replace('"', "'"), TEXT[:-1] + ",]",
     TEXT.replace("{", '{"id": 1, ', 1), TEXT.replace('"name": "f", ', ""), TEXT.replace('"f"', "null"),
-    TEXT.replace('"f"', '"F"'), TEXT.replace('"f"', '"f "'), TEXT.replace("Paris", "paris"), TEXT.replace("Paris", "Paris\n"),
+    TEXT.replace('"f"', '"F"'), TEXT.replace('"f"', '"f "'), TEXT.replace("Paris", "paris"),
+    TEXT.replace("Paris", "Paris\n"),
     TEXT.replace('"f"', '"g", "name": "f"'), TEXT.replace("3}", '3, "days": 3}'), TEXT.replace("3}", '3, "x": null}'),
     TEXT.replace("3", "NaN"), TEXT.replace("3", "Infinity"), TEXT.replace("3", "-Infinity"), TEXT.replace("3", '"3"'),
     TEXT.replace("3", "true"), TEXT.replace("3", "[3]"), TEXT.replace("3", "3."), TEXT.replace("3", "03"),
@@ -44,11 +46,14 @@ def test_anything_else_is_false(response):
 
 
 @pytest.mark.parametrize("gold, text, same", [
-    (3, "3.0", True), (3.0, "3", True), (0.1, "0.10", True), (0.1, "0.1000000000000000000001", False), (0, "-0.0", True),
+    (3, "3.0", True), (3.0, "3", True), (0.1, "0.10", True), (0.1, "0.1000000000000000000001", False),
+    (0, "-0.0", True),
     (10**20, "1e20", True), (1e20, str(10**20), True), (10**20 + 1, "1e20", False), (1e20, str(10**20 + 1), False),
-    (2**53 + 1, f"{2**53}.0", False), (1, "true", False), (True, "1", False), (0, "false", False), (False, "0.0", False),
+    (2**53 + 1, f"{2**53}.0", False), (1, "true", False), (True, "1", False), (0, "false", False),
+    (False, "0.0", False),
     (None, "null", True), (None, "false", False), (None, '""', False), (0, "null", False), ("1", "1", False),
-    ([1, 2], "[1, 2.0]", True), ([1, 2], "[2, 1]", False), ([1, 2], "[1]", False), ([1], "[true]", False), ([], "{}", False),
+    ([1, 2], "[1, 2.0]", True), ([1, 2], "[2, 1]", False), ([1, 2], "[1]", False), ([1], "[true]", False),
+    ([], "{}", False),
     ({"a": [1]}, '{"a": [1]}', True), ({"a": [1]}, '{"a": 1}', False), ({"a": 1}, '{"a": 1, "b": 2}', False),
     ({"a": 1, "b": None}, '{"a": 1}', False), ({"a": 1}, '{"a": 1, "a": 1}', False), ("\ud800", '"\\ud800"', True),
 ])  # fmt: skip
@@ -70,7 +75,8 @@ def test_bfcl_arguments_take_any_accepted_value_and_optional_ones_may_be_missing
     gold = [{"f": {"unit": ["m", "metre", ""], "size": [[1, 2], [2, 1]], "mode": ["", None]}}]
     for arguments in ({"size": [1, 2]}, {"size": [2, 1], "unit": "metre"}, {"size": [1, 2], "unit": "m", "mode": None}):
         assert verify_function_call(json.dumps([call(**arguments)]), gold)
-    for arguments in ({}, {"size": [2, 2]}, {"size": [1, 2], "unit": "M"}, {"size": [1, 2], "other": 1}, {"size": [[1, 2]]},
+    for arguments in ({}, {"size": [2, 2]}, {"size": [1, 2], "unit": "M"}, {"size": [1, 2], "other": 1},
+                      {"size": [[1, 2]]},
                       {"size": [1, 2], "unit": ["m"]}, {"size": [1, 2], "unit": None}, {"size": 1}):  # fmt: skip
         assert not verify_function_call(json.dumps([call(**arguments)]), gold)
     assert not verify_function_call(json.dumps([call("g", size=[1, 2])]), gold)
@@ -102,24 +108,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | FLOATS | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
 )
-PIECES = [
-    "[",
-    "]",
-    "{",
-    "}",
-    '"name"',
-    '"arguments"',
-    ": ",
-    ", ",
-    '"f"',
-    "{}",
-    "1e9",
-    "-",
-    "NaN",
-    "```",
-    "json\n",
-    "</think>",
-]
+PIECES = [*"[]{},:-", '"name"', '"arguments"', '"f"', "{}", "1e9", "NaN", "```", "json\n", "</think>"]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

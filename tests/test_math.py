@@ -78,25 +78,8 @@ def test_odd_responses_are_wrong_and_do_no_harm(response):
 
 
 LATEX = [
-    *(
-        "\\boxed{",
-        "}",
-        "{",
-        "\\frac",
-        "\\sqrt",
-        "^",
-        "_",
-        "$",
-        "\\text{",
-        "\\left(",
-        "\\right)",
-        "\\%",
-        "=",
-        ",",
-        "&",
-        "\\\\",
-    ),
-    *("\\begin{pmatrix}", "\\end{pmatrix}", "final answer is ", "</think>", "x", "12", ".", "!", "\ud800"),
+    *("\\boxed{", "\\frac", "\\sqrt", "\\text{", "\\left(", "\\right)", "\\%", "\\\\", "12", "\ud800"),
+    *("\\begin{pmatrix}", "\\end{pmatrix}", "final answer is ", "</think>", *"{}^_$=,&x.!"),
 ]
 
 

@@ -23,7 +23,7 @@ import time
 from contextlib import suppress
 
 TIMEOUT = 5.0  # seconds of processor time for a verdict, so that it does not depend on what else runs
-WALL = 4  # times the timeout: the limit in seconds on the clock
+WALL = 4  # times the timeout: how long a worker is waited for, in seconds on the clock
 MEMORY = 1 << 30  # bytes of address space of a worker
 DIGITS = 50  # two irrational numbers are equal if they agree so far behind the point: sympy proves no more than 100
 WORKERS = max(4, os.cpu_count() or 1)  # at a time
@@ -53,7 +53,7 @@ def equivalent(gold: str, answer: str, timeout: float = TIMEOUT) -> bool:
 
 def _ask(worker: socket.socket, request: bytes, timeout: float) -> bytes:
     """b"0" or b"1", or b"" from a worker that is lost."""
-    worker.settimeout(WALL * timeout + 1)  # by then its own clock has killed it
+    worker.settimeout(WALL * timeout)  # long after the worker's own limit, if it is not stopped or starved
     try:
         worker.sendall(request)
         return worker.recv(1)
@@ -63,19 +63,22 @@ def _ask(worker: socket.socket, request: bytes, timeout: float) -> bytes:
 
 def _start_worker() -> socket.socket:
     global _server
-    with _lock:
-        if _server is None or _server[0].poll() is not None:
-            _server = _start_server()
-        process, control = _server
-        ours, theirs = socket.socketpair()
-        with theirs, suppress(OSError):
-            socket.send_fds(control, [b"+"], [theirs.fileno()])
-    ours.settimeout(60)
-    with suppress(OSError):
-        if ours.recv(1) == b"r":
-            return ours
-    ours.close()
-    raise RuntimeError(f"grader.py: process {process.pid} could not start a worker (its own words are on stderr)")
+    for _ in range(2):  # a server may have died just now
+        with _lock:
+            if _server is None or _server[0].poll() is not None:
+                _server = _start_server()
+            process, control = _server
+            ours, theirs = socket.socketpair()
+            with theirs, suppress(OSError):
+                socket.send_fds(control, [b"+"], [theirs.fileno()])
+        ours.settimeout(60)
+        with suppress(OSError):
+            if ours.recv(1) == b"r":
+                return ours
+        ours.close()
+        process.kill()
+        process.wait()
+    raise RuntimeError("grader.py could not start a worker: its own words are on stderr")
 
 
 def _start_server() -> tuple[subprocess.Popen, socket.socket]:
@@ -124,7 +127,7 @@ def _serve(control: socket.socket) -> None:
 
 
 def _work(caller: socket.socket, server: int) -> None:
-    """A worker: the kernel kills it when a verdict takes too long or the server is gone, hung or not."""
+    """A worker: the kernel kills it when a verdict takes too long, or when the server is gone."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != server:
         return
@@ -132,10 +135,8 @@ def _work(caller: socket.socket, server: int) -> None:
     for line in caller.makefile("rb"):
         gold, answer, timeout = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, timeout)
-        signal.setitimer(signal.ITIMER_REAL, WALL * timeout)
         verdict = _verdict(gold, answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
         caller.sendall(b"1" if verdict else b"0")
 
 

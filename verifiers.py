@@ -220,7 +220,7 @@ def _parse_json(text: str):
         return dict(pairs)
 
     def no_constant(name: str):
-        raise ValueError(name)
+        raise ValueError(f"{name} is not JSON")
 
     return json.loads(
         text, object_pairs_hook=unique, parse_int=Decimal, parse_float=Decimal, parse_constant=no_constant

@@ -64,6 +64,11 @@ def test_values_compare_as_json(gold, text, same):
         assert verify_function_call(response, [{"f": {"x": ["another", gold]}}]) is same
 
 
+def test_infinity_is_not_json_in_the_gold_either():
+    with pytest.raises(ValueError, match="Infinity is not JSON"):
+        verify_function_call("[]", [call(x=1e999)])
+
+
 def test_calls_compare_as_a_multiset():
     a, b = call(x=1), call(x=2)
     for given_calls, same in (([b, a, a], True), ([a, b, b], False), ([a, b], False), ([a, a, b, b], False)):

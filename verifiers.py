@@ -273,11 +273,12 @@ def _same(value, gold) -> bool:
 
 
 def _is_accepted(value, gold) -> bool:
-    """The same, where every field of an object in `gold` lists its accepted values."""
+    """The same, where every field of an object in `gold` lists its accepted values, or has the only one."""
     if isinstance(value, dict) and isinstance(gold, dict):
-        return value.keys() <= gold.keys() and all(
+        fields = {key: wanted if isinstance(wanted, list) else [wanted] for key, wanted in gold.items()}
+        return value.keys() <= fields.keys() and all(
             any(_is_accepted(value[key], one) for one in accepted) if key in value else "" in accepted
-            for key, accepted in gold.items()
+            for key, accepted in fields.items()
         )
     if isinstance(value, list) and isinstance(gold, list):
         return len(value) == len(gold) and all(map(_is_accepted, value, gold))

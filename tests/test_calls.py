@@ -101,6 +101,11 @@ def test_objects_inside_accepted_values_list_accepted_values_too():
     assert not verdict({"field": "age", "value": 30, "x": 1}, {"field": "job"})
 
 
+def test_a_field_without_a_list_has_one_accepted_value():
+    for x, same in ((1, True), (2, False)):
+        assert verify_function_call(json.dumps([call(where={"x": x})]), [{"f": {"where": [{"x": 1}]}}]) is same
+
+
 def test_overlapping_accepted_values_are_matched_and_not_first_come_first_served():
     gold = [{"f": {"x": [1, 2, 3]}}, {"f": {"x": [1, 2]}}, {"f": {"x": [1]}}]
     for order in ([1, 2, 3], [3, 2, 1], [2, 1, 3], [1, 3, 2]):

@@ -120,7 +120,7 @@ def test_verdicts_in_parallel_keep_their_order_and_pass_a_hung_one():
     done = []
 
     def verify(text, problem):
-        verdict = verify_math(text, problem["answer"], timeout=1.0)
+        verdict = verify_math(text, problem["answer"], timeout=0.5)
         done.append(text)
         return verdict
 
@@ -205,6 +205,13 @@ def test_a_grader_that_can_not_start_raises(no_server, monkeypatch):
         verify_math(r"\boxed{5}", "5")
     monkeypatch.setattr(grader.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs math-verify: pip install"):
+        verify_math(r"\boxed{5}", "5")
+
+
+def test_a_math_verify_that_can_not_grade_is_a_fault_and_no_verdict(no_server, monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("LatexExtractionConfig = dict\ndef parse(): ...\ndef verify(): ...\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="could not start a worker"):
         verify_math(r"\boxed{5}", "5")
 
 

@@ -20,9 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from policy import check_counts, exit_on_bad_input, flag, load_model, parse_args, row_seeds
-from sampler import Sampler
-from tasks import SPLITS, Task, first_turn_ids, follow_up_ids, get_task, seam_ids
+from chat import encode, first_turn_ids, follow_up_ids, seam_ids
+from data import SPLITS
+from policy import TaskConfig, check_counts, exit_on_bad_input, flag, load_model, parse_args, pick_problems, row_seeds
+from sampler import Rollout, Sampler
+from tasks import Task, load_task
 
 METHODS = {
     "self_correct": "asked to correct itself after any answer, right or wrong (SCoRe)",
@@ -35,10 +37,7 @@ COLUMNS = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "edit_rat
 
 
 @dataclass
-class Config:
-    model: str = flag("models/tiny", "model directory or hub name")
-    task: str = flag("tiny", "tiny or countdown")
-    data: str | None = flag(None, "JSONL file of problems; default: the task's own")
+class Config(TaskConfig):
     split: str = flag("validation", "train, validation or test (for final tables only)")
     limit: int | None = flag(None, "only the first so many problems")
     temperature: float = flag(0.0, "0 is greedy")
@@ -56,8 +55,8 @@ def prepare(config, limits: dict[str, int | None]):
 
     `limits` names the splits and how many problems of each to take (None: all).
     """
-    task = get_task(config.task)
-    splits = {name: task.problems(name, config.data, config.seed)[:limit] for name, limit in limits.items()}
+    task, problems = load_task(config, limits)
+    splits = {name: problems[name][:limit] for name, limit in limits.items()}
     model, tokenizer = load_model(config.model)
     sampler = Sampler(model, tokenizer)
     for name, problems in splits.items():
@@ -78,14 +77,63 @@ def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], config)
     follows = len(seam[task.correct]) + 2 * config.max_new_tokens
     if getattr(config, "method", "reflect_retry") == "reflect_retry" and hasattr(config, "max_reflection_tokens"):
         follows = len(seam[task.reflect] + seam[task.retry]) + 2 * config.max_new_tokens + config.max_reflection_tokens
-    prompts = [first_turn_ids(tokenizer, task.prompt(problem)) for problem in problems]
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) + follows > sampler.limit:
+    prompts = [first_turn_ids(tokenizer, task.prompt(problem), task.shots) for problem in problems]
+    spoken = [len(prompt) + len(given_ids(tokenizer, task, p)) for prompt, p in zip(prompts, problems, strict=True)]
+    longest = max(range(len(prompts)), key=lambda i: spoken[i])
+    if spoken[longest] + follows > sampler.limit:
         raise ValueError(
-            f"problem {longest}: a prompt of {len(prompts[longest])} tokens and up to {follows} after it don't fit the "
-            f"model's context of {sampler.limit}: lower --max_new_tokens or --max_reflection_tokens, or leave it out"
+            f"problem {longest}: a prompt of {spoken[longest]} tokens and up to {follows} after it don't fit "
+            f"the model's context of {sampler.limit}: lower --shots or the token limits, or leave it out"
         )
     return prompts
+
+
+def given_ids(tokenizer, task: Task, problem: dict) -> list[int]:
+    """The first attempt that the data gives, with the token that ends a turn; empty where the model makes its own."""
+    if task.given is None:
+        return []
+    return encode(tokenizer, task.given(problem)) + seam_ids(tokenizer, task.correct)[:1]
+
+
+def first_attempts(sampler, tokenizer, task: Task, problems, prompts, group_size, seeds, limits) -> Rollout:
+    """`group_size` attempts at each problem: sampled, or given by the data; then there is no cache to go on from."""
+    if task.given is None:
+        return sampler.generate(prompts, group_size, seeds=seeds, **limits)
+    given = [given_ids(tokenizer, task, problem) for problem in problems]
+    rows = [(prompt, answer) for prompt, answer in zip(prompts, given, strict=True) for _ in range(group_size)]
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
+    ids = torch.full((len(rows), int(lengths.max())), sampler.pad_id)
+    spoken = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(rows):
+        ids[row, : lengths[row]] = torch.tensor(prompt + answer)
+        spoken[row, len(prompt) : lengths[row]] = True
+    turn = (torch.arange(ids.shape[1]) < lengths[:, None]).long() - 1
+    stopped = torch.ones(len(rows), 1, dtype=torch.bool)
+    parents = torch.arange(len(prompts)).repeat_interleave(group_size)
+    tensors = (ids, spoken, turn, torch.zeros(ids.shape), lengths, stopped, parents, torch.as_tensor(seeds))
+    return Rollout(*(tensor.to(sampler.model.device) for tensor in tensors), cache=None)
+
+
+def probe(sampler, tokenizer, task: Task, split, config, method: str, keys=("acc_t1", "acc_t2")) -> None:
+    """ValueError if --probe problems at the training temperature are all right or all wrong: no signal to learn from.
+
+    split: (problem, prompt ids) to train on. keys: the figures of the METHOD that training would reward.
+    """
+    if not config.probe:
+        return
+    chosen = pick_problems(split, config.seed, 0, min(config.probe, len(split)))
+    problems, prompts = zip(*chosen, strict=True)
+    figures, _ = evaluate(sampler, tokenizer, task, problems, prompts, config, config.temperature, method)
+    rates = {key: figures.get(key, 1.0) for key in keys}  # no failure: there is nothing to retry
+    if {*rates.values()} in ({0.0}, {1.0}):
+        shown = ", ".join(f"{key} {rate:.0%}" for key, rate in rates.items())
+        wrong = 0.0 in rates.values()
+        raise ValueError(
+            f"no signal: of {len(chosen)} training problems at T = {config.temperature:g}, {shown} "
+            f"({figures['truncated']:.0%} of answers cut off). Try "
+            + ("--shots 3, easier data, more --max_new_tokens or a bigger model" if wrong else "harder data")
+            + "; or train all the same with --probe 0"
+        )
 
 
 def grade(tokenizer, task: Task, rollout, turn: int, problems: list[dict]) -> tuple[list[str], torch.Tensor]:
@@ -99,7 +147,7 @@ def go_on(sampler, maker, rollout, message: str, tokenizer, rows: list[int], lim
     """`rows` of a rollout, answered by the user's `message`: from the cache if its `maker` goes on, else encoded."""
     last = rollout.last_ids()
     seams = follow_up_ids(tokenizer, message, [last[row] for row in rows])
-    if sampler is maker:
+    if sampler is maker and rollout.cache is not None:
         return sampler.extend(rollout, seams, rows=rows, **limits)
     prompts = [rollout.ids[row, : rollout.lengths[row]].tolist() + seam for row, seam in zip(rows, seams, strict=True)]
     return sampler.generate(prompts, seeds=rollout.seeds[rows], **limits)
@@ -141,8 +189,9 @@ def evaluate(
     """
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
-    problems = [problem for problem in problems for _ in range(samples)]
-    first = cast[0].generate(prompts, samples, seeds=row_seeds(len(problems), "evaluate", seed), **limits)
+    asked, problems = problems, [problem for problem in problems for _ in range(samples)]
+    seeds = row_seeds(len(problems), "evaluate", seed)
+    first = first_attempts(cast[0], tokenizer, task, asked, prompts, samples, seeds, limits)
     y1 = answers_of(tokenizer, task, first, problems)
     chosen = [i for i, answer in enumerate(y1) if method == "self_correct" or not answer["right"]]
     y2, reflections = list(y1), None

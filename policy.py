@@ -39,12 +39,29 @@ KL_HELP = "KL estimator; loss.kl_terms says which gradient each one has"
 
 
 @dataclass
-class TrainConfig:
-    """The flags that every training script shares."""
+class TaskConfig:
+    """The flags that say what is to be done, and by which model."""
 
     model: str = flag("models/tiny", "model directory or hub name")
-    task: str = flag("tiny", "tiny or countdown")
-    data: str | None = flag(None, "JSONL file of problems; default: the task's own")
+    task: str = flag("tiny", "tiny, countdown, math, gsm8k, mbpp, mbpp_r, humaneval or function_call")
+    data: str | None = flag(
+        None,
+        "problems: a JSONL or JSON file, hub:NAME[:CONFIG], or train=...,test=... with one of these each; default: the "
+        "task's own. One file is split by a hash of its content, 80/10/10 (MBPP: by task_id, as published)",
+    )
+    prompts: str | None = flag(None, "JSON file that replaces some of the task's prompts; prompts.py has their names")
+    shots: int | None = flag(
+        None, "few-shot examples, from the train split (MBPP: from task_id 1 to 10); default: 3 for mbpp, else 0"
+    )
+    shots_file: str | None = flag(
+        None, "take the examples from this file instead; a `response` in it is shown as it is"
+    )
+
+
+@dataclass
+class TrainConfig(TaskConfig):
+    """The flags that every training script shares."""
+
     output_dir: str = flag("runs/run", "the run's directory: new, or to be resumed")
     resume: bool = flag(False, "go on with the run in --output_dir")
     seed: int = flag(0, "seed of the problems' order and of every sample")
@@ -63,6 +80,7 @@ class TrainConfig:
     eval_every: int = flag(40, "steps between evaluations at T = 1 on validation; 0: only at the end")
     eval_problems: int = flag(300, "validation problems of those evaluations")
     final_problems: int | None = flag(None, "validation problems of the final table; default: all")
+    probe: int = flag(64, "training problems tried first: where all fail or none, training stops; 0: no probe")
 
     last_stage = 1  # no flag: the stage in which the best checkpoint is looked for
 
@@ -91,10 +109,10 @@ def parse_args(config_class, args: list[str] | None = None):
     return config
 
 
-def check_counts(config, may_be_zero: tuple[str, ...] = ("seed", "warmup", "eval_every")) -> None:
+def check_counts(config, *may_be_zero: str) -> None:
     """Every whole number among the flags must be at least 1, or 0 where that means something."""
     for name, value in asdict(config).items():
-        least = 0 if name in may_be_zero else 1
+        least = 0 if name in (*may_be_zero, "seed", "warmup", "eval_every", "shots", "probe") else 1
         if type(value) is int and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")
 

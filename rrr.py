@@ -22,7 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-from evaluate import compare_after_failure, evaluate_both, grade, prepare, report, side_by_side, watcher
+from chat import first_turn_ids, follow_up_ids, seam_ids
+from data import naming, read_rows, take
+from evaluate import (
+    compare_after_failure,
+    evaluate_both,
+    first_attempts,
+    grade,
+    prepare,
+    probe,
+    report,
+    side_by_side,
+    watcher,
+)
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
 from policy import (
     KL_HELP,
@@ -41,7 +53,6 @@ from policy import (
 )
 from sampler import Sampler
 from scorer import Scorer
-from tasks import first_turn_ids, follow_up_ids, read_jsonl, seam_ids
 
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
@@ -115,7 +126,7 @@ def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]
             piece = waiting[start : start + PIECE]
             problems, prompts = zip(*piece, strict=True)
             seeds = row_seeds(len(piece), "collect", config.seed, attempt, start)
-            rollout = sampler.generate(prompts, seeds=seeds, **answer_limits(config))
+            rollout = first_attempts(sampler, tokenizer, task, problems, prompts, 1, seeds, answer_limits(config))
             texts, verdicts = grade(tokenizer, task, rollout, 0, problems)
             rows = zip(piece, texts, verdicts.tolist(), rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)
             for (problem, prompt), text, verdict, ids, length in rows:
@@ -153,32 +164,31 @@ def write_failures(path: Path, failures: list[dict], success: float, model, conf
 
 def read_failures(path: str, sampler, tokenizer, task, config) -> list[dict]:
     """The failures of a file, which must be of this model and task. Anything else is a ValueError naming the line."""
-    origin = next(iter(read_jsonl(path, {"origin": dict}, last=1)), {}).get("origin")
+    (where, head), *rows = read_rows(path)
+    with naming(where):
+        (origin,) = take(head, origin=dict)
     expected = {"task": config.task, "fingerprint": fingerprint(sampler.model)}
-    if origin is None or any(origin.get(key) != value for key, value in expected.items()):
-        was = "of no known origin" if origin is None else f"of model {origin.get('model')} on task {origin.get('task')}"
+    if any(origin.get(key) != value for key, value in expected.items()):
+        was = f"of model {origin.get('model')} on task {origin.get('task')}"
         raise ValueError(f"{path} has failures {was}, not of --model and --task: collect their own with --collect")
-    fields = {"problem": dict, "prompt_ids": list, "answer_ids": list}
-    failures = read_jsonl(path, fields, skip=1)
-    if not failures:
+    if not rows:
         raise ValueError(f"{path} has no failures: collect some with --collect")
     after = len(seam_ids(tokenizer, task.reflect) + seam_ids(tokenizer, task.retry))
     after += config.max_reflection_tokens + config.max_new_tokens
-    for number, failure in enumerate(failures, 2):
-        answer = failure["answer_ids"]
+    for where, failure in rows:
+        with naming(where):
+            problem, prompt, answer = take(failure, problem=dict, prompt_ids=list, answer_ids=list)
         try:
-            known = failure["prompt_ids"] == first_turn_ids(tokenizer, task.prompt(failure["problem"]))
+            known = prompt == first_turn_ids(tokenizer, task.prompt(problem), task.shots)
         except (KeyError, TypeError):
             known = False
         if not known:
-            raise ValueError(f"{path}, line {number}: field 'prompt_ids' is not this tokenizer's prompt of 'problem'")
-        if not answer or not all(type(i) is int and 0 <= i < len(sampler.is_stop) for i in answer):
-            raise ValueError(f"{path}, line {number}: field 'answer_ids' must be ids below {len(sampler.is_stop)}")
-        if len(failure["prompt_ids"]) + len(answer) + after > sampler.limit:
-            raise ValueError(
-                f"{path}, line {number}: with {after} tokens after it, it exceeds {sampler.limit} positions"
-            )
-    return failures
+            raise ValueError(f"{where}: field 'prompt_ids' is not this tokenizer's prompt of 'problem'")
+        if not all(type(i) is int and 0 <= i < len(sampler.is_stop) for i in answer):
+            raise ValueError(f"{where}: field 'answer_ids' must be ids below {len(sampler.is_stop)}")
+        if len(prompt) + len(answer) + after > sampler.limit:
+            raise ValueError(f"{where}: with {after} tokens after it, it exceeds {sampler.limit} positions")
+    return [failure for _, failure in rows]
 
 
 def roll_out(sampler, tokenizer, task, failures, step, config):
@@ -301,17 +311,20 @@ def main(config: Config) -> None:
         check(config)
         limits = {"train": config.queries, "validation": config.final_problems}
         task, sampler, tokenizer, splits = prepare(config, limits)
+        if task.given and config.group == "episode":
+            raise ValueError(f"--group episode: the first attempts of task '{task.name}' are not the model's own")
         if config.collect:
             failures, success = collect(sampler, tokenizer, task, splits["train"], config)
             return write_failures(Path(config.failures), failures, success, sampler.model, config)
         check_run(config)
         source, success = splits["train"], None  # whole episodes start from the problems themselves
-        if config.group == "failure":
-            stored = config.failures or config.resume and f"{config.output_dir}/failures.jsonl"
-            if stored:
-                source = read_failures(stored, sampler, tokenizer, task, config)
-            else:
-                source, success = collect(sampler, tokenizer, task, splits["train"], config)
+        stored = config.failures or config.resume and f"{config.output_dir}/failures.jsonl"
+        if config.group == "failure" and stored:
+            source = read_failures(stored, sampler, tokenizer, task, config)
+        if not config.resume:
+            probe(sampler, tokenizer, task, splits["train"], config, "reflect_retry", ["retry_given_failure"])
+        if config.group == "failure" and not stored:
+            source, success = collect(sampler, tokenizer, task, splits["train"], config)
         run = open_run(config)
         if success is not None:
             write_failures(run / "failures.jsonl", source, success, sampler.model, config)

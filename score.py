@@ -11,17 +11,19 @@ Notation: P problems a step, G first attempts of each, K second attempts of each
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from evaluate import evaluate_both, grade, prepare, report, watcher
+from chat import follow_up_ids
+from evaluate import evaluate_both, first_attempts, grade, prepare, probe, report, watcher
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
 from policy import (
     Batch,
     TrainConfig,
     check_counts,
+    check_run,
     exit_on_bad_input,
     flag,
     load_model,
@@ -33,7 +35,6 @@ from policy import (
 )
 from sampler import Sampler
 from scorer import Scorer
-from tasks import follow_up_ids
 
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 
@@ -93,7 +94,7 @@ def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     offline = is_offline(step, config)
     seeds = row_seeds(P * G, "first", config.seed, step)
-    first = (base_sampler if offline else sampler).generate(prompts, G, seeds=seeds, **limits)
+    first = first_attempts(base_sampler if offline else sampler, tokenizer, task, problems, prompts, G, seeds, limits)
     rows = [problem for problem in problems for _ in range(G)]
     r1 = grade(tokenizer, task, first, 0, rows)[1].view(P, G)
     if config.single_turn:
@@ -174,11 +175,13 @@ def make_batch(rollout, r1, r2, stage: int, beta2: float, config, offline: bool 
     if not offline:  # another model's first attempts are no measure of this one
         figures["acc_t1"] = float(r1.mean())
         figures["reward"] = figures["acc_t1"] + figures.get("acc_t2", 0.0)
+    elif config.offline_ratio == 1:
+        figures["reward"] = figures["acc_t2"]
     return Batch(rollout, spread(advantages, rollout), spread(kl_coefs, rollout), len(rollout.ids), figures)
 
 
 def check(config) -> None:
-    check_counts(config, ("seed", "warmup", "eval_every", "stage1_steps", "stage2_steps"))
+    check_counts(config, "stage1_steps", "stage2_steps")
     if config.stage1_steps + config.stage2_steps == 0:
         raise ValueError("--stage1_steps and --stage2_steps are both 0: nothing to train")
     if config.baseline == "leave_one_out" and config.group_size < 2:
@@ -189,10 +192,21 @@ def check(config) -> None:
         raise ValueError("--offline_ratio is about second attempts: leave it out with --single_turn")
 
 
+def probed_figures(task, config) -> list[str]:
+    """Those that depend on what is trained."""
+    return ["acc_t1"] * (task.given is None) + ["acc_t2"] * (not config.single_turn)
+
+
 def main(config: Config) -> None:
     with exit_on_bad_input():
         check(config)
+        check_run(config)
         task, sampler, tokenizer, splits = prepare(config, {"train": None, "validation": config.final_problems})
+        if task.given:
+            config = replace(config, offline_ratio=1.0)  # another model's first attempts in every step
+            check(config)
+        if not config.resume:
+            probe(sampler, tokenizer, task, splits["train"], config, "self_correct", probed_figures(task, config))
         run = open_run(config)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     results = {"base": evaluate_both(sampler, *shared)}

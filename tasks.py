@@ -1,23 +1,34 @@
-"""Tasks: problems, what is said to the model in each turn, and the verifier.
+"""Tasks: problems, what is said to the model in each turn (prompts.py), and the verifier.
 
-A problem is a dict. Its split is decided by a hash of its content, so train, validation and test never overlap and
-never move when problems are added, reordered or generated with another seed. Every choice is made on validation;
-test is for final tables.
+A problem is a dict that can be written as JSON. Train, validation and test never overlap and never move when problems
+are added, reordered or generated with another seed (data.py). Every choice is made on validation; test is for final
+tables.
 """
 
-import hashlib
 import itertools
 import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
-from verifiers import extract_answer, run_steps, step_result, verify_countdown
+import prompts
+import schemas
+from data import content_hash, load_splits, naming, read_rows, split_of
+from verifiers import (
+    extract_answer,
+    extract_calls,
+    extract_code,
+    extract_math,
+    run_steps,
+    step_result,
+    verify_code,
+    verify_countdown,
+    verify_function_call,
+    verify_math,
+)
 
-SPLITS = ("train", "validation", "test")
 OPERATORS = "+-*/"
 VERDICT = re.compile("((ok|bad) )?")
 HELD_OUT = 1500  # problems of the tiny task in validation and in test, each
@@ -27,31 +38,91 @@ HELD_OUT = 1500  # problems of the tiny task in validation and in test, each
 class Task:
     """What an algorithm needs to know of a task. `answer` and `verify` never raise on any response.
 
-    problems: (split, data file or None, seed) -> list of problems
-    prompt:   problem -> the first user message
-    answer:   (response, problem) -> the answer in it, or None if it is not well-formed
-    verify:   (response, problem) -> is the answer right
-    correct:  the user message that asks for a second attempt and never reveals a verdict (SCoRe, turn 2)
-    reflect:  the user message after a failure that asks what went wrong (RRR)
-    retry:    the user message that asks for another attempt after the reflection (RRR)
-    generic_reflection: a reflection in the model's name that knows nothing of the problem, for a control
+    first, correct, ...: the prompts, see prompts.py; `prompt(problem)` is the first user message
+    view:      the placeholders of `first`: {name: problem -> text}
+    key:       problem -> the text that tells it from others; its hash decides the split
+    answer:    (response, problem) -> the answer in it, or None if it is not well-formed
+    verify:    (response, problem) -> is the answer right
+    solution:  problem -> a good response, or None if the data has none; for few-shot examples
+    parse:     row of data -> problem, or a ValueError that names the field; None: the task takes no data
+    generate:  (split, seed) -> problems; None: there are none without data, `source` says where to get some
+    published: problem -> its split, where the publisher has fixed one
+    given:     problem -> a first attempt that the data gives, in place of one that the model makes
+    shots:     (user's message, good answer) of few-shot examples before the first prompt; by default the first
+               `default_shots` there are
     """
 
     name: str
-    problems: Callable[[str, str | None, int], list[dict]]
-    prompt: Callable[[dict], str]
-    answer: Callable[[str, dict], str | None]
-    verify: Callable[[str, dict], bool]
+    first: str
     correct: str
     reflect: str
     retry: str
+    critique: str
+    rewrite: str
     generic_reflection: str
+    view: dict[str, Callable[[dict], str]]
+    key: Callable[[dict], str]
+    answer: Callable[[str, dict], str | None]
+    verify: Callable[[str, dict], bool]
+    solution: Callable[[dict], str | None]
+    parse: Callable[[dict], dict] | None = None
+    generate: Callable[[str, int], list[dict]] | None = None
+    source: str = ""
+    published: Callable[[dict], str] | None = None
+    given: Callable[[dict], str] | None = None
+    default_shots: int = 0
+    shots: tuple[tuple[str, str], ...] = ()
+
+    def prompt(self, problem: dict) -> str:
+        return prompts.fill(self.first, problem, self.view)
 
 
-def content_hash(problem: dict) -> int:
-    """The same for a problem however its numbers are ordered."""
-    text = f"{sorted(problem['nums'])} {problem['target']}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
+    """(task, {split: problems}), at least the splits `wanted`, by the flags --task, --data, --prompts and --shots...
+
+    Any bad input is a ValueError.
+    """
+    if config.task not in TASKS:
+        raise ValueError(f"unknown task '{config.task}': choose one of {', '.join(TASKS)}")
+    task = TASKS[config.task]
+    if config.prompts:
+        task = replace(task, **prompts.read_prompts(config.prompts, task.view))
+    splits = load_splits(task, config.data, config.seed, wanted)
+    examples = few_shot_examples(task, splits, config)
+    keys = {task.key(problem) for problem, _ in examples}
+    for split, problems in splits.items():
+        others = [problem for problem in problems if task.key(problem) not in keys]
+        if split in ("validation", "test") and len(others) < len(problems):
+            raise ValueError(f"--shots_file {config.shots_file}: one of its examples is a problem of the {split} split")
+        splits[split] = others
+    return replace(task, shots=tuple((task.prompt(problem), answer) for problem, answer in examples)), splits
+
+
+def few_shot_examples(task: Task, splits: dict[str, list[dict]], config) -> list[tuple[dict, str]]:
+    """(problem, good answer) of --shots examples: a file's, else of those a publisher keeps for it, else of train.
+
+    They do not depend on the run's seed. An example of a file is shown with its `response`, if it has one.
+    """
+    path, count = config.shots_file, config.shots
+    if path:
+        rows = []
+        for where, row in read_rows(path):
+            with naming(where):
+                rows.append((task.parse(row), row.get("response")))
+        count = len(rows) if count is None else count
+    else:
+        count = task.default_shots if count is None else count
+        train = splits.get("train", []) if config.data or not count else task.generate("train", 0)
+        kept = splits.get("examples") or sorted(train, key=lambda problem: content_hash(task.key(problem)))
+        rows = [(problem, None) for problem in kept]
+    examples = [(problem, response or task.solution(problem)) for problem, response in rows]
+    examples = [(problem, response) for problem, response in examples if response][:count]
+    if len(examples) < count:
+        where = path or f"the train split of task '{task.name}'"
+        raise ValueError(
+            f"--shots {count}: {where} has {len(examples)} problems with a solution; name another --shots_file, or less"
+        )
+    return examples
 
 
 def enumerate_steps(numbers: tuple[int, int, int]) -> list[tuple]:
@@ -75,20 +146,14 @@ def tiny_splits() -> dict[str, list[dict]]:
     for numbers in itertools.combinations_with_replacement(range(1, 21), 3):
         values = {second[3] for _, second in enumerate_steps(numbers)} - {0}
         solvable += [{"nums": list(numbers), "target": value} for value in sorted(values)]
-    solvable.sort(key=content_hash)
+    solvable.sort(key=lambda problem: content_hash(countdown_key(problem)))
     for problem in solvable:  # in no telling order, but always the same one
-        random.Random(content_hash(problem)).shuffle(problem["nums"])
+        random.Random(content_hash(countdown_key(problem))).shuffle(problem["nums"])
     return {
         "test": solvable[:HELD_OUT],
         "validation": solvable[HELD_OUT : 2 * HELD_OUT],
         "train": solvable[2 * HELD_OUT :],
     }
-
-
-def tiny_problems(split: str, data: str | None, seed: int) -> list[dict]:
-    if data is not None:
-        raise ValueError("task 'tiny' makes its own problems: leave --data out, or use --task countdown")
-    return tiny_splits()[split]
 
 
 def tiny_answer(response: str, problem: dict) -> str | None:
@@ -102,143 +167,118 @@ def tiny_verify(response: str, problem: dict) -> bool:
     return steps is not None and run_steps(steps, problem["nums"]) == problem["target"]
 
 
-def countdown_problems(split: str, data: str | None, seed: int, count: int = 2000) -> list[dict]:
-    """Problems of a JSONL file with `nums` and `target`, or `count` generated ones of three or four numbers."""
-    if data is not None:
-        problems = read_jsonl(data, {"nums": list, "target": int})
-        for number, problem in enumerate(problems, 1):
-            if not problem["nums"] or not all(type(n) is int and n > 0 for n in problem["nums"]):
-                raise ValueError(f"{data}, problem {number}: field 'nums' must be positive whole numbers")
-        chosen = [p for p in problems if split_of(p) == split]
-        if not chosen:
-            raise ValueError(f"{data}: none of its {len(problems)} problems falls into the {split} split: add more")
-        return chosen
-    rng, chosen = random.Random(seed if split == "train" else 0), {}  # every run is judged by the same problems
+def countdown_key(problem: dict) -> str:
+    """The same for a problem however its numbers are ordered."""
+    return f"{sorted(problem['nums'])} {problem['target']}"
+
+
+def generate_countdown(split: str, seed: int, count: int = 2000) -> list[dict]:
+    """`count` problems of three or four numbers. Every run is judged by the same ones: `seed` is that of train only."""
+    rng, chosen = random.Random(seed if split == "train" else 0), {}
     while len(chosen) < count:
         nums = [rng.randint(1, 99) for _ in range(rng.choice((3, 4)))]
-        expression = str(nums[0]) + "".join(f" {rng.choice('+-*')} {n}" for n in nums[1:])
-        problem = {"nums": sorted(nums), "target": _value(expression)}
-        if 0 < problem["target"] < 1000 and split_of(problem) == split:
-            chosen[content_hash(problem)] = problem
+        value, expression = nums[0], str(nums[0])
+        for n in nums[1:]:
+            operator = rng.choice("+-*")
+            value = value + n if operator == "+" else value - n if operator == "-" else value * n
+            expression = f"({expression} {operator} {n})"
+        problem = {"nums": sorted(nums), "target": value, "solution": expression[1:-1]}
+        if 0 < value < 1000 and split_of(countdown_key(problem)) == split:
+            chosen[countdown_key(problem)] = problem
     return list(chosen.values())
 
 
-def _value(expression: str) -> int:
-    """Of a generated expression without division or parentheses, left to right."""
-    words = expression.split()
-    value = int(words[0])
-    for operator, number in zip(words[1::2], map(int, words[2::2]), strict=True):
-        value = value + number if operator == "+" else value - number if operator == "-" else value * number
-    return value
+def fenced(program: str) -> str:
+    return f"```python\n{program.strip()}\n```"
 
 
-def split_of(problem: dict) -> str:
-    """By content: 80 % train, 10 % validation, 10 % test."""
-    return (["train"] * 8 + ["validation", "test"])[content_hash(problem) % 10]
+def verify_program(response: str, tests: str | list[str], entry_point: str | None = None, before: str = "") -> bool:
+    """Whether the response's program passes; `before` is put in front of it."""
+    program = extract_code(response)
+    return program is not None and verify_code(before + program, tests, entry_point)
 
 
-def read_jsonl(path: str, fields: dict[str, type], skip: int = 0, last: int | None = None) -> list[dict]:
-    """Lines skip + 1 to `last` of a JSONL file. One that does not fit is a ValueError naming file, line and field."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such data file")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-    rows = []
-    for number, line in enumerate(lines[skip:last], skip + 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-        for field, kind in fields.items():
-            if not isinstance(row, dict) or not isinstance(row.get(field), kind):
-                raise ValueError(f"{path}, line {number}: field '{field}' must be a {kind.__name__}")
-        rows.append(row)
-    return rows
+def calls_text(response: str) -> str | None:
+    return None if extract_calls(response) is None else response.rpartition("</think>")[2].strip()
 
 
-def countdown_prompt(problem: dict) -> str:
-    return (
-        f"Using the numbers {', '.join(map(str, problem['nums']))}, write an expression that equals "
-        f"{problem['target']}. Use every number exactly once, with + - * / and parentheses only. Think briefly, then "
-        "give the expression alone, without an equals sign, between <answer> and </answer>."
-    )
-
-
-TASKS = {
-    "tiny": Task(
+MATH = dict(
+    **prompts.MATH,
+    view={"problem": lambda p: p["problem"]},
+    key=lambda p: p["problem"],
+    answer=lambda response, p: extract_math(response),
+    verify=lambda response, p: verify_math(response, p["answer"]),
+    solution=lambda p: p["solution"],
+)
+MBPP = dict(
+    **prompts.CODE,
+    view={"text": lambda p: p["text"], "tests": lambda p: "\n".join(p["tests"])},
+    key=lambda p: "\n".join([p["text"], *p["tests"]]),
+    answer=lambda response, p: extract_code(response),
+    verify=lambda response, p: verify_program(response, p["tests"]),
+    solution=lambda p: fenced(p["code"]),
+    published=schemas.mbpp_split,
+)
+ALL = (
+    Task(
         name="tiny",
-        problems=tiny_problems,
-        prompt=lambda problem: f"{' '.join(map(str, problem['nums']))} make {problem['target']}",
+        **prompts.TINY,
+        view={"numbers": lambda p: " ".join(map(str, p["nums"])), "target": lambda p: str(p["target"])},
+        key=countdown_key,
         answer=tiny_answer,
         verify=tiny_verify,
-        correct="fix",
-        reflect="reflect",
-        retry="retry",
-        generic_reflection="no try retry",
+        solution=lambda p: None,
+        generate=lambda split, seed: tiny_splits()[split],
     ),
-    "countdown": Task(
+    Task(
         name="countdown",
-        problems=countdown_problems,
-        prompt=countdown_prompt,
-        answer=lambda response, problem: extract_answer(response),
-        verify=lambda response, problem: verify_countdown(response, problem["nums"], problem["target"]),
-        correct=(
-            "The solution above may contain an error. Check it, correct it if needed, and write the whole solution "
-            "again. Give the final expression alone between <answer> and </answer>."
-        ),
-        reflect=(
-            "Your answer was wrong. Explain in a few sentences what went wrong and how to do better next time. Do "
-            "not solve the problem again yet."
-        ),
-        retry="Now try again, and give the expression alone between <answer> and </answer>.",
-        generic_reflection="I made a mistake. Next time I will check every step before I answer.",
+        **prompts.COUNTDOWN,
+        view={"numbers": lambda p: ", ".join(map(str, p["nums"])), "target": lambda p: str(p["target"])},
+        key=countdown_key,
+        answer=lambda response, p: extract_answer(response),
+        verify=lambda response, p: verify_countdown(response, p["nums"], p["target"]),
+        solution=lambda p: f"<answer>{p['solution']}</answer>" if "solution" in p else None,
+        parse=schemas.parse_countdown,
+        generate=generate_countdown,
     ),
-}
-
-
-def get_task(name: str) -> Task:
-    if name not in TASKS:
-        raise ValueError(f"unknown task '{name}': choose one of {', '.join(TASKS)}")
-    return TASKS[name]
-
-
-def first_turn_ids(tokenizer, message: str) -> list[int]:
-    """A conversation's first prompt: the user's message, up to where the model's answer begins."""
-    if tokenizer.chat_template is None:
-        return tokenizer(message + "\n").input_ids
-    chat = [{"role": "user", "content": message}]
-    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def seam_ids(tokenizer, message: str) -> list[int]:
-    """What the chat template puts between an answer's text and the next one, with the user's `message` within.
-
-    It begins with the token that ends the model's turn. Nothing that was sampled is decoded or encoded again: only
-    this seam is encoded, around a placeholder, so templates that rewrite history (strip thoughts) don't matter.
-    """
-    if tokenizer.chat_template is None:
-        if tokenizer.eos_token is None:
-            raise ValueError("the tokenizer has neither a chat template nor an eos token: set one in its config")
-        seam = f"{tokenizer.eos_token}\n{message}\n"
-    else:
-        placeholder = "PLACEHOLDER"
-        roles = [("user", "?"), ("assistant", placeholder), ("user", message)]
-        chat = [{"role": role, "content": content} for role, content in roles]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        seam = text.partition(placeholder)[2].lstrip(" ")
-    return tokenizer(seam, add_special_tokens=False).input_ids
-
-
-def follow_up_ids(tokenizer, message: str, last_ids: list[int]) -> list[list[int]]:
-    """The ids to append to rows that end with `last_ids` (B,), so that the model answers the user's `message`.
-
-    A row that ended its turn has sampled the seam's first token itself. One that was cut off, or stopped at another
-    stop token, gets the whole seam.
-    """
-    seam = seam_ids(tokenizer, message)
-    return [seam[1:] if last == seam[0] else seam for last in last_ids]
+    Task(name="math", **MATH, parse=schemas.parse_math, source="files of MATH's train and MATH-500's test split"),
+    Task(name="gsm8k", **MATH, parse=schemas.parse_gsm8k, source="hub:openai/gsm8k:main, or its files"),
+    Task(
+        name="mbpp",
+        **MBPP,
+        parse=schemas.parse_mbpp,
+        source="hub:google-research-datasets/mbpp:full, or its mbpp.jsonl",
+        default_shots=3,
+    ),
+    Task(
+        name="mbpp_r",
+        **MBPP,
+        parse=schemas.parse_mbpp_r,
+        source="rows of MBPP, each with a wrong program in the field 'first_attempt'",
+        given=lambda p: fenced(p["first_attempt"]),
+    ),
+    Task(
+        name="humaneval",
+        **prompts.HUMANEVAL,
+        view={"program": lambda p: p["prompt"]},
+        key=lambda p: p["prompt"],
+        answer=lambda response, p: extract_code(response),
+        # the function's head comes with imports and helpers, which the response need not repeat
+        verify=lambda response, p: verify_program(response, p["test"], p["entry_point"], p["prompt"] + "\n"),
+        solution=lambda p: fenced(p["prompt"] + p["canonical_solution"]),
+        parse=schemas.parse_humaneval,
+        source="hub:openai/openai_humaneval, or its file (test=FILE for all 164 problems)",
+    ),
+    Task(
+        name="function_call",
+        **prompts.FUNCTION_CALL,
+        view={"query": lambda p: p["query"], "tools": lambda p: "\n".join(json.dumps(tool) for tool in p["tools"])},
+        key=lambda p: json.dumps([p["query"], p["tools"]]),
+        answer=lambda response, p: calls_text(response),
+        verify=lambda response, p: verify_function_call(response, p["calls"]),
+        solution=lambda p: json.dumps(schemas.example_calls(p["calls"])),
+        parse=schemas.parse_function_call,
+        source="hub:Salesforce/xlam-function-calling-60k, or files of the Berkeley Function Calling Leaderboard",
+    ),
+)
+TASKS = {task.name: task for task in ALL}

@@ -39,7 +39,7 @@ from loss import spread as spread_turns
 from policy import Batch, TrainConfig, update
 from sampler import Sampler
 from scorer import Scorer
-from tasks import countdown_prompt
+from tasks import TASKS
 
 TRL_SIDES = {
     "TRL": {"checkpointing": True, "micro": None},
@@ -72,7 +72,7 @@ def make_job(config: Config) -> dict:
     """All that either side needs to know, of plain types."""
     rng = random.Random(config.seed)
     problems = [{"nums": rng.sample(range(1, 100), 3), "target": rng.randint(10, 99)} for _ in range(config.prompts)]
-    prompts = [countdown_prompt(problem).partition(", without")[0] for problem in problems]  # about 50 tokens
+    prompts = [TASKS["countdown"].prompt(problem).partition(", without")[0] for problem in problems]  # about 50 tokens
     rows = config.prompts * config.group_size
     lengths = draw_lengths(rng, rows, config.median_tokens, config.max_new_tokens)
     lengths[rng.randrange(rows)] = config.max_new_tokens  # the longest is always there: it decides how long one waits

@@ -15,7 +15,7 @@ from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--max_new_tokens", "4", "--final_problems", "4", "--eval_problems", "4", "--eval_every", "2",
-         "--save_every", "2"]  # fmt: skip
+         "--save_every", "2", "--probe", "0"]  # fmt: skip
 
 
 def save_random_model(path: Path) -> str:

@@ -54,6 +54,7 @@ class ScriptedSampler:
         class Rollout:
             stopped = torch.ones(len(rows), turns, dtype=torch.bool)
             seeds = torch.arange(len(rows))
+            cache = ()
 
             @staticmethod
             def completion_ids(turn):

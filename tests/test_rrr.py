@@ -11,8 +11,9 @@ import torch
 import helpers
 import policy
 import rrr
+from chat import first_turn_ids, follow_up_ids
 from sampler import Sampler
-from tasks import TASKS, first_turn_ids, follow_up_ids
+from tasks import TASKS
 from test_exactness import TOLERANCE, every_batch, expected_loss_gradient, gradient, make_world, turn_logprobs
 
 run_rrr = functools.partial(helpers.from_command_line, "rrr.py")
@@ -69,9 +70,7 @@ def make_rollout(model_dir, retries=2, reflection_tokens=6):
     sampler, task = Sampler(model, tokenizer), TASKS["tiny"]
     config = rrr.Config(group_size=2, retries=retries, max_reflection_tokens=reflection_tokens, max_new_tokens=4)
     failures = []
-    for problem, answer in zip(
-        task.problems("train", None, 0), ("1 + 1 = 2 <end>", "3 - 2 <end>", "4 *"), strict=False
-    ):
+    for problem, answer in zip(task.generate("train", 0), ("1 + 1 = 2 <end>", "3 - 2 <end>", "4 *"), strict=False):
         prompt = first_turn_ids(tokenizer, task.prompt(problem))
         failures.append({"problem": problem, "prompt_ids": prompt, "answer_ids": tokenizer(answer).input_ids})
     calls = []
@@ -165,7 +164,7 @@ def test_whole_episodes_as_groups(model_dir, tmp_path):
 def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypatch):
     model, tokenizer = policy.load_model(model_dir)
     task = dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True)
-    problems = task.problems("train", None, 0)[:2]
+    problems = task.generate("train", 0)[:2]
     chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
     config = rrr.Config(group_size=2, baseline="none", normalise=False)
     *parts, failed = rrr.roll_out_episodes(Sampler(model, tokenizer), tokenizer, task, chosen, 0, config)
@@ -175,7 +174,7 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
 
 def test_no_failure_at_all_is_said_before_anything_is_written(model_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True))
-    said = helpers.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *FEW)
+    said = helpers.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", "--probe", 0, *FEW)
     assert "no failure in 2 answers to each of 6 queries" in said and not (tmp_path / "run").exists()
 
 
@@ -226,7 +225,7 @@ def test_a_bad_failures_file_is_refused_in_one_line(model_dir, tmp_path, change,
 @pytest.mark.parametrize("flags, message", [
     (["--group_size", "1"], "--group_size 1"),
     (["--max_reflection_tokens", "150"], "the model's context of 192"),
-    (["--failures", "nowhere.jsonl"], "nowhere.jsonl: no such data file"),
+    (["--failures", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     (["--collect"], "--collect writes a new file"),
     (["--preset", "fast"], "argument --preset: invalid choice"),
 ])  # fmt: skip

@@ -11,7 +11,8 @@ import torch
 import helpers
 import policy
 import score
-from tasks import TASKS, first_turn_ids
+from chat import first_turn_ids
+from tasks import TASKS
 
 run_score = functools.partial(helpers.from_command_line, "score.py")
 
@@ -166,7 +167,7 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
         for p in model.parameters():
             p.mul_(1.5)
     task, config = TASKS["tiny"], score.Config(problems=2, group_size=2, second_attempts=2, offline_ratio=0.5)
-    problems = task.problems("train", None, 0)[:2]
+    problems = task.generate("train", 0)[:2]
     chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
     samplers = [score.Sampler(m, tokenizer) for m in (model, base)]
     rollouts = {}

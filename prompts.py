@@ -84,21 +84,20 @@ HUMANEVAL = CODE | {
 }
 FUNCTION_CALL = {
     "first": (
-        "You can call these functions:\n{tools}\n\n"
-        "Answer the request with a JSON list of calls and nothing else, each as "
-        '{"name": "...", "arguments": {"...": ...}}.\nRequest: {query}'
+        "You can call these functions:\n{tools}\n\nAnswer the request with a JSON list of calls and nothing else, each "
+        'as {"name": "...", "arguments": {"...": ...}}.\nRequest: {query}'
     ),
     "correct": (
-        "There may be an error in the calls above: a wrong function, a missing or superfluous argument, a wrong value. "
-        "Correct it if there is one. Answer with the final JSON list of calls and nothing else."
+        "There may be an error in the calls above. Answer the same request again with the correct JSON list of calls, "
+        "and nothing else."
     ),
     "reflect": (
-        "Your calls were wrong. Explain in a few sentences what went wrong and what to do better. Do not write "
-        "the calls again yet."
+        "Your calls were wrong. Explain in a few sentences what went wrong and what to do better. Do not write the "
+        "calls again yet."
     ),
-    "retry": "Now answer the request again, with a JSON list of calls and nothing else.",
+    "retry": "Now answer the same request again with the correct JSON list of calls, and nothing else.",
     "critique": "Compare the calls above with the request and the functions: say what is right in them, and what not.",
-    "rewrite": "Now write the calls again, improved by that: a JSON list of calls and nothing else.",
+    "rewrite": "Now answer the same request again, improved by that: a JSON list of calls, and nothing else.",
     "generic_reflection": GENERIC,
 }
 

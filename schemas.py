@@ -46,7 +46,7 @@ def parse_mbpp(row: dict) -> dict:
     task_id, text, code, tests = take(row, task_id=int, text=str, code=str, test_list=list)
     setup = row.get("test_setup_code") or ""
     if not all(isinstance(test, str) for test in [setup, *tests]):
-        raise ValueError("fields 'test_list' and 'test_setup_code' must be texts")
+        raise ValueError("field 'test_list' must be a list of texts, 'test_setup_code' a text")
     tests = [setup] * bool(setup) + tests
     return {"task_id": task_id, "text": text, "code": unix(code), "tests": [unix(test) for test in tests]}
 

@@ -101,7 +101,8 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
 def few_shot_examples(task: Task, splits: dict[str, list[dict]], config) -> list[tuple[dict, str]]:
     """(problem, good answer) of --shots examples: a file's, else of those a publisher keeps for it, else of train.
 
-    They do not depend on the run's seed. An example of a file is shown with its `response`, if it has one.
+    They do not depend on the run's seed. Of train, they are the shortest of fifty, since they stand before every
+    prompt. An example of a file is shown with its `response`, if it has one.
     """
     path, count = config.shots_file, config.shots
     if path:
@@ -113,7 +114,8 @@ def few_shot_examples(task: Task, splits: dict[str, list[dict]], config) -> list
     else:
         count = task.default_shots if count is None else count
         train = splits.get("train", []) if config.data or not count else task.generate("train", 0)
-        kept = splits.get("examples") or sorted(train, key=lambda problem: content_hash(task.key(problem)))
+        some = sorted(train, key=lambda problem: content_hash(task.key(problem)))[:50]
+        kept = splits.get("examples") or sorted(some, key=lambda p: len(task.prompt(p) + (task.solution(p) or "")))
         rows = [(problem, None) for problem in kept]
     examples = [(problem, response or task.solution(problem)) for problem, response in rows]
     examples = [(problem, response) for problem, response in examples if response][:count]

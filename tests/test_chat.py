@@ -1,87 +1,140 @@
-"""Conversations on ids, with small tokenizers that have the templates' real shapes."""
+"""Conversations on ids, with small tokenizers that have the real templates' shapes.
+
+A conversation's ids are those of the first prompt, what was sampled, and the seams; they are compared with the
+template's own encoding of the whole conversation.
+"""
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import tiny
 from chat import first_turn_ids, follow_up_ids, seam_ids
 
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.build_tokenizer()
-
-
-def test_turns_joined_on_ids_equal_the_chat_template_of_the_whole_conversation(tokenizer):
-    first = first_turn_ids(tokenizer, "8 19 16 make 24")
-    answer = tokenizer("16 / 8 = 2 ; 19 + 2 = 21 <end>", add_special_tokens=False).input_ids
-    chat = [("user", "8 19 16 make 24"), ("assistant", "16 / 8 = 2 ; 19 + 2 = 21"), ("user", "fix")]
-    whole = tokenizer.apply_chat_template(
-        [{"role": r, "content": c} for r, c in chat], add_generation_prompt=True, tokenize=False
-    )
-    joined = first + answer + follow_up_ids(tokenizer, "fix", answer[-1:])[0]
-    assert joined == tokenizer(whole, add_special_tokens=False).input_ids
-
-
-def test_an_answer_that_was_cut_off_or_stopped_elsewhere_is_closed_at_the_seam(tokenizer):
-    stopped, cut = follow_up_ids(tokenizer, "fix", [tokenizer.eos_token_id, tokenizer("=").input_ids[0]])
-    assert cut == [tokenizer.eos_token_id, *stopped]
-
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+HEAD = "{% for m in messages %}"
+CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+QWEN_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+LLAMA = (
+    "<|begin|>{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
+GEMMA = (
+    "<bos>{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
+    "<eot>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+QWEN3 = (  # an answer keeps its thoughts only after the last user message
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 < ns.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+THINK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+IM = ("<|im_end|>", "<|im_start|>")
+TEMPLATES = {  # template, its specials (the end of turn first), the seam around "fix"
+    "chatml": (HEAD + CHATML + ASK, IM, "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen with its system prompt": (
+        QWEN_SYSTEM + HEAD + CHATML + ASK,
+        IM,
+        "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "llama3": (
+        LLAMA,
+        ("<|eot|>", "<|start|>", "<|end|>", "<|begin|>"),
+        "<|eot|><|start|>user<|end|>\n\nfix<|eot|><|start|>assistant<|end|>\n\n",
+    ),
+    "gemma": (GEMMA, ("<eot>", "<turn>", "<bos>"), "<eot>\n<turn>user\nfix<eot>\n<turn>model\n"),
+    "qwen3": (QWEN3 + ASK, IM, "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen3 without thoughts": (
+        QWEN3 + THINK,
+        (*IM, "<think>", "</think>"),
+        "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+}
 
 
-def test_the_newline_after_the_end_of_turn_belongs_to_the_seam():
-    tokenizer = character_tokenizer("<|im_start|>", "<|im_end|>")
-    tokenizer.chat_template = CHATML
-    seam = tokenizer.decode(seam_ids(tokenizer, "fix"))
-    assert seam == "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_a_base_model_without_a_template_gets_plain_lines():
-    tokenizer = character_tokenizer("<|im_start|>", "<|im_end|>")
-    assert tokenizer.decode(first_turn_ids(tokenizer, "add")) == "add\n"
-    assert tokenizer.decode(seam_ids(tokenizer, "fix")) == "<|im_end|>\nfix\n"
-
-
-def character_tokenizer(*special):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+def character_tokenizer(template, *special):
     letters = {c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}
     core = Tokenizer(models.BPE(letters, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     core.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[-1])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[0], chat_template=template)
 
 
-TEMPLATES = {  # template, its specials (the end of turn first), and the seam around "fix"
-    "llama3": (
-        "{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
-        "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}",
-        ("<|eot|>", "<|start|>", "<|end|>"),
-        "<|eot|><|start|>user<|end|>\n\nfix<|eot|><|start|>assistant<|end|>\n\n",
-    ),
-    "gemma": (
-        "{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<eot>\n"
-        "{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}",
-        ("<eot>", "<turn>", "<eos>"),
-        "<eot>\n<turn>user\nfix<eot>\n<turn>model\n",
-    ),
-    "strips thoughts": (
-        "{% for m in messages %}<im>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<eot>\n{% endfor %}"
-        "{% if add_generation_prompt %}<im>assistant\n{% endif %}",
-        ("<eot>", "<im>"),
-        "<eot>\n<im>user\nfix<eot>\n<im>assistant\n",
-    ),
-}
+def whole(tokenizer, *contents):
+    """The template's own ids of a conversation that waits for the model."""
+    chat = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def sampled(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_seams_of_the_common_template_shapes(name):
     template, specials, seam = TEMPLATES[name]
-    tokenizer = character_tokenizer(*specials)
-    tokenizer.chat_template = template
+    tokenizer = character_tokenizer(template, *specials)
     assert tokenizer.decode(seam_ids(tokenizer, "fix")) == seam
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if "without" not in name])
+def test_turns_joined_on_ids_equal_the_templates_own_encoding(name):
+    template, specials, _ = TEMPLATES[name]
+    tokenizer = character_tokenizer(template, *specials)
+    ids = first_turn_ids(tokenizer, "add 1 and 2", (("add 1 and 1", "2"),))
+    assert ids == whole(tokenizer, "add 1 and 1", "2", "add 1 and 2")
+    said = ["add 1 and 1", "2", "add 1 and 2"]
+    for answer, message in (("4", "fix"), ("3", "sure?")):
+        ids += sampled(tokenizer, answer)
+        ids += follow_up_ids(tokenizer, message, ids[-1:])[0]
+        said += [answer, message]
+        assert ids == whole(tokenizer, *said)
+
+
+def test_thoughts_that_a_template_would_strip_from_history_stay_as_they_were_sampled():
+    template, specials, seam = TEMPLATES["qwen3"]
+    tokenizer = character_tokenizer(template, *specials)
+    prompt, answer = first_turn_ids(tokenizer, "add"), sampled(tokenizer, "<think>\n1+2\n</think>\n\n3")
+    joined = prompt + answer + follow_up_ids(tokenizer, "fix", answer[-1:])[0]
+    assert (
+        tokenizer.decode(joined)
+        == "<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n<think>\n1+2\n</think>\n\n3" + seam
+    )
+    assert joined != whole(tokenizer, "add", "<think>\n1+2\n</think>\n\n3", "fix")  # the template strips them
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_that_was_cut_off_or_stopped_elsewhere_is_closed_at_the_seam(name):
+    template, specials, _ = TEMPLATES[name]
+    tokenizer = character_tokenizer(template, *specials)
+    stopped, cut = follow_up_ids(tokenizer, "fix", [tokenizer.eos_token_id, 5])
+    assert cut == [tokenizer.eos_token_id, *stopped] == seam_ids(tokenizer, "fix")
+
+
+def test_the_tiny_tokenizers_turns_are_its_templates_too():
+    tokenizer = tiny.build_tokenizer()
+    answer = "16 / 8 = 2 ; 19 + 2 = 21"
+    joined = first_turn_ids(tokenizer, "8 19 16 make 24") + sampled(tokenizer, answer)
+    assert joined + follow_up_ids(tokenizer, "fix", joined[-1:])[0] == whole(
+        tokenizer, "8 19 16 make 24", answer, "fix"
+    )
+
+
+def test_a_base_model_without_a_template_gets_plain_lines_with_examples_that_end_as_its_answers_must():
+    tokenizer = character_tokenizer(None, "<eos>")
+    prompt = first_turn_ids(tokenizer, "1+2", (("1+1", "2"),))
+    assert tokenizer.decode(prompt) == "1+1\n2<eos>\n1+2\n"
+    assert tokenizer.decode(seam_ids(tokenizer, "fix")) == "<eos>\nfix\n"
+    assert prompt == first_turn_ids(tokenizer, "1+1") + sampled(tokenizer, "2") + seam_ids(tokenizer, "1+2")[1:]
+
+
+def test_a_tokenizer_or_template_that_cannot_hold_a_conversation_is_refused():
+    tokenizer = character_tokenizer(None, "<eos>")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a chat template nor an eos token"):
+        seam_ids(tokenizer, "fix")
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves out what the model said"):
+        seam_ids(tokenizer, "fix")

@@ -201,14 +201,19 @@ def verify_function_call(response: str, calls: list[dict]) -> bool:
     calls: `{"name", "arguments"}` objects (APIGen), or the BFCL's `{name: {argument: [accepted values]}}`, where ""
         among the accepted values makes an argument optional and objects list accepted values for each of their fields.
     """
+    given, gold = extract_calls(response), _parse_json(json.dumps(calls))
+    return given is not None and len(given) == len(gold) and _matches_one_to_one(given, gold)
+
+
+def extract_calls(response: str) -> list[dict] | None:
+    """The calls in a response that is a JSON list of them after its thoughts, in a code fence or not; or None."""
     text = response.rpartition("</think>")[2].strip(" \t\r\n")
     fence = FENCE.fullmatch(text)
     try:
         given = _parse_json(fence[1] if fence else text)
     except (ValueError, ArithmeticError, RecursionError):
-        return False
-    gold = _parse_json(json.dumps(calls))
-    return _is_list_of_calls(given) and len(given) == len(gold) and _matches_one_to_one(given, gold)
+        return None
+    return given if _is_list_of_calls(given) else None
 
 
 def _parse_json(text: str):

@@ -196,8 +196,7 @@ def fenced(program: str) -> str:
 
 def verify_program(response: str, tests: str | list[str], entry_point: str | None = None, before: str = "") -> bool:
     """Whether the response's program passes; `before` is put in front of it."""
-    program = extract_code(response)
-    return program is not None and verify_code(before + program, tests, entry_point)
+    return verify_code(before + extract_code(response), tests, entry_point)
 
 
 def calls_text(response: str) -> str | None:
@@ -216,7 +215,7 @@ MBPP = dict(
     **prompts.CODE,
     view={"text": lambda p: p["text"], "tests": lambda p: "\n".join(p["tests"])},
     key=lambda p: "\n".join([p["text"], *p["tests"]]),
-    answer=lambda response, p: extract_code(response),
+    answer=lambda response, p: extract_code(response) or None,
     verify=lambda response, p: verify_program(response, p["tests"]),
     solution=lambda p: fenced(p["code"]),
     published=schemas.mbpp_split,
@@ -264,7 +263,7 @@ ALL = (
         **prompts.HUMANEVAL,
         view={"program": lambda p: p["prompt"]},
         key=lambda p: p["prompt"],
-        answer=lambda response, p: extract_code(response),
+        answer=lambda response, p: extract_code(response) or None,
         # the function's head comes with imports and helpers, which the response need not repeat
         verify=lambda response, p: verify_program(response, p["test"], p["entry_point"], p["prompt"] + "\n"),
         solution=lambda p: fenced(p["prompt"] + p["canonical_solution"]),

@@ -1,5 +1,7 @@
+import dataclasses
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,3 +141,43 @@ def test_curves_are_drawn_from_the_metrics_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     evaluate.plot_curves(tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def probed(tokenizer, turns, method, keys):
+    sampler = ScriptedSampler(tokenizer, *turns)
+    split = [(PROBLEM, [1])] * len(turns[0])
+    config = SimpleNamespace(probe=64, seed=0, temperature=1.0, max_new_tokens=16, max_reflection_tokens=72)
+    evaluate.probe(sampler, tokenizer, TASKS["tiny"], split, config, method, keys)
+
+
+def test_training_that_would_have_no_signal_is_refused_with_what_to_try(tokenizer):
+    both, retry = ["acc_t1", "acc_t2"], ["retry_given_failure"]
+    with pytest.raises(ValueError, match="of 2 training problems at T = 1, acc_t1 0%, acc_t2 0% .* Try --shots 3"):
+        probed(tokenizer, [[WRONG] * 2, [WRONG] * 2], "self_correct", both)
+    with pytest.raises(ValueError, match="acc_t1 100%, acc_t2 100% .* Try harder data"):
+        probed(tokenizer, [[RIGHT] * 2, [RIGHT] * 2], "self_correct", both)
+    with pytest.raises(ValueError, match="retry_given_failure 0%"):
+        probed(tokenizer, [[WRONG, RIGHT], ["got"] * 2, [WRONG] * 2], "reflect_retry", retry)
+    with pytest.raises(ValueError, match="retry_given_failure 100%"):  # nothing failed, so there is nothing to retry
+        probed(tokenizer, [[RIGHT] * 2], "reflect_retry", retry)
+    for first, second in (([WRONG] * 2, [WRONG, RIGHT]), ([WRONG, RIGHT], [WRONG] * 2), ([WRONG] * 2, [RIGHT] * 2)):
+        probed(tokenizer, [first, second], "self_correct", both)
+    probed(tokenizer, [[WRONG] * 2, ["got"] * 2, [WRONG, RIGHT]], "reflect_retry", retry)
+
+
+def test_a_probe_of_no_problems_samples_nothing(tokenizer):
+    evaluate.probe(None, tokenizer, TASKS["tiny"], [], SimpleNamespace(probe=0), "self_correct")
+
+
+def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_it_had_been_sampled(tokenizer):
+    task = dataclasses.replace(TASKS["tiny"], given=lambda problem: WRONG)
+    sampler = SimpleNamespace(pad_id=0, model=SimpleNamespace(device="cpu"))
+    prompts = [[4, 5, 6], [7]]
+    rollout = evaluate.first_attempts(sampler, tokenizer, task, [PROBLEM] * 2, prompts, 2, [1, 2, 3, 4], {})
+    ids = tokenizer(WRONG).input_ids
+    assert rollout.completion_ids(0) == [ids] * 4 and rollout.last_ids() == [tokenizer.eos_token_id] * 4
+    for row, prompt in enumerate([prompts[0]] * 2 + [prompts[1]] * 2):
+        length = rollout.lengths[row]
+        assert rollout.ids[row, :length].tolist() == [*prompt, *ids, tokenizer.eos_token_id]
+        assert rollout.turn[row].tolist() == [0] * length + [-1] * (rollout.ids.shape[1] - length)
+    assert rollout.parents.tolist() == [0, 0, 1, 1] and rollout.cache is None

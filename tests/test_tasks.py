@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -306,7 +307,7 @@ def test_lines_end_at_newlines_only(tmp_path):
     assert [row["problem"] for _, row in read_rows(path)] == ["a\u2028b\x85c"]
 
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(os.environ.get("DATA_DIR", Path(__file__).parents[2] / "shared" / "data"))
 REAL = {  # train, validation, test
     "gsm8k": ("train={0}gsm8k_train.jsonl,test={0}gsm8k_test.jsonl", 1319),
     "math": ("test={0}math500.jsonl", 500),
@@ -317,7 +318,7 @@ REAL = {  # train, validation, test
 }
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data")
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the data, in DATA_DIR")
 @pytest.mark.parametrize("name", REAL)
 def test_published_files_are_read_whole_and_their_solutions_are_right(name):
     data, count = REAL[name]

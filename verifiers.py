@@ -13,6 +13,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import grader
+import sandbox
 
 MAX_ANSWER_CHARS = 1000
 TOKEN = re.compile(r"[ \t\r\n]*(?:(0|[1-9][0-9]*)(?![0-9])|([-+*/()]))")
@@ -22,6 +23,7 @@ FINAL_ANSWER = re.compile(r"final answer is", re.IGNORECASE)
 MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|\*\*")
 FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*)```", re.DOTALL)
+CODE_FENCE = re.compile(r"^[ \t]*```[ \t]*[\w+#.-]*[ \t]*\r?$", re.MULTILINE)
 STEP_LIMIT = 99  # the largest value that has a token of its own in the tiny vocabulary
 
 
@@ -288,6 +290,30 @@ def _is_accepted(value, gold) -> bool:
     if isinstance(value, list) and isinstance(gold, list):
         return len(value) == len(gold) and all(map(_is_accepted, value, gold))
     return _same(value, gold)
+
+
+def extract_code(response: str) -> str:
+    """The program in a response, of what follows the last `</think>`: the last fenced block, closed or not; else what
+    stands between the last `[BEGIN]` and `[DONE]`; else all of it.
+    """
+    text = response.rpartition("</think>")[2]
+    fences = list(CODE_FENCE.finditer(text))
+    if fences:
+        start = fences[(len(fences) - 1) // 2 * 2]  # they open and close in turn
+        end = fences[-1].start() if len(fences) % 2 == 0 else len(text)
+        return text[start.end() : end].strip("\r\n")
+    before, begin, after = text.rpartition("[BEGIN]")
+    return (after if begin else before + after).partition("[DONE]")[0].strip("\r\n")
+
+
+def verify_code(program: str, tests: list[str] | str, entry_point: str | None = None, timeout: float = 5.0) -> bool:
+    """True if every test holds within `timeout` seconds; the program runs in the sandbox and can't tell what is tested.
+
+    tests: assert statements, any set-up code first, or one text. With an entry_point, HumanEval's form: the tests define
+    `check(candidate)`. Tests that don't compile are a ValueError; a sandbox that can't be had is a SandboxError.
+    """
+    tests = tests if isinstance(tests, str) else "\n".join(tests)
+    return sandbox.run_tests(program, tests, entry_point, timeout)
 
 
 def verify_batch(verify: Callable[[str, dict], bool], texts: list[str], problems: list[dict], workers: int = 1):

@@ -1,39 +1,46 @@
-"""Evaluation of two attempts: `python evaluate.py --model DIR --task NAME --method METHOD --output FILE.json`.
+"""Evaluation of several attempts: `python evaluate.py --model DIR --task NAME --method METHOD --output FILE.json`.
 
 The model answers, then answers again; --method says what comes between. All figures are the verifier's verdicts, never
-a shaped reward. As a library: what the training scripts share (`prepare`, `evaluate`, `report`, ...).
-
-    acc_t1, acc_t2   right at the first, the second attempt      i_to_c   wrong, then right, of all problems
-    delta            acc_t2 - acc_t1 = i_to_c - c_to_i           c_to_i   right, then wrong, of all problems
-    changed          the two answers differ                      edit_ratio   edit distance / (len(y1) + len(y2))
-    well_formed      attempts with an answer that can be graded  truncated    attempts cut off by the token limit
-    tokens           sampled for a problem, all told             retry_given_failure   i_to_c, of the wrong ones
-    reflection_tokens  of a reflection, without its stop token      well_formed_retry    well_formed, of retries
-
-Where a method retries only what was wrong, a right first answer stands as the second.
+a shaped reward; figures.py says what each one is. As a library: what the training scripts share (`prepare`, `evaluate`,
+`report`, ...).
 """
 
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from tqdm import tqdm
 
 from chat import encode, first_turn_ids, follow_up_ids, seam_ids
 from data import SPLITS
-from policy import TaskConfig, check_counts, exit_on_bad_input, flag, load_model, parse_args, pick_problems, row_seeds
+from figures import COLUMNS, format_table, format_transcripts, format_votes, plot_curves, summarize, values_of, votes
+from policy import (
+    TaskConfig,
+    check_counts,
+    exit_on_bad_input,
+    fingerprint,
+    flag,
+    load_model,
+    parse_args,
+    pick_problems,
+    row_seeds,
+)
 from sampler import Rollout, Sampler
 from tasks import Task, load_task
+from verifiers import verify_batch
 
 METHODS = {
     "self_correct": "asked to correct itself after any answer, right or wrong (SCoRe)",
+    "self_refine": "after any answer, criticises it, then rewrites it",
     "reflect_retry": "after a wrong answer, reflects and tries again (RRR)",
     "blind_retry": "after a wrong answer, is told to try again, with no reflection",
     "generic_reflection": "the same, after a fixed reflection in its own name that knows nothing of the problem",
     "fresh_attempt": "after a wrong answer, a new first attempt from an empty context",
 }
-COLUMNS = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "edit_ratio", "well_formed")
+AFTER_ANY = ("self_correct", "self_refine")  # the others go on after a wrong answer only
+CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
 
 
 @dataclass
@@ -43,11 +50,14 @@ class Config(TaskConfig):
     temperature: float = flag(0.0, "0 is greedy")
     samples: int = flag(1, "conversations a problem, at a temperature above 0")
     method: str = flag("self_correct", "; ".join(f"{k}: {v}" for k, v in METHODS.items()), choices=tuple(METHODS))
+    attempts: int = flag(2, "attempts a conversation, the first included")
     reflector: str | None = flag(None, "model that writes the reflections; default: --model")
     max_new_tokens: int = flag(16, "token limit of an attempt")
-    max_reflection_tokens: int = flag(72, "token limit of a reflection")
+    max_reflection_tokens: int = flag(72, "token limit of a reflection or critique")
     seed: int = flag(0, "seed of the sampling")
-    output: str | None = flag(None, "JSON file for the figures and conversations")
+    output: str | None = flag(
+        None, "new JSON file for the figures and conversations; an evaluation that was stopped goes on where it was"
+    )
 
 
 def prepare(config, limits: dict[str, int | None]):
@@ -67,16 +77,13 @@ def prepare(config, limits: dict[str, int | None]):
 
 def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], config) -> list[list[int]]:
     """First prompts as ids. A conversation that might not fit the model's context is a ValueError."""
-    seam = {message: seam_ids(tokenizer, message) for message in (task.correct, task.reflect, task.retry)}
-    stop = seam[task.correct][0]
+    stop = seam_ids(tokenizer, task.correct)[0]
     if not sampler.is_stop[stop]:
         end = tokenizer.decode([stop])
         raise ValueError(
             f"the chat template ends a turn with {end!r}, where the model does not stop: add it to its eos"
         )
-    follows = len(seam[task.correct]) + 2 * config.max_new_tokens
-    if getattr(config, "method", "reflect_retry") == "reflect_retry" and hasattr(config, "max_reflection_tokens"):
-        follows = len(seam[task.reflect] + seam[task.retry]) + 2 * config.max_new_tokens + config.max_reflection_tokens
+    follows = follow_tokens(tokenizer, task, config)
     prompts = [first_turn_ids(tokenizer, task.prompt(problem), task.shots) for problem in problems]
     spoken = [len(prompt) + len(given_ids(tokenizer, task, p)) for prompt, p in zip(prompts, problems, strict=True)]
     longest = max(range(len(prompts)), key=lambda i: spoken[i])
@@ -86,6 +93,18 @@ def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], config)
             f"the model's context of {sampler.limit}: lower --shots or the token limits, or leave it out"
         )
     return prompts
+
+
+def follow_tokens(tokenizer, task: Task, config) -> int:
+    """How many tokens may come after a first prompt, at most."""
+    correct, reflect, retry, critique, rewrite = (
+        len(seam_ids(tokenizer, message))
+        for message in (task.correct, task.reflect, task.retry, task.critique, task.rewrite)
+    )
+    between = max(correct, retry)
+    if hasattr(config, "max_reflection_tokens"):
+        between = max(correct, reflect + retry, critique + rewrite) + config.max_reflection_tokens
+    return config.max_new_tokens + (getattr(config, "attempts", 2) - 1) * (between + config.max_new_tokens)
 
 
 def given_ids(tokenizer, task: Task, problem: dict) -> list[int]:
@@ -139,7 +158,8 @@ def probe(sampler, tokenizer, task: Task, split, config, method: str, keys=("acc
 def grade(tokenizer, task: Task, rollout, turn: int, problems: list[dict]) -> tuple[list[str], torch.Tensor]:
     """The text of every row's answer in `turn` and the verdict on it: (B,) strings, (B,) float32 of 0 and 1."""
     texts = tokenizer.batch_decode(rollout.completion_ids(turn))
-    verdicts = [task.verify(text, problem) for text, problem in zip(texts, problems, strict=True)]
+    workers = 2 * (os.cpu_count() or 1) if task.warm_up else 1
+    verdicts = verify_batch(task.verify, texts, problems, workers)
     return texts, torch.tensor(verdicts, dtype=torch.float32)
 
 
@@ -153,65 +173,87 @@ def go_on(sampler, maker, rollout, message: str, tokenizer, rows: list[int], lim
     return sampler.generate(prompts, seeds=rollout.seeds[rows], **limits)
 
 
-def second_attempts(method, first, rows, cast, tokenizer, task, limits, max_reflection_tokens):
-    """(rollout whose last turn is the second attempt at `rows`, the reflections' ids or None), by a METHOD.
+def next_attempts(method, before, rows, cast, maker, tokenizer, task, limits, max_reflection_tokens):
+    """(rollout whose last turn is the next attempt at `rows`, what was said between as ids or None), by a METHOD.
 
-    cast: the samplers that (attempt, reflect, retry).
+    cast: the samplers that (attempt, reflect, retry). maker: the one that has the cache of `before`.
     """
-    attempter, reflector, retrier = cast
-    if method == "self_correct":
-        return go_on(retrier, attempter, first, task.correct, tokenizer, rows, limits), None
-    if method == "blind_retry":
-        return go_on(retrier, attempter, first, task.retry, tokenizer, rows, limits), None
+    _, reflector, retrier = cast
+    if method in ("self_correct", "blind_retry"):
+        message = task.correct if method == "self_correct" else task.retry
+        return go_on(retrier, maker, before, message, tokenizer, rows, limits), None
     if method == "fresh_attempt":
-        prompts = [first.ids[row][(first.turn[row] == 0) & ~first.action_mask[row]].tolist() for row in rows]
-        return retrier.generate(prompts, seeds=row_seeds(len(rows), "fresh", first.seeds[0].item()), **limits), None
+        prompts = [before.ids[row][(before.turn[row] == 0) & ~before.action_mask[row]].tolist() for row in rows]
+        seeds = [row_seeds(1, "fresh", seed)[0] for seed in before.seeds[rows].tolist()]
+        return retrier.generate(prompts, seeds=seeds, **limits), None
     if method == "generic_reflection":
         text = tokenizer(task.generic_reflection, add_special_tokens=False).input_ids
-        last = first.last_ids()
+        last = before.last_ids()
         between = follow_up_ids(tokenizer, task.reflect, [last[row] for row in rows])
-        spoken = [first.ids[row, : first.lengths[row]].tolist() for row in rows]
+        spoken = [before.ids[row, : before.lengths[row]].tolist() for row in rows]
         prompts = [a + b + text + seam_ids(tokenizer, task.retry) for a, b in zip(spoken, between, strict=True)]
-        return retrier.generate(prompts, seeds=first.seeds[rows], **limits), None
-    reflection_limits = limits | {"max_new_tokens": max_reflection_tokens}
-    reflected = go_on(reflector, attempter, first, task.reflect, tokenizer, rows, reflection_limits)
-    reflections = reflected.completion_ids(reflected.stopped.shape[1] - 1)
-    everyone = list(range(len(rows)))
-    return go_on(retrier, reflector, reflected, task.retry, tokenizer, everyone, limits), reflections
+        return retrier.generate(prompts, seeds=before.seeds[rows], **limits), None
+    ask, then = (task.critique, task.rewrite) if method == "self_refine" else (task.reflect, task.retry)
+    said = go_on(reflector, maker, before, ask, tokenizer, rows, limits | {"max_new_tokens": max_reflection_tokens})
+    retried = go_on(retrier, reflector, said, then, tokenizer, list(range(len(rows))), limits)
+    return retried, said.completion_ids(said.stopped.shape[1] - 1)
+
+
+def converse(cast, tokenizer, task: Task, asked, prompts, seeds, config, temperature, method, samples) -> list[dict]:
+    """The conversations of `samples` rows a problem, as figures.py wants them. Rows that have ended leave."""
+    limits = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
+    total = getattr(config, "attempts", 2)
+    rollout = first_attempts(cast[0], tokenizer, task, asked, prompts, samples, seeds, limits)
+    problems = [problem for problem in asked for _ in range(samples)]
+    maker, rows = cast[0], list(range(len(problems)))  # rows: which conversation a row of the rollout belongs to
+    attempts = [[answer] for answer in answers_of(tokenizer, task, rollout, problems)]
+    said = [[] for _ in rows]
+    for _ in range(total - 1):
+        chosen = [i for i, row in enumerate(rows) if method in AFTER_ANY or not attempts[row][-1]["right"]]
+        if not chosen:
+            break
+        reflection_limit = getattr(config, "max_reflection_tokens", None)
+        rollout, between = next_attempts(
+            method, rollout, chosen, cast, maker, tokenizer, task, limits, reflection_limit
+        )
+        maker, rows = cast[2], [rows[i] for i in chosen]
+        answers = answers_of(tokenizer, task, rollout, [problems[row] for row in rows])
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            attempts[row].append(answer)
+            said[row] += [between[i]] if between else []
+    return [
+        {
+            "problem": problem,
+            "attempts": [{key: y[key] for key in ("text", "answer", "right")} for y in ys],
+            "said": [tokenizer.decode(i) for i in ids],
+            "values": values_of(ys, ids, total),
+        }
+        for problem, ys, ids in zip(problems, attempts, said, strict=True)
+    ]
 
 
 def evaluate(
-    cast, tokenizer, task: Task, problems, prompts, config, temperature, method="self_correct", samples=1, seed=0
+    cast, tokenizer, task: Task, problems, prompts, config, temperature, method="self_correct", samples=1, seed=0, **io
 ) -> tuple[dict, list[dict]]:
-    """(figures, conversations) of two attempts at every problem, by one of METHODS.
+    """(figures, conversations) of some attempts at every problem, by one of METHODS.
 
-    cast: one sampler, or the three that attempt, reflect and retry. config: max_new_tokens, max_reflection_tokens.
+    cast: one sampler, or the three that attempt, reflect and retry. config: max_new_tokens, max_reflection_tokens,
+    attempts. io: `done`, conversations there already, and `keep(talks)`, called with every piece of new ones.
     """
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
-    limits = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
-    asked, problems = problems, [problem for problem in problems for _ in range(samples)]
-    seeds = row_seeds(len(problems), "evaluate", seed)
-    first = first_attempts(cast[0], tokenizer, task, asked, prompts, samples, seeds, limits)
-    y1 = answers_of(tokenizer, task, first, problems)
-    chosen = [i for i, answer in enumerate(y1) if method == "self_correct" or not answer["right"]]
-    y2, reflections = list(y1), None
-    if chosen:
-        second, reflections = second_attempts(
-            method, first, chosen, cast, tokenizer, task, limits, getattr(config, "max_reflection_tokens", None)
-        )
-        retried = answers_of(tokenizer, task, second, [problems[i] for i in chosen])
-        for i, answer in zip(chosen, retried, strict=True):
-            y2[i] = answer
-    reflections = dict(zip(chosen, reflections or [], strict=False))
-    figures = summarize(row_values(y1, y2, chosen, reflections), samples)
-    figures |= after_failure(y1, y2, reflections, samples)
-    talks = []
-    for i, problem in enumerate(problems):
-        talk = {"problem": problem, "first": y1[i]["text"], "first_right": y1[i]["right"]}
-        if i in reflections:
-            talk["reflection"] = tokenizer.decode(reflections[i])
-        talks.append(talk | {"second": y2[i]["text"], "second_right": y2[i]["right"]})
-    return figures, talks
+    seeds = row_seeds(len(problems) * samples, "evaluate", seed)
+    talks, keep = list(io.get("done", ())), io.get("keep", lambda talks: None)
+    longest = max(map(len, prompts)) + follow_tokens(tokenizer, task, config)
+    piece = max(1, CACHE_TOKENS // longest // samples)  # problems
+    starts = range(len(talks) // samples, len(problems), piece)
+    for start in tqdm(starts, desc=method, leave=False, disable=len(starts) < 2):
+        some = slice(start, start + piece)
+        own = seeds[start * samples : (start + piece) * samples]
+        new = converse(cast, tokenizer, task, problems[some], prompts[some], own, config, temperature, method, samples)
+        keep(new)
+        talks += new
+    figures = summarize(talks, samples)
+    return figures | (votes(talks, samples) if samples > 1 else {}), talks
 
 
 def answers_of(tokenizer, task: Task, rollout, problems: list[dict]) -> list[dict]:
@@ -225,98 +267,10 @@ def answers_of(tokenizer, task: Task, rollout, problems: list[dict]) -> list[dic
     ]
 
 
-def row_values(y1: list[dict], y2: list[dict], chosen: list[int], reflections: dict) -> dict:
-    """The figures of every row, before they are averaged. Only `chosen` rows have a second attempt of their own."""
-    retried = set(chosen)
-    values = []
-    for i, (a, b) in enumerate(zip(y1, y2, strict=True)):
-        spoken = [a, b] if i in retried else [a]
-        values.append(
-            {
-                "acc_t1": a["right"],
-                "acc_t2": b["right"],
-                "delta": b["right"] - a["right"],
-                "i_to_c": (1 - a["right"]) * b["right"],
-                "c_to_i": a["right"] * (1 - b["right"]),
-                "changed": a["answer"] != b["answer"],
-                "edit_ratio": edit_distance(a["ids"], b["ids"]) / max(1, len(a["ids"]) + len(b["ids"])),
-                "well_formed": sum(y["answer"] is not None for y in spoken) / len(spoken),
-                "truncated": sum(not y["stopped"] for y in spoken) / len(spoken),
-                "tokens": sum(len(y["ids"]) + y["stopped"] for y in spoken) + len(reflections.get(i, ())),
-            }
-        )
-    return {name: [row[name] for row in values] for name in values[0]}
-
-
-def after_failure(y1: list[dict], y2: list[dict], reflections: dict, samples: int) -> dict:
-    """Figures over the wrong first attempts alone; the standard error takes a problem's samples for related."""
-    wrong = np.array([not a["right"] for a in y1], dtype=float)
-    columns = {
-        "retry_given_failure": [b["right"] for b in y2],
-        "well_formed_retry": [b["answer"] is not None for b in y2],
-        "reflection_tokens": [len(reflections.get(i, ())) for i in range(len(y1))],
-    }
-    figures = {"failures": int(wrong.sum())}
-    for name, values in columns.items() if figures["failures"] else ():
-        if name == "reflection_tokens" and not reflections:
-            continue
-        mean = float((wrong * values).sum() / wrong.sum())
-        residuals = (wrong * (np.array(values, dtype=float) - mean)).reshape(-1, samples).sum(axis=1)
-        figures[name] = mean
-        figures[name + "_se"] = float(np.sqrt((residuals**2).sum()) / wrong.sum())
-    return figures
-
-
-def summarize(values: dict, samples: int = 1) -> dict:
-    """Mean and standard error (`_se`) of each figure. `samples` rows a problem are averaged first: they are related."""
-    figures = {}
-    for name, rows in values.items():
-        means = np.asarray(rows, dtype=np.float64).reshape(-1, samples).mean(axis=1)
-        figures["n"] = len(means)
-        figures[name] = float(means.mean())
-        figures[name + "_se"] = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
-    return figures
-
-
-def edit_distance(a: list[int], b: list[int]) -> int:
-    """Levenshtein distance of two id sequences, a row of the table at a time."""
-    b = np.asarray(b)
-    steps = np.arange(len(b) + 1)
-    row = steps
-    for i, token in enumerate(a, 1):
-        best = np.minimum(row[1:] + 1, row[:-1] + (b != token))
-        row = np.minimum.accumulate(np.concatenate([[i], best]) - steps) + steps
-    return int(row[-1])
-
-
 def evaluate_both(*arguments, method: str = "self_correct", seed: int = 0) -> dict:
     """Figures under `greedy` and `sampled` (T = 1); arguments as of `evaluate`."""
     modes = {"greedy": 0.0, "sampled": 1.0}
     return {name: evaluate(*arguments, T, method, seed=seed)[0] for name, T in modes.items()}
-
-
-def format_table(results: dict, columns=COLUMNS) -> str:
-    """`results` maps names to `greedy` and `sampled` to figures -> a Markdown table in percent, ± standard error."""
-    lines = ["| % | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, modes in results.items():
-        for mode, figures in modes.items():
-            cells = [
-                f"{100 * figures[c]:.1f} ± {100 * figures[c + '_se']:.1f}" if c in figures else "" for c in columns
-            ]
-            lines.append(f"| {name} | {mode} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def format_transcripts(conversations: list[dict], count: int = 4) -> str:
-    """The first few conversations, a line an attempt, marked right or wrong."""
-    lines = []
-    for talk in conversations[:count]:
-        lines.append(json.dumps(talk["problem"]))
-        for key in ("first", "reflection", "second"):
-            if key in talk:
-                verdict = {0.0: "wrong: ", 1.0: "right: ", None: ""}[talk.get(key + "_right")]
-                lines.append(f"  {verdict}{talk[key]}")
-    return "\n".join(lines)
 
 
 def compare_after_failure(base, trained, *shared, seed: int = 0) -> dict:
@@ -326,7 +280,7 @@ def compare_after_failure(base, trained, *shared, seed: int = 0) -> dict:
         f"{name}, {method}": evaluate_both(cast, *shared, method=method, seed=seed)
         for name, cast in casts.items()
         for method in METHODS
-        if method != "self_correct"
+        if method not in AFTER_ANY
     }
     for name, cast in {
         "trained reflects, base retries": (base, trained, base),
@@ -342,11 +296,14 @@ def side_by_side(base, trained, *shared, count: int = 20) -> str:
     talks = {name: evaluate(cast, *shared, 1.0, "reflect_retry")[1] for name, cast in casts.items()}
     lines = []
     for before, after in zip(talks["before"], talks["after"], strict=True):
-        if "reflection" in before and len(lines) < 6 * count:
-            lines += [json.dumps(before["problem"]), f"  wrong: {before['first']}"]
+        if before["said"] and len(lines) < 6 * count:
+            lines += [json.dumps(before["problem"]), f"  wrong: {before['attempts'][0]['text']}"]
             for name, talk in (("before", before), ("after", after)):
-                verdict = "right" if talk["second_right"] else "wrong"
-                lines += [f"  {name}: {talk['reflection']}", f"    {verdict}: {talk['second']}"]
+                retry = talk["attempts"][1]
+                lines += [
+                    f"  {name}: {talk['said'][0]}",
+                    f"    {'right' if retry['right'] else 'wrong'}: {retry['text']}",
+                ]
     return "\n".join(lines) + "\n"
 
 
@@ -378,54 +335,63 @@ def report(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
     print(f"\nrun: {run}")
 
 
-def plot_curves(run: Path, smooth: int = 10) -> None:
-    """`curves.png` of a run, from metrics.jsonl: what its training batches got right, step by step."""
-    import matplotlib
+def open_output(config: Config, sampler) -> tuple[list[dict], object]:
+    """(conversations that an earlier call left behind, a function that adds more) of the file beside --output.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    One that was left by other flags or another model is a ValueError.
+    """
+    if not config.output:
+        return [], lambda talks: None
+    path = Path(config.output + ".partial")
+    header = asdict(config) | {"fingerprint": fingerprint(sampler.model)}
+    done = []
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        before, *rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
+        changed = [key for key in header if before.get(key) != header[key]]
+        if changed:
+            raise ValueError(f"{path} was left by an evaluation with another {', '.join(changed)}: delete or finish it")
+        done = rows[: len(rows) - len(rows) % config.samples]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *done]))
 
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure, axis = plt.subplots(figsize=(7, 4))
-    curves = {"acc_t1": "first attempt", "acc_t2": "second attempt"}
-    for key, label in (curves if "acc_t1" in rows[0] else {"reward": "retry after a failure"}).items():
-        values = np.array([row[key] for row in rows if key in row])
-        if len(values):
-            width = min(smooth, len(values))
-            mean = np.convolve(values, np.ones(width) / width, "valid") * 100
-            axis.plot(np.arange(len(mean)) + width - 1, mean, label=label)
-    boundary = next((i for i, row in enumerate(rows) if row["stage"] == 2), 0)
-    if boundary:
-        axis.axvline(boundary, color="gray", linestyle=":", label="Stage II begins")
-    axis.set(xlabel="step", ylabel=f"right, % of the training batch (mean of the last {smooth})")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(run / "curves.png", dpi=120)
-    plt.close(figure)
+    def keep(talks: list[dict]) -> None:
+        with open(path, "a") as file:
+            file.write("".join(json.dumps(talk) + "\n" for talk in talks))
+
+    return done, keep
+
+
+def check(config: Config) -> None:
+    if config.split not in SPLITS:
+        raise ValueError(f"--split {config.split}: choose one of {', '.join(SPLITS)}")
+    if config.temperature < 0 or config.samples > 1 and not config.temperature:
+        raise ValueError("--temperature must be 0 (greedy, and one sample) or above")
+    if config.output and (Path(config.output).exists() or not Path(config.output).parent.is_dir()):
+        raise ValueError(f"--output {config.output}: it exists, or its directory does not; name a new file")
+    check_counts(config)
 
 
 def main(config: Config) -> None:
     with exit_on_bad_input():
-        if config.split not in SPLITS:
-            raise ValueError(f"--split {config.split}: choose one of {', '.join(SPLITS)}")
-        if config.temperature < 0 or config.samples > 1 and not config.temperature:
-            raise ValueError("--temperature must be 0 (greedy, and one sample) or above")
-        if config.output and (Path(config.output).exists() or not Path(config.output).parent.is_dir()):
-            raise ValueError(f"--output {config.output}: it exists, or its directory does not; name a new file")
-        check_counts(config)
+        check(config)
         task, sampler, tokenizer, splits = prepare(config, {config.split: config.limit})
         reflector = Sampler(load_model(config.reflector)[0], tokenizer) if config.reflector else sampler
-    cast = (sampler, reflector, sampler)
+        done, keep = open_output(config, sampler)
     columns = zip(*splits[config.split], strict=True)
-    figures, conversations = evaluate(
-        cast, tokenizer, task, *columns, config, config.temperature, config.method, config.samples, config.seed
+    arguments = (config, config.temperature, config.method, config.samples, config.seed)
+    figures, talks = evaluate(
+        (sampler, reflector, sampler), tokenizer, task, *columns, *arguments, done=done, keep=keep
     )
-    print(format_transcripts(conversations))
+    print(format_transcripts(talks))
     print(f"{figures['n']} {config.split} problems\n")
-    columns = COLUMNS if config.method == "self_correct" else (*COLUMNS, "retry_given_failure", "well_formed_retry")
-    print(format_table({config.model: {"sampled" if config.temperature else "greedy": figures}}, columns))
+    names = tuple(f"acc_t{t}" for t in range(3, config.attempts + 1))
+    names += () if config.method in AFTER_ANY else ("retry_given_failure", "well_formed_retry")
+    print(format_table({config.model: {"sampled" if config.temperature else "greedy": figures}}, COLUMNS + names))
+    if config.samples > 1:
+        print(f"\nMajority votes:\n\n{format_votes(figures)}")
     if config.output:
-        Path(config.output).write_text(json.dumps(figures | {"conversations": conversations}, indent=1) + "\n")
+        Path(config.output).write_text(json.dumps(figures | {"conversations": talks}, indent=1) + "\n")
+        Path(config.output + ".partial").unlink()
 
 
 if __name__ == "__main__":

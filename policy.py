@@ -56,6 +56,9 @@ class TaskConfig:
     shots_file: str | None = flag(
         None, "take the examples from this file instead; a `response` in it is shown as it is"
     )
+    unsafe: bool = flag(
+        False, "run programs of code tasks even where the sandbox can't hold them: they can do what you can do"
+    )
 
 
 @dataclass
@@ -144,6 +147,14 @@ def check_head(model, name: str) -> None:
     logits = hidden @ model.get_output_embeddings().weight.T
     if not torch.allclose(logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
         raise ValueError(f"--model {name}: its logits are not hidden @ head.T (a cap, scale or bias); not supported")
+
+
+def fingerprint(model) -> str:
+    """Of the weights: the beginning of every parameter, byte by byte."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().flatten()[:256].cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:

@@ -12,7 +12,6 @@ Notation: F failures a step, G reflections of each, R retries after each of thos
 """
 
 import copy
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +42,7 @@ from policy import (
     check_counts,
     check_run,
     exit_on_bad_input,
+    fingerprint,
     flag,
     load_model,
     open_run,
@@ -142,14 +142,6 @@ def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]
     if not failures:
         raise ValueError(f"no failure in {config.tries} answers to each of {len(split)} queries: take a harder task")
     return failures, success
-
-
-def fingerprint(model) -> str:
-    """Of the weights: the beginning of every parameter, byte by byte."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode() + parameter.detach().flatten()[:256].cpu().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def write_failures(path: Path, failures: list[dict], success: float, model, config) -> None:

@@ -48,7 +48,7 @@ def run_tests(program: str, tests: str, entry_point: str | None = None, timeout:
             except (OSError, EOFError, ValueError):
                 continue  # somebody killed it: once more
         if fault:
-            raise SandboxError(f"{fault}; code tasks can't run here, unless they are allowed to run unsafely")
+            raise SandboxError(f"{fault}: code can't be tried safely here, and runs only with --unsafe")
         return verdict
     raise SandboxError("workers die before they have a verdict")
 

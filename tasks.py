@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import prompts
+import sandbox
 import schemas
 from data import content_hash, load_splits, naming, read_rows, split_of
 from verifiers import (
@@ -47,6 +48,7 @@ class Task:
     parse:     row of data -> problem, or a ValueError that names the field; None: the task takes no data
     generate:  (split, seed) -> problems; None: there are none without data, `source` says where to get some
     published: problem -> its split, where the publisher has fixed one
+    warm_up:   a verdict whose processes are started, or fail, before a run; None: verdicts need none
     given:     problem -> a first attempt that the data gives, in place of one that the model makes
     shots:     (user's message, good answer) of few-shot examples before the first prompt; by default the first
                `default_shots` there are
@@ -69,6 +71,7 @@ class Task:
     generate: Callable[[str, int], list[dict]] | None = None
     source: str = ""
     published: Callable[[dict], str] | None = None
+    warm_up: Callable[[], bool] | None = None
     given: Callable[[dict], str] | None = None
     default_shots: int = 0
     shots: tuple[tuple[str, str], ...] = ()
@@ -88,6 +91,11 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
     if config.prompts:
         task = replace(task, **prompts.read_prompts(config.prompts, task.view))
     splits = load_splits(task, config.data, config.seed, wanted)
+    sandbox.unsafe = config.unsafe
+    try:
+        task.warm_up and task.warm_up()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"--task {task.name}: {error}") from None
     examples = few_shot_examples(task, splits, config)
     keys = {task.key(problem) for problem, _ in examples}
     for split, problems in splits.items():
@@ -210,6 +218,7 @@ MATH = dict(
     answer=lambda response, p: extract_math(response),
     verify=lambda response, p: verify_math(response, p["answer"]),
     solution=lambda p: p["solution"],
+    warm_up=lambda: verify_math("\\boxed{1}", "1"),
 )
 MBPP = dict(
     **prompts.CODE,
@@ -219,6 +228,7 @@ MBPP = dict(
     verify=lambda response, p: verify_program(response, p["tests"]),
     solution=lambda p: fenced(p["code"]),
     published=schemas.mbpp_split,
+    warm_up=lambda: verify_code("", ""),
 )
 ALL = (
     Task(
@@ -267,6 +277,7 @@ ALL = (
         # the function's head comes with imports and helpers, which the response need not repeat
         verify=lambda response, p: verify_program(response, p["test"], p["entry_point"], p["prompt"] + "\n"),
         solution=lambda p: fenced(p["prompt"] + p["canonical_solution"]),
+        warm_up=lambda: verify_code("", ""),
         parse=schemas.parse_humaneval,
         source="hub:openai/openai_humaneval, or its file (test=FILE for all 164 problems)",
     ),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import evaluate
+import figures
 import tiny
 from tasks import TASKS
 
@@ -25,14 +26,24 @@ def test_edit_distance_equals_the_textbook_table():
     rng = random.Random(0)
     for _ in range(300):
         a, b = ([rng.randrange(3) for _ in range(rng.randrange(9))] for _ in range(2))
-        assert evaluate.edit_distance(a, b) == slow_edit_distance(a, b)
+        assert figures.edit_distance(a, b) == slow_edit_distance(a, b)
+
+
+def talks_of(*rows):
+    """Conversations of two attempts with these verdicts; answers are what was given for them, or right and wrong."""
+    talks = []
+    for r1, r2, *answers in rows:
+        answers = answers or [str(r1), str(r2)]
+        ys = [{"answer": a, "right": float(r), "ids": [1], "stopped": 1} for a, r in zip(answers, (r1, r2))]
+        talks.append({"attempts": ys, "values": figures.values_of(ys, [], 2)})
+    return talks
 
 
 def test_standard_errors_treat_samples_of_one_problem_as_related():
-    rows = [1, 1, 0, 0, 1, 0]  # three problems, two samples each: means 1, 0, 1/2
-    figures = evaluate.summarize({"acc_t1": rows}, samples=2)
-    assert figures["n"] == 3 and figures["acc_t1"] == 0.5
-    assert figures["acc_t1_se"] == pytest.approx(np.std([1, 0, 0.5], ddof=1) / np.sqrt(3))
+    talks = talks_of(*((r, r) for r in (1, 1, 0, 0, 1, 0)))  # three problems, two samples each: means 1, 0, 1/2
+    f = figures.summarize(talks, samples=2)
+    assert f["n"] == 3 and f["acc_t1"] == 0.5
+    assert f["acc_t1_se"] == pytest.approx(np.std([1, 0, 0.5], ddof=1) / np.sqrt(3))
 
 
 class ScriptedSampler:
@@ -85,61 +96,117 @@ def test_every_figure_of_a_hand_made_evaluation(tokenizer):
     first = [WRONG, WRONG, RIGHT, RIGHT]
     second = ["bad " + RIGHT, "ok " + WRONG, "bad " + NONSENSE, "ok " + RIGHT]
     sampler = ScriptedSampler(tokenizer, first, second)
-    figures, talks = evaluate.evaluate(
-        sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 4, None, evaluate.Config(), temperature=0.7
+    f, talks = evaluate.evaluate(
+        sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 4, [[1]] * 4, evaluate.Config(), temperature=0.7
     )
     expected = {"n": 4, "acc_t1": 0.5, "acc_t2": 0.5, "delta": 0, "i_to_c": 0.25, "c_to_i": 0.25, "changed": 0.5,
                 "well_formed": 7 / 8, "truncated": 0, "failures": 2, "retry_given_failure": 0.5}  # fmt: skip
-    assert {k: figures[k] for k in expected} == pytest.approx(expected)
+    assert {k: f[k] for k in expected} == pytest.approx(expected)
     ids = [[tokenizer(t).input_ids for t in texts] for texts in (first, second)]
     ratios = [slow_edit_distance(a, b) / (len(a) + len(b)) for a, b in zip(*ids)]
-    assert figures["edit_ratio"] == pytest.approx(sum(ratios) / 4)
-    assert figures["tokens"] == sum(len(i) + 1 for texts in ids for i in texts) / 4
-    assert [t["second_right"] for t in talks] == [1, 0, 0, 1]
+    assert f["edit_ratio"] == pytest.approx(sum(ratios) / 4)
+    assert f["tokens"] == sum(len(i) + 1 for texts in ids for i in texts) / 4
+    assert [t["attempts"][1]["right"] for t in talks] == [1, 0, 0, 1]
     assert sampler.asked[1][0] == [tokenizer("<user> fix <assistant>").input_ids] * 4
     assert all(limits == {"max_new_tokens": 16, "temperature": 0.7} for _, limits in sampler.asked)
 
 
 def test_only_failures_reflect_and_retry_and_a_right_answer_stands(tokenizer):
     sampler = ScriptedSampler(tokenizer, [WRONG, RIGHT, WRONG], ["got 21", "", "got 21 try"], [RIGHT, "", WRONG])
-    figures, talks = evaluate.evaluate(
-        sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 3, None, evaluate.Config(), 1.0, "reflect_retry"
+    f, talks = evaluate.evaluate(
+        sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 3, [[1]] * 3, evaluate.Config(), 1.0, "reflect_retry"
     )
     expected = {"acc_t1": 1 / 3, "acc_t2": 2 / 3, "c_to_i": 0, "failures": 2, "retry_given_failure": 0.5,
                 "reflection_tokens": 2.5}  # fmt: skip
-    assert {k: figures[k] for k in expected} == pytest.approx(expected)
-    assert [t.get("reflection") for t in talks] == ["got 21", None, "got 21 try"]
+    assert {k: f[k] for k in expected} == pytest.approx(expected)
+    assert [t["said"] for t in talks] == [["got 21"], [], ["got 21 try"]]
     for message, asked in zip(("reflect", "retry"), sampler.asked[1:]):
         assert asked[0] == [tokenizer(f"<user> {message} <assistant>").input_ids] * 2
     assert sampler.asked[1][1]["max_new_tokens"] == evaluate.Config().max_reflection_tokens
 
 
 def test_the_error_of_a_figure_after_failure_takes_a_problems_samples_for_related():
-    y1 = [{"right": 0.0}] * 4 + [{"right": 1.0}] * 2
-    y2 = [{"right": r, "answer": ""} for r in (1.0, 1.0, 0.0, 0.0, 1.0, 1.0)]
-    one, two = (evaluate.after_failure(y1, y2, {}, samples) for samples in (1, 2))
+    talks = talks_of((0, 1), (0, 1), (0, 0), (0, 0), (1, 1), (1, 1))
+    one, two = (figures.summarize(talks, samples) for samples in (1, 2))
     assert one["retry_given_failure"] == two["retry_given_failure"] == 0.5
-    assert one["retry_given_failure_se"] == 0.25 and two["retry_given_failure_se"] == pytest.approx(0.5**1.5)
+    assert one["retry_given_failure_se"] == pytest.approx(0.25 * (6 / 5) ** 0.5)
+    assert two["retry_given_failure_se"] == pytest.approx(0.5**1.5 * (3 / 2) ** 0.5)
 
 
 def test_when_nothing_failed_nobody_retries(tokenizer):
     sampler = ScriptedSampler(tokenizer, [RIGHT])
-    figures, _ = evaluate.evaluate(
-        sampler, tokenizer, TASKS["tiny"], [PROBLEM], None, evaluate.Config(), 0.0, "reflect_retry"
+    f, _ = evaluate.evaluate(
+        sampler, tokenizer, TASKS["tiny"], [PROBLEM], [[1]], evaluate.Config(), 0.0, "reflect_retry"
     )
-    assert figures["acc_t2"] == 1 and figures["failures"] == 0 and "retry_given_failure" not in figures
+    assert f["acc_t2"] == 1 and f["failures"] == 0 and "retry_given_failure" not in f
 
 
 def test_delta_is_what_was_corrected_minus_what_was_broken():
-    r1, r2 = (np.random.default_rng(i).integers(2, size=50) for i in (0, 1))
-    f = evaluate.summarize({"delta": r2 - r1, "i_to_c": (1 - r1) * r2, "c_to_i": r1 * (1 - r2)})
-    assert f["delta"] == pytest.approx(f["i_to_c"] - f["c_to_i"])
+    f = figures.summarize(talks_of(*np.random.default_rng(0).integers(2, size=(50, 2))))
+    assert f["delta"] == pytest.approx(f["i_to_c"] - f["c_to_i"]) and f["delta"] != 0
+
+
+def test_the_majority_wins_no_answer_has_no_vote_and_of_equals_the_first_wins():
+    wrong, right, none = (0, 0, "a", "a"), (1, 1, "b", "b"), (0, 0, None, None)
+    f = figures.votes(talks_of(wrong, right, right, none) + talks_of(none, none, none, right), 4)
+    assert f["vote_parallel_2"] == 0 and f["vote_parallel_4"] == 1
+    f = figures.votes(talks_of((0, 1, "a", "b"), wrong, wrong, wrong), 4)
+    assert f["vote_corrected_2"] == 1 and f["vote_parallel_2"] == 0  # one conversation of two answers, two of one
+    assert f["vote_corrected_4"] == 1 and f["vote_parallel_4"] == 0  # b before a
+
+
+def test_a_critique_comes_before_every_rewrite_after_right_and_wrong_answers(tokenizer):
+    sampler = ScriptedSampler(tokenizer, [WRONG, RIGHT], ["got 21", "got 24"], [RIGHT, WRONG])
+    arguments = (sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 2, [[1]] * 2, evaluate.Config(), 1.0, "self_refine")
+    f, talks = evaluate.evaluate(*arguments)
+    assert (f["i_to_c"], f["c_to_i"]) == (0.5, 0.5) and [t["said"] for t in talks] == [["got 21"], ["got 24"]]
+    for message, asked in zip((TASKS["tiny"].critique, TASKS["tiny"].rewrite), sampler.asked[1:]):
+        assert asked[0] == [tokenizer(f"<user> {message} <assistant>").input_ids] * 2
+    assert sampler.asked[1][1]["max_new_tokens"] == evaluate.Config().max_reflection_tokens
+
+
+def test_every_further_attempt_follows_the_last_and_a_right_answer_ends_a_retry(tokenizer):
+    turns = [WRONG, WRONG, RIGHT], ["bad " + WRONG, RIGHT, "bad " + WRONG], [RIGHT, WRONG, WRONG]
+    config = evaluate.Config(attempts=3)
+    arguments = (tokenizer, TASKS["tiny"], [PROBLEM] * 3, [[1]] * 3, config, 1.0)
+    f, _ = evaluate.evaluate(ScriptedSampler(tokenizer, *turns), *arguments, "self_correct")
+    assert [f[f"acc_t{t}"] for t in (1, 2, 3)] == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+    f, talks = evaluate.evaluate(ScriptedSampler(tokenizer, *turns), *arguments, "blind_retry")
+    assert [f[f"acc_t{t}"] for t in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [len(t["attempts"]) for t in talks] == [3, 2, 1]
+
+
+def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "CACHE_TOKENS", 1)  # a piece for every problem
+    flags = {"limit": 6, "temperature": 1.0, "samples": 2}
+    whole, parts = (evaluate.Config(**flags, output=str(tmp_path / name)) for name in ("whole.json", "parts.json"))
+    evaluate.main(whole)
+    converse, calls = evaluate.converse, []
+
+    def stop_at_the_fourth(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return converse(*arguments)
+
+    monkeypatch.setattr(evaluate, "converse", stop_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(parts)
+    with open(parts.output + ".partial", "a") as file:
+        file.write('{"cut off')
+    with pytest.raises(SystemExit):
+        evaluate.main(dataclasses.replace(parts, limit=5))
+    assert "another limit" in capsys.readouterr().err
+    evaluate.main(parts)
+    assert len(calls) == 7  # three, one that was stopped, and the three that were left
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "parts.json"))
+    assert a == b and len(a["conversations"]) == 12 and not list(tmp_path.glob("*.partial"))
 
 
 def test_curves_are_drawn_from_the_metrics_file(tmp_path):
     rows = [{"stage": 1 + (i > 3), "step": i, "acc_t1": i / 10, "acc_t2": i / 9} for i in range(8)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    evaluate.plot_curves(tmp_path)
+    figures.plot_curves(tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 

@@ -31,7 +31,7 @@ def parse_math(row: dict) -> dict:
 def parse_gsm8k(row: dict) -> dict:
     question, text = take(row, question=str, answer=str)
     solution, mark, answer = text.rpartition("####")
-    answer = answer.strip().replace(",", "")
+    answer = answer.strip()
     if not mark or not answer:
         raise ValueError("field 'answer' does not end in '#### ' and a number")
     solution = re.sub(r"<<.*?>>", "", solution).strip()  # notes for a calculator

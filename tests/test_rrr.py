@@ -178,6 +178,14 @@ def test_no_failure_at_all_is_said_before_anything_is_written(model_dir, tmp_pat
     assert "no failure in 2 answers to each of 6 queries" in said and not (tmp_path / "run").exists()
 
 
+def test_first_attempts_that_the_data_gives_are_the_failures(model_dir, tmp_path, monkeypatch):
+    task = dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
+    monkeypatch.setitem(TASKS, "tiny", task)
+    train_here(model_dir, tmp_path / "run")
+    failures = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()[1:]]
+    assert failures and {row["answer"] for row in failures} == {"1 + 1 = 2"}
+
+
 def test_the_papers_preset_leaves_given_flags_alone():
     config = rrr.with_preset(rrr.Config(preset="paper", steps=5))
     assert (config.steps, config.beta, config.lr, config.failures_per_step) == (5, 0.001, 5e-7, 256)

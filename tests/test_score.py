@@ -1,5 +1,6 @@
 """SCoRe's own arithmetic, and short whole runs on a randomly initialised model."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -112,6 +113,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypa
 def test_single_turn_trains_first_attempts_alone(model_dir, tmp_path):
     rows = train_here(model_dir, tmp_path / "run", "--single_turn", "--stage1_steps", "0", "--stage2_steps", "2")
     assert "acc_t2" not in rows[0] and "kl_t2" not in rows[0] and rows[0]["stage"] == 2
+
+
+def test_first_attempts_that_the_data_gives_are_no_measure_of_the_model_and_get_no_gradient(
+    model_dir, tmp_path, monkeypatch
+):
+    task = dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
+    monkeypatch.setitem(TASKS, "tiny", task)
+    rows = train_here(model_dir, tmp_path / "run", "--stage1_steps", "1", "--stage2_steps", "2")
+    assert all("acc_t1" not in row and "kl_t1" not in row and row["reward"] == row["acc_t2"] for row in rows)
+    assert (tmp_path / "run" / "checkpoint").is_dir()
 
 
 def test_stage_2_can_refer_to_the_result_of_stage_1(model_dir, tmp_path):

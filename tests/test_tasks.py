@@ -134,6 +134,12 @@ def test_no_text_makes_a_task_raise(name):
         assert isinstance(task.answer(text, problem), str | None)
 
 
+def test_a_few_shot_call_has_the_first_accepted_values_and_nothing_optional():
+    task = TASKS["function_call"]
+    called = [{"name": "area", "arguments": {"base": 10, "height": 5, "at": [{"x": 1}]}}]
+    assert json.loads(task.solution(task.parse(BFCL))) == called
+
+
 def test_a_wrong_program_given_as_first_attempt_is_the_answer_of_the_first_turn():
     task = TASKS["mbpp_r"]
     problem = task.parse(ROWS["mbpp_r"])

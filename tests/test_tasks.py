@@ -136,7 +136,7 @@ def test_no_text_makes_a_task_raise(name):
 
 def test_a_few_shot_call_has_the_first_accepted_values_and_nothing_optional():
     task = TASKS["function_call"]
-    called = [{"name": "area", "arguments": {"base": 10, "height": 5, "at": [{"x": 1}]}}]
+    called = [{"name": "area", "arguments": {"base": 10, "height": 5, "at": {"x": 1}}}]
     assert json.loads(task.solution(task.parse(BFCL))) == called
 
 

@@ -1,8 +1,8 @@
 """Runs tests of an untrusted Python program, which can neither see what is expected of it nor say that it passed.
 
-Whatever shares an interpreter with a program can be forged by it. So every verdict has two processes, both forked from a
-server, trial.py, which is started once with `python -I -S` and an empty environment; nothing is forked from the caller,
-which may hold a model and threads. trial.py says what the two do, and jail.py what holds the one that runs the program.
+Whatever shares an interpreter with a program can be forged by it. So every verdict has two processes, both forked from
+a server, trial.py, which is started once with `python -I -S` and an empty environment; nothing is forked from the
+caller, which may hold a model and threads. trial.py says what the two do, jail.py what holds the one with the program.
 """
 
 import ast

@@ -309,8 +309,8 @@ def extract_code(response: str) -> str:
 def verify_code(program: str, tests: list[str] | str, entry_point: str | None = None, timeout: float = 5.0) -> bool:
     """True if every test holds within `timeout` seconds; the program runs in the sandbox and can't tell what is tested.
 
-    tests: assert statements, any set-up code first, or one text. With an entry_point, HumanEval's form: the tests define
-    `check(candidate)`. Tests that don't compile are a ValueError; a sandbox that can't be had is a SandboxError.
+    tests: assert statements, any set-up code first, or one text. With an entry_point, HumanEval's form: the tests
+    define `check(candidate)`. Tests that don't compile are a ValueError, a sandbox that can't be had a SandboxError.
     """
     tests = tests if isinstance(tests, str) else "\n".join(tests)
     return sandbox.run_tests(program, tests, entry_point, timeout)

@@ -186,9 +186,8 @@ def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch
     for name in ("sandbox.py", "trial.py", "jail.py"):
         (tmp_path / name).write_text(Path(jail.__file__).with_name(name).read_text())
     broken = tmp_path / "jail.py"
-    broken.write_text(
-        broken.read_text().replace("    prctl(PR_SET_SECCOMP", "    raise OSError('no seccomp')\n    prctl(")
-    )
+    call = "    prctl(PR_SET_SECCOMP"
+    broken.write_text(broken.read_text().replace(call, f"    raise OSError('no seccomp')\n{call}"))
     script = (
         "import sandbox\n"
         "try:\n    sandbox.run_tests('def f(): return 1', 'assert f() == 1')\n"

@@ -10,6 +10,8 @@ nested arguments. Stdlib only: it runs as a script, with `python -I -S`.
 
 import ast
 import builtins
+import gc
+import importlib
 import io
 import json
 import os
@@ -17,6 +19,7 @@ import select
 import signal
 import socket
 import struct
+import symtable
 import sys
 import types
 from contextlib import suppress
@@ -61,8 +64,8 @@ def _exactly(connection, size: int) -> bytes:
     return b"".join(parts)
 
 
-class _Stop(BaseException):
-    """Ends the tests: time is up, or the guest is gone."""
+# What only a plain value may say of itself: a program's own object would answer for what the test expects.
+VERDICTS = {n for kind in (str, float, set) for n in dir(kind) if n.startswith("is") or n.endswith("with")}
 
 
 class _Proxy:
@@ -75,7 +78,7 @@ class _Proxy:
         return self._ask("call", self._target, list(arguments), named)
 
     def __getattr__(self, name):
-        if name.startswith("__"):
+        if name.startswith("__") or name in VERDICTS:
             raise AttributeError(name)
         return self._ask("getattr", self._target, [name], {})
 
@@ -87,6 +90,9 @@ class _Proxy:
 
     def __iter__(self):
         return iter(self._ask("list", self._target, [], {}))
+
+    def __next__(self):
+        return self._ask("next", self._target, [], {})
 
     def __len__(self):
         return self._ask("len", self._target, [], {})
@@ -114,6 +120,7 @@ OPERATIONS = {
     "getitem": lambda x, key: x[key],
     "list": list,
     "len": len,
+    "next": next,
     "str": str,
 }
 CONTAINERS = {"l": list, "t": tuple, "s": set, "z": frozenset}
@@ -129,8 +136,10 @@ def _encode(x, reference):
         return ["f", float(x).hex()]
     if isinstance(x, complex):
         return ["c", x.real.hex(), x.imag.hex()]
-    if isinstance(x, bytes | bytearray):
+    if isinstance(x, bytes):
         return ["b", x.hex()]
+    if isinstance(x, bytearray):
+        return ["a", x.hex()]
     if isinstance(x, dict):
         return ["d", *([_encode(k, reference), _encode(v, reference)] for k, v in x.items())]
     for tag, kind in CONTAINERS.items():
@@ -152,6 +161,8 @@ def _decode(x, dereference):
         return complex(*map(float.fromhex, rest))
     if tag == "b":
         return bytes.fromhex(rest[0])
+    if tag == "a":
+        return bytearray.fromhex(rest[0])
     if tag == "d":
         return {_decode(k, dereference): _decode(v, dereference) for k, v in rest}
     if tag == "p":
@@ -163,6 +174,7 @@ def _serve(control: socket.socket) -> None:
     """Forks a worker for each connection that is handed over, until the caller is gone."""
     for name in PRELOADED.split():
         __import__(name)
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody has to be waited for
     jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
     server = os.getpid()
@@ -182,7 +194,8 @@ def _serve(control: socket.socket) -> None:
 
 
 def _work(connection: socket.socket) -> None:
-    """One verdict: [passed, fault] to the caller."""
+    """To the caller: why there can be no verdict, or None, and then whether all tests hold."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     here, there = socket.socketpair()
     worker = os.getpid()
     guest = os.fork()  # before anything is read
@@ -194,84 +207,126 @@ def _work(connection: socket.socket) -> None:
     there.close()
     handle = os.pidfd_open(guest)
     request = receive(connection)
-    fault, passed = None, False
+    send(here, [request["timeout"], request["unsafe"]])
+    fault = receive(here)
+    send(connection, fault)
+    if fault:
+        return
+
+    def finish(passed: bool):
+        """The only way out: no exception ends the tests, for they might catch it."""
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            select.select([handle], [], [])
+            send(connection, passed)
+        finally:
+            os._exit(0)
+
+    def lost():
+        """The guest is gone: the program's doing, unless it was killed, which it can't do, before its time was up."""
+        if select.select([handle], [], [], 1)[0]:
+            _, status, usage = os.wait4(guest, os.WNOHANG)
+            if status == signal.SIGKILL and usage.ru_utime + usage.ru_stime < request["timeout"]:
+                os._exit(1)
+        finish(False)
+
+    signal.signal(signal.SIGALRM, lambda *_: finish(False))
+    signal.setitimer(signal.ITIMER_REAL, request["timeout"])
     try:
-        send(here, [request["timeout"], request["unsafe"]])
-        fault = receive(here)
-        passed = not fault and _passes(request, here)
-    except (OSError, EOFError, ValueError):
-        fault = fault or "the guest died before it ran anything"
-    finally:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-    select.select([handle], [], [])
-    send(connection, [passed, fault])
+        jail.limit("CPU", int(request["timeout"]) + 3)
+        jail.limit("AS", 2 * jail.MEMORY)
+        _run(request, _asker(here, lost, finish))
+    except BaseException:
+        finish(False)
+    finish(True)
 
 
-def _passes(request: dict, guest: socket.socket) -> bool:
-    def stop(*_):
-        raise _Stop
-
+def _asker(guest: socket.socket, lost, finish):
+    """A function that has the guest do one of OPERATIONS: its result is returned, its exception raised here."""
     proxies = {}
 
     def ask(operation: str, target, arguments: list, named: dict):
         before = [_encode(x, _target) for x in (arguments, named)]
         try:
             send(guest, [operation, target, *before])
-            error, result, after = receive(guest)
-            result, after = (_decode(x, lambda t: proxies.setdefault(t, _Proxy(ask, t))) for x in (result, after))
+            reply = receive(guest)
+        except (OSError, EOFError):
+            lost()
         except Exception:
-            raise _Stop from None
+            finish(False)
+        try:
+            decoded = [_decode(x, lambda t: proxies.setdefault(t, _Proxy(ask, t))) for x in reply]
+            error, result, after = decoded
+            after = dict(after or ())
+        except Exception:
+            finish(False)
         if error:
-            kind = getattr(builtins, error, None) if isinstance(error, str) and error not in HIDDEN else None
-            raise kind("from the program") if kind in SIMPLE_ERRORS else RuntimeError("from the program")
-        for old, new in zip(arguments, after or (), strict=False):
-            if type(old) is type(new) and isinstance(old, list | dict | set):
-                old.clear()
-                (old.extend if isinstance(old, list) else old.update)(new)
+            raise _exception(*error)
+        for key, new in after.items():
+            _become(named[key] if isinstance(key, str) else arguments[key], new)
         return result
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, request["timeout"], 0.1)  # again and again, should a test catch it
-    try:
-        jail.limit("CPU", int(request["timeout"]) + 3)
-        jail.limit("AS", 2 * jail.MEMORY)
-        ask("exec", request["program"], [], {})
-        tests, entry_point = request["tests"], request["entry_point"]
-        names = {name: _Proxy(ask, name) for name in _free_names(tests, entry_point)}
-        exec(compile(tests, "tests", "exec"), names)
-        if entry_point is not None:
-            names["check"](_Proxy(ask, entry_point))
-        return True
-    except BaseException:
-        return False
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    return ask
+
+
+def _exception(kinds, arguments) -> Exception:
+    """The first built-in one of the kinds that a program's exception was of."""
+    for kind in (SIMPLE_ERRORS.get(name) for name in kinds):
+        if kind:
+            return kind(*arguments)
+    return RuntimeError("from the program")
+
+
+def _become(old, new) -> None:
+    """Changes an argument to what the program has made of it."""
+    if type(old) is type(new) and isinstance(old, list | bytearray):
+        old[:] = new
+    elif type(old) is type(new) and isinstance(old, dict | set):
+        old.clear()
+        old.update(new)
+
+
+def _run(request: dict, ask) -> None:
+    ask("exec", request["program"], [], {})
+    tests, entry_point = request["tests"], request["entry_point"]
+    names = {name: _Proxy(ask, name) for name in _free_names(tests, entry_point)}
+    names |= {name: importlib.import_module(name) for name in _modules(tests) if name in names}
+    names["__name__"] = "__main__"
+    exec(compile(tests, "tests", "exec"), names)
+    if entry_point is not None:
+        names["check"](_Proxy(ask, entry_point))
 
 
 SIMPLE_ERRORS = {
-    e
-    for e in vars(builtins).values()
-    if isinstance(e, type) and issubclass(e, Exception) and "Unicode" not in e.__name__
+    name: e
+    for name, e in vars(builtins).items()
+    if isinstance(e, type) and issubclass(e, Exception) and "Unicode" not in name and name not in HIDDEN
 }
 
 
 def _free_names(tests: str, entry_point: str | None) -> set[str]:
     """The names that test code uses and does not define: the program's. Built-in ones only if there are no others,
     for a program might redefine what its tests are written with."""
-    used, defined = set(), set()
-    for node in ast.walk(ast.parse(tests)):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
-        elif isinstance(node, ast.arg):
-            defined.add(node.arg)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler):
-            defined.add(node.name)
-        elif isinstance(node, ast.alias):
-            defined.add((node.asname or node.name).partition(".")[0])
+    used, defined, scopes = set(), set(), [symtable.symtable(tests, "tests", "exec")]
+    for scope in scopes:
+        scopes += scope.get_children()
+        for symbol in scope.get_symbols():
+            if symbol.is_global() or scope.get_type() == "module":
+                if symbol.is_referenced():
+                    used.add(symbol.get_name())
+                if symbol.is_assigned() or symbol.is_imported():
+                    defined.add(symbol.get_name())
     free = used - defined
     own = {name for name in free if not hasattr(builtins, name)}
     return own if own or entry_point else free
+
+
+def _modules(tests: str) -> set[str]:
+    """What test code uses as modules of the standard library: `math` in `math.isclose`, imported by it or not."""
+    owners = (node.value for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Attribute))
+    return {owner.id for owner in owners if isinstance(owner, ast.Name)} & sys.stdlib_module_names
 
 
 class _Sink(io.TextIOBase):
@@ -309,22 +364,30 @@ def _be_guest(connection: socket.socket, worker: int) -> None:
     def dereference(target):
         if isinstance(target, list):
             return vars(builtins)[target[0]]
-        return objects[target] if isinstance(target, int) else vars(module)[target]
+        if isinstance(target, int):
+            return objects[target]
+        return vars(module)[target] if target in vars(module) else vars(builtins)[target]
 
     while True:
-        error = result = after = None
         operation, target, *given = receive(connection)
+        error = result = after = None
         try:
             if operation == "exec":
                 exec(compile(target, "program", "exec"), vars(module))
             else:
                 arguments, named = (_decode(x, dereference) for x in given)
                 result = _encode(OPERATIONS[operation](dereference(target), *arguments, **named), reference)
-                after = _encode(arguments, reference)
-                after = None if after == given[0] else after
+                after = _changed(arguments, named, given, reference)
         except BaseException as e:
-            error, result, after = type(e).__name__, None, None
+            error = _encode([[kind.__name__ for kind in type(e).__mro__], e.args], reference)
         send(connection, [error, result, after])
+
+
+def _changed(arguments: list, named: dict, given: list, reference) -> list:
+    """{place or name: value} of the arguments that are no longer what was given, encoded."""
+    before = [*given[0][1:], *(value for _, value in given[1][1:])]
+    after = [[key, _encode(x, reference)] for key, x in [*enumerate(arguments), *named.items()]]
+    return ["d", *([_encode(key, None), new] for (key, new), old in zip(after, before) if new != old)]
 
 
 if __name__ == "__main__":

@@ -22,17 +22,27 @@ import struct
 import symtable
 import sys
 import types
+from collections import deque
 from contextlib import suppress
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which -I leaves out
 import jail  # noqa: E402
 
 LARGEST = 1 << 24  # bytes of a message
 PRELOADED = (
-    "abc array base64 binascii bisect calendar cmath collections contextlib copy dataclasses datetime decimal difflib "
-    "enum fractions functools hashlib heapq html itertools json keyword locale math numbers operator os pprint queue "
-    "random re secrets statistics string struct sys textwrap threading time traceback types typing unicodedata uuid "
-    "warnings zlib"
+    "__future__ _strptime abc argparse array ast base64 binascii bisect bz2 calendar cmath codecs collections "
+    "concurrent.futures.thread contextlib copy csv dataclasses datetime decimal difflib doctest enum fnmatch fractions "
+    "functools glob graphlib gzip hashlib heapq hmac html inspect io ipaddress itertools json keyword locale logging "
+    "lzma math numbers operator os pathlib pickle platform pprint queue random re reprlib sched secrets shlex "
+    "statistics string struct subprocess sys textwrap threading time timeit tokenize traceback types typing "
+    "unicodedata unittest urllib.parse uuid warnings weakref zlib"
+)
+ENCODINGS = (
+    "ascii base64_codec cp1252 cp437 hex_codec idna latin_1 punycode raw_unicode_escape rot_13 unicode_escape utf_16 "
+    "utf_16_be utf_16_le utf_32 utf_32_be utf_32_le utf_8_sig"
 )
 HIDDEN = ("StopIteration", "StopAsyncIteration", "GeneratorExit")  # would end a test's loop as if all was well
 
@@ -88,6 +98,9 @@ class _Proxy:
     def __getitem__(self, key):
         return self._ask("getitem", self._target, [key], {})
 
+    def __setitem__(self, key, value):
+        self._ask("setitem", self._target, [key, value], {})
+
     def __iter__(self):
         return iter(self._ask("list", self._target, [], {}))
 
@@ -99,6 +112,12 @@ class _Proxy:
 
     def __str__(self):
         return self._ask("str", self._target, [], {})
+
+    def __repr__(self):
+        return self._ask("repr", self._target, [], {})
+
+    def __instancecheck__(self, x):
+        return isinstance(x, _Proxy) and self._ask("instance", self._target, [x], {})
 
     def __bool__(self):
         raise TypeError("what the program returned is no plain value")
@@ -118,12 +137,16 @@ OPERATIONS = {
     "getattr": getattr,
     "setattr": setattr,
     "getitem": lambda x, key: x[key],
+    "setitem": lambda x, key, value: x.__setitem__(key, value),
     "list": list,
     "len": len,
     "next": next,
     "str": str,
+    "repr": repr,
+    "instance": lambda x, y: isinstance(y, x),
 }
-CONTAINERS = {"l": list, "t": tuple, "s": set, "z": frozenset}
+CONTAINERS = {"l": list, "t": tuple, "s": set, "z": frozenset, "q": deque}
+VALUES = {kind.__name__: kind for kind in (Decimal, Fraction, range, date, datetime, timezone, timedelta)}
 
 
 def _encode(x, reference):
@@ -145,6 +168,8 @@ def _encode(x, reference):
     for tag, kind in CONTAINERS.items():
         if isinstance(x, kind):
             return [tag, *(_encode(y, reference) for y in x)]
+    if VALUES.get(type(x).__name__) is type(x):
+        return [type(x).__name__, *(_encode(y, reference) for y in x.__reduce__()[1])]
     return ["p", reference(x)]
 
 
@@ -167,13 +192,14 @@ def _decode(x, dereference):
         return {_decode(k, dereference): _decode(v, dereference) for k, v in rest}
     if tag == "p":
         return dereference(rest[0])
-    return CONTAINERS[tag](_decode(y, dereference) for y in rest)
+    parts = (_decode(y, dereference) for y in rest)
+    return VALUES[tag](*parts) if tag in VALUES else CONTAINERS[tag](parts)
 
 
 def _serve(control: socket.socket) -> None:
     """Forks a worker for each connection that is handed over, until the caller is gone."""
-    for name in PRELOADED.split():
-        __import__(name)
+    for name in [*PRELOADED.split(), *(f"encodings.{name}" for name in ENCODINGS.split())]:
+        importlib.import_module(name)
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody has to be waited for
     jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
@@ -292,7 +318,10 @@ def _run(request: dict, ask) -> None:
     ask("exec", request["program"], [], {})
     tests, entry_point = request["tests"], request["entry_point"]
     names = {name: _Proxy(ask, name) for name in _free_names(tests, entry_point)}
-    names |= {name: importlib.import_module(name) for name in _modules(tests) if name in names}
+    for name in names.keys() & _modules(tests):
+        names[name] = importlib.import_module(name)
+    for name in names.keys() & _caught(tests):
+        names[name] = SIMPLE_ERRORS[name] = type(name, (Exception,), {})
     names["__name__"] = "__main__"
     exec(compile(tests, "tests", "exec"), names)
     if entry_point is not None:
@@ -327,6 +356,12 @@ def _modules(tests: str) -> set[str]:
     """What test code uses as modules of the standard library: `math` in `math.isclose`, imported by it or not."""
     owners = (node.value for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Attribute))
     return {owner.id for owner in owners if isinstance(owner, ast.Name)} & sys.stdlib_module_names
+
+
+def _caught(tests: str) -> set[str]:
+    """What test code names in its except clauses."""
+    clauses = (node.type for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.ExceptHandler) and node.type)
+    return {node.id for clause in clauses for node in ast.walk(clause) if isinstance(node, ast.Name)}
 
 
 class _Sink(io.TextIOBase):

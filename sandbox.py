@@ -36,7 +36,7 @@ def run_tests(program: str, tests: str, entry_point: str | None = None, timeout:
     """
     try:
         compile(tests, "tests", "exec", dont_inherit=True)
-    except (SyntaxError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the tests do not compile: {error}") from None
     if len(program) > LONGEST:
         return False

@@ -88,10 +88,12 @@ def _evaluate(tokens: list[int | str]) -> Fraction | None:
                 _reduce(values, operators, PRECEDENCE[token])
                 operators.append(token)
                 operand_next = True
+        if operand_next:
+            return None
         _reduce(values, operators, 0)
     except ZeroDivisionError:
         return None
-    return values[0] if not operand_next and not operators else None
+    return None if operators else values[0]
 
 
 def _reduce(values: list[Fraction], operators: list[str], precedence: int) -> None:
@@ -248,17 +250,27 @@ def _matches_one_to_one(given: list[dict], gold: list[dict]) -> bool:
     """A perfect matching by augmenting paths: where accepted values overlap, first come first served is not enough."""
     fits = [[j for j, wanted in enumerate(gold) if _is_call(call, wanted)] for call in given]
     owner: dict[int, int] = {}
+    place: dict[int, int] = {}
+    return all(_find_place(i, fits, owner, place) for i in range(len(given)))
 
-    def place(i: int, tried: set[int]) -> bool:
-        for j in fits[i]:
-            if j not in tried:
-                tried.add(j)
-                if j not in owner or place(owner[j], tried):
-                    owner[j] = i
-                    return True
-        return False
 
-    return all(place(i, set()) for i in range(len(given)))
+def _find_place(i: int, fits: list[list[int]], owner: dict[int, int], place: dict[int, int]) -> bool:
+    """Breadth first, because a recursive search would overflow on a thousand calls."""
+    wanted_by: dict[int, int] = {}
+    queue = [i]
+    for call in queue:
+        for j in fits[call]:
+            if j in wanted_by:
+                continue
+            wanted_by[j] = call
+            if j in owner:
+                queue.append(owner[j])
+                continue
+            while j is not None:  # all along the path move on
+                owner[j] = call = wanted_by[j]
+                place[call], j = j, place.get(call)
+            return True
+    return False
 
 
 def _is_call(call: dict, gold: dict) -> bool:

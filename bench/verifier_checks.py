@@ -134,7 +134,7 @@ def humaneval(folder: Path) -> list[tuple]:
 
 def code(name: str, pairs: list[tuple], workers: int) -> list[dict]:
     def verify(program, problem):
-        return verify_code(program, *problem)
+        return verify_code(program, *problem, timeout=20.0)  # one of MBPP's takes seconds
 
     empty = [(without_bodies(program), problem) for program, problem in pairs]
     return [

@@ -13,6 +13,7 @@ import builtins
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import select
@@ -102,7 +103,10 @@ class _Proxy:
         self._ask("setitem", self._target, [key, value], {})
 
     def __iter__(self):
-        return iter(self._ask("list", self._target, [], {}))
+        iterator, size = self._ask("iter", self._target, [], {}), 1
+        while part := iterator._ask("take", iterator._target, [size], {}):
+            yield from part
+            size = min(2 * size, 1024)  # of what has no end, not much more than is wanted
 
     def __next__(self):
         return self._ask("next", self._target, [], {})
@@ -138,7 +142,8 @@ OPERATIONS = {
     "setattr": setattr,
     "getitem": lambda x, key: x[key],
     "setitem": lambda x, key, value: x.__setitem__(key, value),
-    "list": list,
+    "iter": iter,
+    "take": lambda x, size: [*itertools.islice(x, size)],
     "len": len,
     "next": next,
     "str": str,

@@ -23,7 +23,7 @@ FINAL_ANSWER = re.compile(r"final answer is", re.IGNORECASE)
 MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|\*\*")
 FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*)```", re.DOTALL)
-CODE_FENCE = re.compile(r"^[ \t]*```[ \t]*[\w+#.-]*[ \t]*\r?$", re.MULTILINE)
+CODE_FENCE = re.compile(r"^([ \t]*)```[ \t]*([^`\r\n]*)\r?$", re.MULTILINE)
 STEP_LIMIT = 99  # the largest value that has a token of its own in the tiny vocabulary
 
 
@@ -305,15 +305,22 @@ def _is_accepted(value, gold) -> bool:
 
 
 def extract_code(response: str) -> str:
-    """The program in a response, of what follows the last `</think>`: the last fenced block, closed or not; else what
-    stands between the last `[BEGIN]` and `[DONE]`; else all of it.
+    """The program in a response, of what follows the last `</think>`: the last fenced block that is not blank, closed
+    or not; else what stands between the last `[BEGIN]` and `[DONE]`; else all of it.
     """
     text = response.rpartition("</think>")[2]
-    fences = list(CODE_FENCE.finditer(text))
-    if fences:
-        start = fences[(len(fences) - 1) // 2 * 2]  # they open and close in turn
-        end = fences[-1].start() if len(fences) % 2 == 0 else len(text)
-        return text[start.end() : end].strip("\r\n")
+    blocks, open_ = [], False
+    for fence in CODE_FENCE.finditer(text):
+        if open_ and not fence[2]:  # a fence that names a language opens a block, even if the last was not closed
+            blocks[-1][1] = fence.start()
+        else:
+            blocks.append([fence.end(), len(text), len(fence[1])])
+        open_ = not open_ or bool(fence[2])
+    for start, end, indent in reversed(blocks):
+        if not text[start:end].isspace() and start < end:
+            return re.sub(f"^[ \\t]{{0,{indent}}}", "", text[start:end].strip("\r\n"), flags=re.MULTILINE)
+    if blocks:
+        return ""
     before, begin, after = text.rpartition("[BEGIN]")
     return (after if begin else before + after).partition("[DONE]")[0].strip("\r\n")
 

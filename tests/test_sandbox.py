@@ -186,7 +186,7 @@ def test_values_of_the_standard_library_come_back_as_they_are():
     "import logging, unittest, doctest, csv\n" + HONEST,
     "import datetime\ndef f(x): return datetime.datetime.strptime(str(x), '%d').day + 1",
     "def f(x): return int(str(x).encode('latin-1').decode('cp1252')) + 1",
-    "from concurrent.futures import *\ndef f(x): return ThreadPoolExecutor(2).submit(int, x).result() + 1",
+    "from concurrent.futures import ThreadPoolExecutor\ndef f(x): return ThreadPoolExecutor(2).submit(int, x).result() + 1",
     "import logging, warnings\nlogging.warning('x')\nwarnings.warn('x')\nprint(flush=True)\n" + HONEST,
     "if __name__ == '__main__': input()\n" + HONEST,
 ])  # fmt: skip
@@ -208,6 +208,9 @@ def test_exceptions_are_those_that_the_tests_expect():
 
 
 def test_what_tests_do_with_programs_works():
+    endless = "import itertools\ndef f(n): yield from itertools.count(n)\nclass A:\n def __iter__(s): return iter('ab')"
+    assert verify_code(endless, ["import itertools", "assert list(itertools.islice(f(3), 5)) == [3, 4, 5, 6, 7]"])
+    assert verify_code(endless, ["assert [*A()] == ['a', 'b'] and 'b' in A() and 9999 in f(0)"])
     assert verify_code("def f(a=None): a.append(1)", ["a = []\nf(a=a)\nassert a == [1]"])
     assert verify_code("def f(n):\n yield from range(n)", ["g = f(3)\nassert next(g) == 0 and next(g) == 1"])
     assert verify_code(
@@ -367,6 +370,10 @@ def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch
         ("```\nx = 1\n```\nor\n```py\nx = 2\n```", "x = 2"),
         ("```python\nx = 1", "x = 1"),
         ("a\n```python\nx = 1\n```\nb\n```python\nx = 2", "x = 2"),
+        ("```python title='a b'\nx = 1\n```\nyes\n```", "x = 1"),
+        ("```python\nx = 1\n```python\nx = 2\n```", "x = 2"),
+        ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
+        ("```\n```", ""),
         ("[BEGIN]\nx = 1\n[DONE]\n[BEGIN]\nx = 2\n[DONE] bye", "x = 2"),
         ("[BEGIN] x = 1", " x = 1"),
         ("<think>```python\nx = 1\n```</think>x = 2", "x = 2"),

@@ -1,5 +1,6 @@
 """Hostile programs. Each must be a plain False, in time, and leave nothing behind; an honest one must still be True."""
 
+import json
 import os
 import resource
 import signal
@@ -12,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jail
 import sandbox
@@ -162,6 +165,38 @@ def test_no_text_raises(text):
     assert not verify_code(text, TEST, timeout=2)
 
 
+PIECES = [
+    *("def f(x):", "return ", "x", "4", "yield ", "class A:", "import os", "os._exit(0)", "f", "raise ", "lambda: "),
+    *("while 1: ", '"""', "async ", "await ", "del ", "global ", "nonlocal ", *"()[]:,.=`'\\é \n\0\ud800\x0c"),
+]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join))
+def test_no_text_makes_verify_code_raise(text):
+    for response in (text, f"```python\n{text}\n```", f"def f(x):\n {text}"):
+        assert verify_code(extract_code(response), ["assert f(3) == [4, 5]"], timeout=0.2) is False
+
+
+TAGS = st.sampled_from(
+    ["i", "f", "c", "b", "a", "d", "p", "l", "t", "s", "z", "q", "Decimal", "range", "date", "timedelta"]
+)
+SAID = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | TAGS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.tuples(TAGS, inner).map(list) | st.dictionaries(TAGS, inner, max_size=2)
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(SAID, SAID, SAID, st.booleans())
+def test_nothing_that_a_program_says_on_the_wire_makes_a_verdict(one, two, three, whole):
+    words = json.dumps(one if whole else [one, two, three])
+    program = f"import os\nwords = {words!r}.encode()\ndef f(x):\n while True: os.write(3, len(words).to_bytes(4, 'little') + words)"
+    assert verify_code(program, ["assert f(3) == 'expected'"], timeout=0.2) is False
+
+
 def test_plain_values_come_back_as_they_are():
     values = "[None, True, 3, -2.5, 10**50, 1j, 'é\\ud800', b'b', [1, (2,)], {3, 4}, frozenset({5}), {(1,): [2]}]"
     assert verify_code(f"def f(): return {values}", [f"assert f() == {values}"])
@@ -186,7 +221,7 @@ def test_values_of_the_standard_library_come_back_as_they_are():
     "import logging, unittest, doctest, csv\n" + HONEST,
     "import datetime\ndef f(x): return datetime.datetime.strptime(str(x), '%d').day + 1",
     "def f(x): return int(str(x).encode('latin-1').decode('cp1252')) + 1",
-    "from concurrent.futures import ThreadPoolExecutor\ndef f(x): return ThreadPoolExecutor(2).submit(int, x).result() + 1",
+    "import concurrent.futures as c\ndef f(x): return c.ThreadPoolExecutor(2).submit(int, x).result() + 1",
     "import logging, warnings\nlogging.warning('x')\nwarnings.warn('x')\nprint(flush=True)\n" + HONEST,
     "if __name__ == '__main__': input()\n" + HONEST,
 ])  # fmt: skip
@@ -361,6 +396,35 @@ def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     error, verdict = run.stdout.splitlines()
     assert "no seccomp" in error and "--unsafe" in error and verdict == "True"
+
+
+IN_A_CONTAINER = """
+import ctypes, os, sys
+sys.path.insert(0, sys.argv[1])
+import sandbox
+here, there = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    refused = ctypes.CDLL(None).unshare(0x10000000)  # CLONE_NEWUSER
+    os.write(here[1], b"x"), os.read(there[0], 1)
+    print("refused" if refused else sandbox.run_tests("def f(): return 1", "assert f() == 1"), flush=True)
+    sandbox._server.stop()
+    os._exit(0)
+os.read(here[0], 1)
+for name in ("uid_map", "gid_map"):
+    with open(f"/proc/{child}/{name}", "w") as file:
+        file.write("0 0 65536")
+os.write(there[1], b"x"), os.wait()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+def test_a_container_with_few_users_holds_programs_too():
+    command = [sys.executable, "-c", IN_A_CONTAINER, str(Path(sandbox.__file__).parent)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    if said == "refused\n":
+        pytest.skip("this kernel makes no user namespaces")
+    assert said == "True\n"
 
 
 @pytest.mark.parametrize(

@@ -192,8 +192,9 @@ SAID = st.recursive(
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(SAID, SAID, SAID, st.booleans())
 def test_nothing_that_a_program_says_on_the_wire_makes_a_verdict(one, two, three, whole):
-    words = json.dumps(one if whole else [one, two, three])
-    program = f"import os\nwords = {words!r}.encode()\ndef f(x):\n while True: os.write(3, len(words).to_bytes(4, 'little') + words)"
+    words = json.dumps(one if whole else [one, two, three]).encode()
+    message = len(words).to_bytes(4, "little") + words
+    program = f"import os\ndef f(x):\n while True: os.write(3, {message!r})"
     assert verify_code(program, ["assert f(3) == 'expected'"], timeout=0.2) is False
 
 

@@ -341,6 +341,17 @@ def test_faults_of_the_machine_are_raised_and_the_self_test_is_made_up_for(monke
     sandbox._server.stop()
 
 
+def test_a_server_whose_self_test_did_not_end_is_not_used(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sandbox, "_server", sandbox._Server())
+    monkeypatch.setattr(sandbox, "run_tests", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sandbox._server.worker()
+    assert sandbox._server.process is None
+
+
 def test_a_forked_child_has_a_server_of_its_own_even_if_a_thread_held_the_lock():
     assert verify_code(HONEST, TEST)
     with sandbox._server.lock, ThreadPoolExecutor(1) as other:

@@ -130,8 +130,8 @@ def probe():
     import os, socket, ctypes, signal
     libc = ctypes.CDLL(None)
     tries = {
-        "open": lambda: os.open("/proc/self/mem", os.O_RDONLY),
-        "write": lambda: os.open("/tmp/escaped", os.O_WRONLY | os.O_CREAT),
+        "open": lambda: os.open("/dev/null", os.O_RDONLY),
+        "write": lambda: os.open("/dev/null", os.O_WRONLY),
         "list": lambda: os.listdir("/"),
         "socket": lambda: socket.socket(),
         "fork": lambda: os.fork() or os._exit(0),

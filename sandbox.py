@@ -129,6 +129,11 @@ ESCAPES = """
 def probe():
     import os, socket, ctypes, signal
     libc = ctypes.CDLL(None)
+    def is_open(descriptor):
+        try:
+            return os.write(descriptor, b"") == 0
+        except OSError:
+            return False
     tries = {
         "open": lambda: os.open("/dev/null", os.O_RDONLY),
         "write": lambda: os.open("/dev/null", os.O_WRONLY),
@@ -144,7 +149,7 @@ def probe():
         "environment": lambda: dict(os.environ)["PATH"],
         "memory": lambda: bytearray(1 << 31),
         "root": lambda: os.getuid() and 1 / 0,
-        "descriptors": lambda: os.fstat(4),
+        "descriptors": lambda: any(map(is_open, range(4, 64))) or 1 / 0,
     }
     escaped = []
     for name, attempt in tries.items():

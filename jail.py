@@ -9,11 +9,13 @@ import platform
 import resource
 import signal
 import struct
+from contextlib import suppress
 
 MEMORY = 1 << 30  # bytes of address space
 STACK = 1 << 24  # of each thread: with MEMORY it allows no more than 64 threads, whoever the user is
 THREADS = 64
 FIRST_USER = 2_000_000_000  # each process gets a user of its own above it, so that limits a user are limits a process
+NOBODY = 65534  # where a container has no such users
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 1, 4, 22, 38, 36
 ALLOW, ERRNO, EPERM, ENOSYS = 0x7FFF0000, 0x00050000, 1, 38
@@ -58,10 +60,15 @@ def confine(seconds: float, parent: int) -> None:
               "MSGQUEUE": 0}  # fmt: skip
     if os.getuid() == 0:
         os.setgroups([])
-        user = FIRST_USER + os.getpid()
-        os.setresgid(user, user, user)
-        limit("NPROC", THREADS)
-        os.setresuid(user, user, user)
+        for user in (FIRST_USER + os.getpid(), NOBODY):
+            with suppress(OSError):
+                os.setresgid(user, user, user)
+                os.setresuid(user, user, user)
+                break
+        if os.getuid() == 0:
+            raise OSError("no other user to be")
+        if user != NOBODY:
+            limit("NPROC", THREADS)
     for name, value in limits.items():
         limit(name, value)
     prctl(PR_SET_DUMPABLE, 0)

@@ -5,18 +5,20 @@ a server, trial.py, which is started once with `python -I -S` and an empty envir
 caller, which may hold a model and threads. trial.py says what the two do, jail.py what holds the one with the program.
 """
 
-import ast
 import atexit
 import os
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from trial import receive, send
 
 GRACE = 3.0  # seconds beyond the timeout that a caller waits for the worker's own word
+PATIENCE = 30.0  # seconds for a worker to start: a machine that takes longer gives no verdict
+LONGEST = 1 << 20  # characters of a program
 
 
 class SandboxError(RuntimeError):
@@ -33,37 +35,54 @@ def run_tests(program: str, tests: str, entry_point: str | None = None, timeout:
     test code does not compile, SandboxError if there can be no verdict.
     """
     try:
-        ast.parse(tests)
-    except (SyntaxError, RecursionError, MemoryError) as error:
+        compile(tests, "tests", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the tests do not compile: {error}") from None
+    if len(program) > LONGEST:
+        return False
     request = {"program": program, "tests": tests, "entry_point": entry_point, "timeout": timeout, "unsafe": unsafe}
-    for _ in range(2):
-        with _server.worker() as connection:
-            connection.settimeout(timeout + GRACE)
-            try:
-                send(connection, request)
-                verdict, fault = receive(connection)
-            except TimeoutError:
-                return False  # the worker hangs in the tests' own C code; its processor limit ends it
-            except (OSError, EOFError, ValueError):
-                continue  # somebody killed it: once more
-        if fault:
-            raise SandboxError(f"{fault}: code can't be tried safely here, and runs only with --unsafe")
-        return verdict
+    for _ in range(3):
+        verdict = _try(request, timeout)
+        if verdict is not None:
+            return verdict
     raise SandboxError("workers die before they have a verdict")
+
+
+def _try(request: dict, timeout: float) -> bool | None:
+    """None: somebody killed the worker or its guest."""
+    try:
+        connection = _server.worker()
+    except OSError as error:
+        raise SandboxError(f"no worker can be started: {error}") from error
+    started = None
+    with connection:
+        try:
+            connection.settimeout(PATIENCE)
+            send(connection, request)
+            fault = receive(connection)
+            started = time.monotonic()
+            connection.settimeout(timeout + GRACE)
+            if not fault:
+                return receive(connection)
+        except (OSError, EOFError, ValueError) as error:
+            if started is None and isinstance(error, TimeoutError):
+                _server.stop()
+            late = started is not None and time.monotonic() - started >= timeout
+            return False if late else None  # it hangs in the tests' own C code; its processor limit ends it
+    raise SandboxError(f"{fault}: code can't be tried safely here, and runs only with --unsafe")
 
 
 class _Server:
     """The caller's side of the fork server, started when it is first needed and again if it has died."""
 
     def __init__(self):
-        self.lock, self.process, self.control, self.owner = threading.RLock(), None, None, None
+        self.lock, self.process, self.control = threading.RLock(), None, None
 
     def worker(self) -> socket.socket:
         """A connection to a new worker."""
         with self.lock:
             for _ in range(2):
-                if self.process is None or self.process.poll() is not None or self.owner != os.getpid():
+                if self.process is None or self.process.poll() is not None:
                     self._start()
                     if not unsafe:
                         _self_test()
@@ -79,6 +98,7 @@ class _Server:
 
     def _start(self) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.settimeout(PATIENCE)
         command = [
             sys.executable,
             "-I",
@@ -91,26 +111,32 @@ class _Server:
             self.process = subprocess.Popen(
                 command, env={}, cwd="/", pass_fds=[theirs.fileno()], start_new_session=True, **nothing
             )
-        self.owner = os.getpid()
 
     def stop(self) -> None:
-        if self.process is not None and self.owner == os.getpid():
-            self.control.close()
-            self.process.kill()
-            self.process.wait()
-        self.process = None
+        with self.lock:
+            if self.process is not None:
+                self.control.close()
+                self.process.kill()
+                self.process.wait()
+            self.process = None
 
 
 _server = _Server()
+os.register_at_fork(after_in_child=_server.__init__)  # a child has a server of its own, and no lock that a thread held
 atexit.register(_server.stop)
 
 ESCAPES = """
 def probe():
     import os, socket, ctypes, signal
     libc = ctypes.CDLL(None)
+    def is_open(descriptor):
+        try:
+            return os.write(descriptor, b"") == 0
+        except OSError:
+            return False
     tries = {
-        "open": lambda: os.open("/proc/self/mem", os.O_RDONLY),
-        "write": lambda: os.open("/tmp/escaped", os.O_WRONLY | os.O_CREAT),
+        "open": lambda: os.open("/dev/null", os.O_RDONLY),
+        "write": lambda: os.open("/dev/null", os.O_WRONLY),
         "list": lambda: os.listdir("/"),
         "socket": lambda: socket.socket(),
         "fork": lambda: os.fork() or os._exit(0),
@@ -123,7 +149,7 @@ def probe():
         "environment": lambda: dict(os.environ)["PATH"],
         "memory": lambda: bytearray(1 << 31),
         "root": lambda: os.getuid() and 1 / 0,
-        "descriptors": lambda: os.fstat(4),
+        "descriptors": lambda: any(map(is_open, range(4, 64))) or 1 / 0,
     }
     escaped = []
     for name, attempt in tries.items():
@@ -143,6 +169,6 @@ def _self_test() -> None:
         for fault, (tests, expected) in checks.items():
             if run_tests(ESCAPES, tests, timeout=20.0) is not expected:
                 raise SandboxError(f"the sandbox does not hold here: {fault}")
-    except SandboxError:
+    except BaseException:  # else it would be used untested
         _server.stop()
         raise

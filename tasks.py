@@ -5,6 +5,7 @@ are added, reordered or generated with another seed (data.py). Every choice is m
 tables.
 """
 
+import ast
 import itertools
 import json
 import random
@@ -207,6 +208,22 @@ def verify_program(response: str, tests: str | list[str], entry_point: str | Non
     return verify_code(before + extract_code(response), tests, entry_point)
 
 
+def helpers(prompt: str, entry_point: str) -> str:
+    """A prompt's imports and functions but the one asked for. Tests that use them take these, not the program's own."""
+    try:
+        tree = ast.parse(prompt)
+    except SyntaxError:
+        return ""
+    tree.body = [node for node in tree.body if getattr(node, "name", None) != entry_point]
+    return ast.unparse(tree) + "\n"
+
+
+def verify_humaneval(response: str, problem: dict) -> bool:
+    """The function's head comes with imports and helpers, which the response need not repeat."""
+    prompt, name = problem["prompt"], problem["entry_point"]
+    return verify_program(response, helpers(prompt, name) + problem["test"], name, prompt + "\n")
+
+
 def calls_text(response: str) -> str | None:
     return None if extract_calls(response) is None else response.rpartition("</think>")[2].strip()
 
@@ -274,8 +291,7 @@ ALL = (
         view={"program": lambda p: p["prompt"]},
         key=lambda p: p["prompt"],
         answer=lambda response, p: extract_code(response) or None,
-        # the function's head comes with imports and helpers, which the response need not repeat
-        verify=lambda response, p: verify_program(response, p["test"], p["entry_point"], p["prompt"] + "\n"),
+        verify=verify_humaneval,
         solution=lambda p: fenced(p["prompt"] + p["canonical_solution"]),
         warm_up=lambda: verify_code("", ""),
         parse=schemas.parse_humaneval,

@@ -10,26 +10,40 @@ nested arguments. Stdlib only: it runs as a script, with `python -I -S`.
 
 import ast
 import builtins
+import gc
+import importlib
 import io
+import itertools
 import json
 import os
 import select
 import signal
 import socket
 import struct
+import symtable
 import sys
 import types
+from collections import deque
 from contextlib import suppress
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which -I leaves out
 import jail  # noqa: E402
 
 LARGEST = 1 << 24  # bytes of a message
 PRELOADED = (
-    "abc array base64 binascii bisect calendar cmath collections contextlib copy dataclasses datetime decimal difflib "
-    "enum fractions functools hashlib heapq html itertools json keyword locale math numbers operator os pprint queue "
-    "random re secrets statistics string struct sys textwrap threading time traceback types typing unicodedata uuid "
-    "warnings zlib"
+    "__future__ _strptime abc argparse array ast base64 binascii bisect bz2 calendar cmath codecs collections "
+    "concurrent.futures.thread contextlib copy csv dataclasses datetime decimal difflib doctest enum fnmatch fractions "
+    "functools glob graphlib gzip hashlib heapq hmac html inspect io ipaddress itertools json keyword locale logging "
+    "lzma math numbers operator os pathlib pickle platform pprint queue random re reprlib sched secrets shlex "
+    "statistics string struct subprocess sys textwrap threading time timeit tokenize traceback types typing "
+    "unicodedata unittest urllib.parse uuid warnings weakref zlib"
+)
+ENCODINGS = (
+    "ascii base64_codec cp1252 cp437 hex_codec idna latin_1 punycode raw_unicode_escape rot_13 unicode_escape utf_16 "
+    "utf_16_be utf_16_le utf_32 utf_32_be utf_32_le utf_8_sig"
 )
 HIDDEN = ("StopIteration", "StopAsyncIteration", "GeneratorExit")  # would end a test's loop as if all was well
 
@@ -61,8 +75,8 @@ def _exactly(connection, size: int) -> bytes:
     return b"".join(parts)
 
 
-class _Stop(BaseException):
-    """Ends the tests: time is up, or the guest is gone."""
+# What only a plain value may say of itself: a program's own object would answer for what the test expects.
+VERDICTS = {n for kind in (str, float, set) for n in dir(kind) if n.startswith("is") or n.endswith("with")}
 
 
 class _Proxy:
@@ -75,7 +89,7 @@ class _Proxy:
         return self._ask("call", self._target, list(arguments), named)
 
     def __getattr__(self, name):
-        if name.startswith("__"):
+        if name.startswith("__") or name in VERDICTS:
             raise AttributeError(name)
         return self._ask("getattr", self._target, [name], {})
 
@@ -85,14 +99,29 @@ class _Proxy:
     def __getitem__(self, key):
         return self._ask("getitem", self._target, [key], {})
 
+    def __setitem__(self, key, value):
+        self._ask("setitem", self._target, [key, value], {})
+
     def __iter__(self):
-        return iter(self._ask("list", self._target, [], {}))
+        iterator, size = self._ask("iter", self._target, [], {}), 1
+        while part := iterator._ask("take", iterator._target, [size], {}):
+            yield from part
+            size = min(2 * size, 1024)  # of what has no end, not much more than is wanted
+
+    def __next__(self):
+        return self._ask("next", self._target, [], {})
 
     def __len__(self):
         return self._ask("len", self._target, [], {})
 
     def __str__(self):
         return self._ask("str", self._target, [], {})
+
+    def __repr__(self):
+        return self._ask("repr", self._target, [], {})
+
+    def __instancecheck__(self, x):
+        return isinstance(x, _Proxy) and self._ask("instance", self._target, [x], {})
 
     def __bool__(self):
         raise TypeError("what the program returned is no plain value")
@@ -112,11 +141,17 @@ OPERATIONS = {
     "getattr": getattr,
     "setattr": setattr,
     "getitem": lambda x, key: x[key],
-    "list": list,
+    "setitem": lambda x, key, value: x.__setitem__(key, value),
+    "iter": iter,
+    "take": lambda x, size: [*itertools.islice(x, size)],
     "len": len,
+    "next": next,
     "str": str,
+    "repr": repr,
+    "instance": lambda x, y: isinstance(y, x),
 }
-CONTAINERS = {"l": list, "t": tuple, "s": set, "z": frozenset}
+CONTAINERS = {"l": list, "t": tuple, "s": set, "z": frozenset, "q": deque}
+VALUES = {kind.__name__: kind for kind in (Decimal, Fraction, range, date, datetime, timezone, timedelta)}
 
 
 def _encode(x, reference):
@@ -129,13 +164,17 @@ def _encode(x, reference):
         return ["f", float(x).hex()]
     if isinstance(x, complex):
         return ["c", x.real.hex(), x.imag.hex()]
-    if isinstance(x, bytes | bytearray):
+    if isinstance(x, bytes):
         return ["b", x.hex()]
+    if isinstance(x, bytearray):
+        return ["a", x.hex()]
     if isinstance(x, dict):
         return ["d", *([_encode(k, reference), _encode(v, reference)] for k, v in x.items())]
     for tag, kind in CONTAINERS.items():
         if isinstance(x, kind):
             return [tag, *(_encode(y, reference) for y in x)]
+    if VALUES.get(type(x).__name__) is type(x):
+        return [type(x).__name__, *(_encode(y, reference) for y in x.__reduce__()[1])]
     return ["p", reference(x)]
 
 
@@ -152,17 +191,21 @@ def _decode(x, dereference):
         return complex(*map(float.fromhex, rest))
     if tag == "b":
         return bytes.fromhex(rest[0])
+    if tag == "a":
+        return bytearray.fromhex(rest[0])
     if tag == "d":
         return {_decode(k, dereference): _decode(v, dereference) for k, v in rest}
     if tag == "p":
         return dereference(rest[0])
-    return CONTAINERS[tag](_decode(y, dereference) for y in rest)
+    parts = (_decode(y, dereference) for y in rest)
+    return VALUES[tag](*parts) if tag in VALUES else CONTAINERS[tag](parts)
 
 
 def _serve(control: socket.socket) -> None:
     """Forks a worker for each connection that is handed over, until the caller is gone."""
-    for name in PRELOADED.split():
-        __import__(name)
+    for name in [*PRELOADED.split(), *(f"encodings.{name}" for name in ENCODINGS.split())]:
+        importlib.import_module(name)
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody has to be waited for
     jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
     server = os.getpid()
@@ -182,7 +225,8 @@ def _serve(control: socket.socket) -> None:
 
 
 def _work(connection: socket.socket) -> None:
-    """One verdict: [passed, fault] to the caller."""
+    """To the caller: why there can be no verdict, or None, and then whether all tests hold."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     here, there = socket.socketpair()
     worker = os.getpid()
     guest = os.fork()  # before anything is read
@@ -194,84 +238,135 @@ def _work(connection: socket.socket) -> None:
     there.close()
     handle = os.pidfd_open(guest)
     request = receive(connection)
-    fault, passed = None, False
+    send(here, [request["timeout"], request["unsafe"]])
+    fault = receive(here)
+    send(connection, fault)
+    if fault:
+        return
+
+    def finish(passed: bool):
+        """The only way out: no exception ends the tests, for they might catch it."""
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            select.select([handle], [], [])
+            send(connection, passed)
+        finally:
+            os._exit(0)
+
+    def lost():
+        """The guest is gone: the program's doing, unless it was killed, which it can't do, before its time was up."""
+        if select.select([handle], [], [], 1)[0]:
+            _, status, usage = os.wait4(guest, os.WNOHANG)
+            if status == signal.SIGKILL and usage.ru_utime + usage.ru_stime < request["timeout"]:
+                os._exit(1)
+        finish(False)
+
+    signal.signal(signal.SIGALRM, lambda *_: finish(False))
+    signal.setitimer(signal.ITIMER_REAL, request["timeout"])
     try:
-        send(here, [request["timeout"], request["unsafe"]])
-        fault = receive(here)
-        passed = not fault and _passes(request, here)
-    except (OSError, EOFError, ValueError):
-        fault = fault or "the guest died before it ran anything"
-    finally:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-    select.select([handle], [], [])
-    send(connection, [passed, fault])
+        jail.limit("CPU", int(request["timeout"]) + 3)
+        jail.limit("AS", 2 * jail.MEMORY)
+        _run(request, _asker(here, lost, finish))
+    except BaseException:
+        finish(False)
+    finish(True)
 
 
-def _passes(request: dict, guest: socket.socket) -> bool:
-    def stop(*_):
-        raise _Stop
-
+def _asker(guest: socket.socket, lost, finish):
+    """A function that has the guest do one of OPERATIONS: its result is returned, its exception raised here."""
     proxies = {}
 
     def ask(operation: str, target, arguments: list, named: dict):
         before = [_encode(x, _target) for x in (arguments, named)]
         try:
             send(guest, [operation, target, *before])
-            error, result, after = receive(guest)
-            result, after = (_decode(x, lambda t: proxies.setdefault(t, _Proxy(ask, t))) for x in (result, after))
+            reply = receive(guest)
+        except (OSError, EOFError):
+            lost()
         except Exception:
-            raise _Stop from None
+            finish(False)
+        try:
+            decoded = [_decode(x, lambda t: proxies.setdefault(t, _Proxy(ask, t))) for x in reply]
+            error, result, after = decoded
+            after = dict(after or ())
+        except Exception:
+            finish(False)
         if error:
-            kind = getattr(builtins, error, None) if isinstance(error, str) and error not in HIDDEN else None
-            raise kind("from the program") if kind in SIMPLE_ERRORS else RuntimeError("from the program")
-        for old, new in zip(arguments, after or (), strict=False):
-            if type(old) is type(new) and isinstance(old, list | dict | set):
-                old.clear()
-                (old.extend if isinstance(old, list) else old.update)(new)
+            raise _exception(*error)
+        for key, new in after.items():
+            _become(named[key] if isinstance(key, str) else arguments[key], new)
         return result
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, request["timeout"], 0.1)  # again and again, should a test catch it
-    try:
-        jail.limit("CPU", int(request["timeout"]) + 3)
-        jail.limit("AS", 2 * jail.MEMORY)
-        ask("exec", request["program"], [], {})
-        tests, entry_point = request["tests"], request["entry_point"]
-        names = {name: _Proxy(ask, name) for name in _free_names(tests, entry_point)}
-        exec(compile(tests, "tests", "exec"), names)
-        if entry_point is not None:
-            names["check"](_Proxy(ask, entry_point))
-        return True
-    except BaseException:
-        return False
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    return ask
+
+
+def _exception(kinds, arguments) -> Exception:
+    """The first built-in one of the kinds that a program's exception was of."""
+    for kind in (SIMPLE_ERRORS.get(name) for name in kinds):
+        if kind:
+            return kind(*arguments)
+    return RuntimeError("from the program")
+
+
+def _become(old, new) -> None:
+    """Changes an argument to what the program has made of it."""
+    if type(old) is type(new) and isinstance(old, list | bytearray):
+        old[:] = new
+    elif type(old) is type(new) and isinstance(old, dict | set):
+        old.clear()
+        old.update(new)
+
+
+def _run(request: dict, ask) -> None:
+    ask("exec", request["program"], [], {})
+    tests, entry_point = request["tests"], request["entry_point"]
+    names = {name: _Proxy(ask, name) for name in _free_names(tests, entry_point)}
+    for name in names.keys() & _modules(tests):
+        names[name] = importlib.import_module(name)
+    for name in names.keys() & _caught(tests):
+        names[name] = SIMPLE_ERRORS[name] = type(name, (Exception,), {})
+    names["__name__"] = "__main__"
+    exec(compile(tests, "tests", "exec"), names)
+    if entry_point is not None:
+        names["check"](_Proxy(ask, entry_point))
 
 
 SIMPLE_ERRORS = {
-    e
-    for e in vars(builtins).values()
-    if isinstance(e, type) and issubclass(e, Exception) and "Unicode" not in e.__name__
+    name: e
+    for name, e in vars(builtins).items()
+    if isinstance(e, type) and issubclass(e, Exception) and "Unicode" not in name and name not in HIDDEN
 }
 
 
 def _free_names(tests: str, entry_point: str | None) -> set[str]:
     """The names that test code uses and does not define: the program's. Built-in ones only if there are no others,
     for a program might redefine what its tests are written with."""
-    used, defined = set(), set()
-    for node in ast.walk(ast.parse(tests)):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
-        elif isinstance(node, ast.arg):
-            defined.add(node.arg)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler):
-            defined.add(node.name)
-        elif isinstance(node, ast.alias):
-            defined.add((node.asname or node.name).partition(".")[0])
+    used, defined, scopes = set(), set(), [symtable.symtable(tests, "tests", "exec")]
+    for scope in scopes:
+        scopes += scope.get_children()
+        for symbol in scope.get_symbols():
+            if symbol.is_global() or scope.get_type() == "module":
+                if symbol.is_referenced():
+                    used.add(symbol.get_name())
+                if symbol.is_assigned() or symbol.is_imported():
+                    defined.add(symbol.get_name())
     free = used - defined
     own = {name for name in free if not hasattr(builtins, name)}
     return own if own or entry_point else free
+
+
+def _modules(tests: str) -> set[str]:
+    """What test code uses as modules of the standard library: `math` in `math.isclose`, imported by it or not."""
+    owners = (node.value for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Attribute))
+    return {owner.id for owner in owners if isinstance(owner, ast.Name)} & sys.stdlib_module_names
+
+
+def _caught(tests: str) -> set[str]:
+    """What test code names in its except clauses."""
+    clauses = (node.type for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.ExceptHandler) and node.type)
+    return {node.id for clause in clauses for node in ast.walk(clause) if isinstance(node, ast.Name)}
 
 
 class _Sink(io.TextIOBase):
@@ -309,22 +404,30 @@ def _be_guest(connection: socket.socket, worker: int) -> None:
     def dereference(target):
         if isinstance(target, list):
             return vars(builtins)[target[0]]
-        return objects[target] if isinstance(target, int) else vars(module)[target]
+        if isinstance(target, int):
+            return objects[target]
+        return vars(module)[target] if target in vars(module) else vars(builtins)[target]
 
     while True:
-        error = result = after = None
         operation, target, *given = receive(connection)
+        error = result = after = None
         try:
             if operation == "exec":
                 exec(compile(target, "program", "exec"), vars(module))
             else:
                 arguments, named = (_decode(x, dereference) for x in given)
                 result = _encode(OPERATIONS[operation](dereference(target), *arguments, **named), reference)
-                after = _encode(arguments, reference)
-                after = None if after == given[0] else after
+                after = _changed(arguments, named, given, reference)
         except BaseException as e:
-            error, result, after = type(e).__name__, None, None
+            error = _encode([[kind.__name__ for kind in type(e).__mro__], e.args], reference)
         send(connection, [error, result, after])
+
+
+def _changed(arguments: list, named: dict, given: list, reference) -> list:
+    """{place or name: value} of the arguments that are no longer what was given, encoded."""
+    before = [*given[0][1:], *(value for _, value in given[1][1:])]
+    after = [[key, _encode(x, reference)] for key, x in [*enumerate(arguments), *named.items()]]
+    return ["d", *([_encode(key, None), new] for (key, new), old in zip(after, before) if new != old)]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ FINAL_ANSWER = re.compile(r"final answer is", re.IGNORECASE)
 MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|\*\*")
 FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*)```", re.DOTALL)
-CODE_FENCE = re.compile(r"^[ \t]*```[ \t]*[\w+#.-]*[ \t]*\r?$", re.MULTILINE)
+CODE_FENCE = re.compile(r"^([ \t]*)```[ \t]*([^`\r\n]*)\r?$", re.MULTILINE)
 STEP_LIMIT = 99  # the largest value that has a token of its own in the tiny vocabulary
 
 
@@ -88,10 +88,12 @@ def _evaluate(tokens: list[int | str]) -> Fraction | None:
                 _reduce(values, operators, PRECEDENCE[token])
                 operators.append(token)
                 operand_next = True
+        if operand_next:
+            return None
         _reduce(values, operators, 0)
     except ZeroDivisionError:
         return None
-    return values[0] if not operand_next and not operators else None
+    return None if operators else values[0]
 
 
 def _reduce(values: list[Fraction], operators: list[str], precedence: int) -> None:
@@ -248,17 +250,27 @@ def _matches_one_to_one(given: list[dict], gold: list[dict]) -> bool:
     """A perfect matching by augmenting paths: where accepted values overlap, first come first served is not enough."""
     fits = [[j for j, wanted in enumerate(gold) if _is_call(call, wanted)] for call in given]
     owner: dict[int, int] = {}
+    place: dict[int, int] = {}
+    return all(_find_place(i, fits, owner, place) for i in range(len(given)))
 
-    def place(i: int, tried: set[int]) -> bool:
-        for j in fits[i]:
-            if j not in tried:
-                tried.add(j)
-                if j not in owner or place(owner[j], tried):
-                    owner[j] = i
-                    return True
-        return False
 
-    return all(place(i, set()) for i in range(len(given)))
+def _find_place(i: int, fits: list[list[int]], owner: dict[int, int], place: dict[int, int]) -> bool:
+    """Breadth first, because a recursive search would overflow on a thousand calls."""
+    wanted_by: dict[int, int] = {}
+    queue = [i]
+    for call in queue:
+        for j in fits[call]:
+            if j in wanted_by:
+                continue
+            wanted_by[j] = call
+            if j in owner:
+                queue.append(owner[j])
+                continue
+            while j is not None:  # all along the path move on
+                owner[j] = call = wanted_by[j]
+                place[call], j = j, place.get(call)
+            return True
+    return False
 
 
 def _is_call(call: dict, gold: dict) -> bool:
@@ -293,15 +305,22 @@ def _is_accepted(value, gold) -> bool:
 
 
 def extract_code(response: str) -> str:
-    """The program in a response, of what follows the last `</think>`: the last fenced block, closed or not; else what
-    stands between the last `[BEGIN]` and `[DONE]`; else all of it.
+    """The program in a response, of what follows the last `</think>`: the last fenced block that is not blank, closed
+    or not; else what stands between the last `[BEGIN]` and `[DONE]`; else all of it.
     """
     text = response.rpartition("</think>")[2]
-    fences = list(CODE_FENCE.finditer(text))
-    if fences:
-        start = fences[(len(fences) - 1) // 2 * 2]  # they open and close in turn
-        end = fences[-1].start() if len(fences) % 2 == 0 else len(text)
-        return text[start.end() : end].strip("\r\n")
+    blocks, open_ = [], False
+    for fence in CODE_FENCE.finditer(text):
+        if open_ and not fence[2]:  # a fence that names a language opens a block, even if the last was not closed
+            blocks[-1][1] = fence.start()
+        else:
+            blocks.append([fence.end(), len(text), len(fence[1])])
+        open_ = not open_ or bool(fence[2])
+    for start, end, indent in reversed(blocks):
+        if not text[start:end].isspace() and start < end:
+            return re.sub(f"^[ \\t]{{0,{indent}}}", "", text[start:end].strip("\r\n"), flags=re.MULTILINE)
+    if blocks:
+        return ""
     before, begin, after = text.rpartition("[BEGIN]")
     return (after if begin else before + after).partition("[DONE]")[0].strip("\r\n")
 

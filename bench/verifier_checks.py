@@ -1,24 +1,31 @@
 """Verifiers against real gold answers: what must be right is, what must be wrong is not, and how many a second.
 
-`checks(folder)` runs them all over the JSONL files in `folder`; each is a row of a table.
+`checks(folder)` runs them all over the JSONL files in `folder`; each is a row of a table. As a script it prints that
+table, and what a verdict on code costs beside a fresh interpreter: `python bench/verifier_checks.py DATA_DIR`.
 """
 
+import argparse
+import ast
 import copy
 import json
+import statistics
+import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from verifiers import verify_batch, verify_countdown, verify_function_call, verify_math  # noqa: E402
+from verifiers import verify_batch, verify_code, verify_countdown, verify_function_call, verify_math  # noqa: E402
 
 BFCL = ("bfcl_simple_python", "bfcl_multiple", "bfcl_parallel", "bfcl_parallel_multiple")
 
 
 def checks(folder: Path, workers: int = 2) -> list[dict]:
     rows = [math_gold(folder, workers), *gsm8k(folder, workers), *countdown(folder)]
-    return rows + [row for name in BFCL for row in function_calls(folder, name)]
+    rows += [row for name in BFCL for row in function_calls(folder, name)]
+    return rows + code("MBPP", mbpp(folder), workers) + code("HumanEval", humaneval(folder), workers)
 
 
 def measure(check: str, verify, pairs: list[tuple], expected: bool, workers: int = 1) -> dict:
@@ -111,3 +118,78 @@ def one_value_changed(calls: list[dict]):
 
     for index in range(len(calls)):
         yield from visit(calls, index)
+
+
+def mbpp(folder: Path) -> list[tuple]:
+    """(program, (tests, entry point)), the challenge tests too where there are some."""
+    rows = read(folder, "mbpp")
+    tests = [[row["test_setup_code"], *row["test_list"], *row["challenge_test_list"]] for row in rows]
+    return [(row["code"], ("\n".join(all_), None)) for row, all_ in zip(rows, tests)]
+
+
+def humaneval(folder: Path) -> list[tuple]:
+    rows = read(folder, "humaneval")
+    return [(row["prompt"] + row["canonical_solution"], (row["test"], row["entry_point"])) for row in rows]
+
+
+def code(name: str, pairs: list[tuple], workers: int) -> list[dict]:
+    def verify(program, problem):
+        return verify_code(program, *problem, timeout=20.0)  # one of MBPP's takes seconds
+
+    empty = [(without_bodies(program), problem) for program, problem in pairs]
+    return [
+        measure(f"{name}: canonical solutions", verify, pairs, True, workers),
+        measure(f"{name}: `pass` for each function's body", verify, empty, False, workers),
+    ]
+
+
+def without_bodies(program: str) -> str:
+    tree = ast.parse(program)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.body = [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def cost_of_code(folder: Path, count: int = 100) -> dict[str, list[float]]:
+    """Seconds of single verdicts, in turn: in the sandbox, and by an interpreter started for each with -I -S."""
+    seconds = {"sandbox": [], "fresh interpreter": []}
+    for program, (tests, _) in mbpp(folder)[:count]:
+        command = [sys.executable, "-I", "-S", "-c", f"{program}\n{tests}"]
+        for name, run in (
+            ("sandbox", lambda: verify_code(program, tests)),  # noqa: B023
+            ("fresh interpreter", lambda: subprocess.run(command, check=True, capture_output=True)),  # noqa: B023
+        ):
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+@dataclass
+class Config:
+    folder: Path
+    workers: int = 2
+    device: str = "cpu"
+
+
+def main(config: Config) -> None:
+    from common import finish, print_table, ratio
+
+    rows = checks(config.folder, config.workers)
+    table = [(r["check"], r["expected"], f"{r['as_expected']} / {r['of']}", f"{r['per_second']:.0f}") for r in rows]
+    print_table(("check", "expected", "as expected", "verdicts/s"), table)
+    seconds = cost_of_code(config.folder)
+    milliseconds = {name: round(1000 * statistics.median(values), 2) for name, values in seconds.items()}
+    print_table(("a verdict on code", "ms, median"), list(milliseconds.items()))
+    checked = {r["check"]: {key: r[key] for key in ("expected", "as_expected", "of", "per_second")} for r in rows}
+    speedup = ratio(seconds["fresh interpreter"], seconds["sandbox"])
+    config.folder = str(config.folder)
+    finish(config, checks=checked, milliseconds=milliseconds, speedup_code_over_fresh_interpreter=speedup)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="of the JSONL files")
+    parser.add_argument("--workers", type=int, default=2, help="threads, for mathematics and code")
+    main(Config(**vars(parser.parse_args())))

@@ -113,6 +113,14 @@ def test_overlapping_accepted_values_are_matched_and_not_first_come_first_served
     assert not verify_function_call(json.dumps([call(x=2), call(x=2), call(x=3)]), gold)
 
 
+def test_a_thousand_calls_are_matched_without_recursion():
+    assert verify_function_call(json.dumps([call()] * 1100), [call()] * 1100)
+    gold = [{"f": {"x": [i, i + 1]}} for i in range(200)]
+    for given_calls in ([call(x=i + 1) for i in range(199, -1, -1)], [call(x=i) for i in [*range(1, 200), 0]]):
+        assert verify_function_call(json.dumps(given_calls), gold)
+        assert not verify_function_call(json.dumps([*given_calls[1:], call(x=300)]), gold)
+
+
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | FLOATS | st.text(max_size=3),

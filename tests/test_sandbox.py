@@ -1,15 +1,20 @@
 """Hostile programs. Each must be a plain False, in time, and leave nothing behind; an honest one must still be True."""
 
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jail
 import sandbox
@@ -37,9 +42,15 @@ FORGED = {
     "frames": "import sys\ndef f(x):\n g = sys._getframe()\n while g: g.f_locals.clear(); g = g.f_back\n return 0",
     "a callback of the protocol": "import __main__\n__main__._passes = lambda *a: True\ndef f(x): return 0",
     "frames on the wire": "import os\ndef f(x):\n os.write(3, b'\\x0d\\0\\0\\0[true,null]   '); return 0",
-    "a verdict on the wire": "import os\ndef f(x):\n for d in range(64):\n  try: os.write(d, b'\\5\\0\\0\\0[1,0]')\n"
+    "a verdict on the wire": "import os\ndef f(x):\n for d in range(64):\n  try: os.write(d, b'\\4\\0\\0\\0true')\n"
     "  except OSError: pass\n return 0",
     "the end of all iteration": "def f(x): raise StopIteration",
+    "the protocol's own functions": "import __main__\n__main__._encode = lambda x, r: True\ndef f(x): return 0",
+    "the modules of the protocol": "import json, socket\njson.dumps = lambda *a, **k: 'true'\ndef f(x): return 0",
+    "another module of a name": "import sys\nsys.modules['math'] = sys.modules['json'] = sys\ndef f(x): return 0",
+    "a subclass of all that ends iteration": "class E(StopIteration): pass\ndef f(x): raise E",
+    "the frames of the worker": "import sys\ndef f(x):\n g = sys._getframe()\n while g:\n"
+    "  if 'request' in g.f_locals: return 4\n  g = g.f_back\n return 0",
     "the memory of the process": "import gc\ndef f(x):\n for o in gc.get_objects():\n"
     "  if isinstance(o, dict) and 'tests' in o: return 4\n return 0",
 }
@@ -51,7 +62,39 @@ def test_no_program_can_forge_a_verdict(name):
     assert not verify_code(FORGED[name], ["assert all(map(lambda g: f(3) == 4, [1]))"], timeout=2)
 
 
+LIAR = """
+class Liar:
+    def yes(self, *arguments, **named): return True
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __bool__ = __instancecheck__ = yes
+    __hash__ = __int__ = __index__ = __abs__ = __sub__ = __rsub__ = __len__ = lambda *arguments: 0
+    __iter__ = lambda self: iter([self])
+    __getitem__ = lambda self, key: self
+    __getattr__ = lambda self, name: self.yes
+    __str__ = __repr__ = lambda self: "4"
+def f(x): return Liar()
+"""
+
+
+@pytest.mark.parametrize("test", [
+    "f(3) == 4", "4 == f(3)", "not f(3) != 4", "3 < f(3) < 5", "f(3) in [4]", "f(3) in {4}", "4 in f(3)",
+    "len(f(3)) == 1", "set(f(3)) == {4}", "sorted(f(3)) == [4]", "tuple(f(3)) == (4,)", "f(3)[0] == 4",
+    "abs(f(3) - 4) < 1e-6", "math.isclose(f(3), 4)", "isinstance(f(3), int)", "type(f(3)) is int", "not f(3)",
+    "int(f(3)) == 4", "max(f(3), 4) == 4", "f(3).startswith('4')", "f(3).issubset({4})", "f(3).isdigit()",
+    "{4: True}[f(3)]", "bool(f(3))",
+])  # fmt: skip
+def test_no_object_can_answer_what_its_test_asks(test):
+    assert not verify_code(LIAR, ["import math", f"assert {test}"])
+
+
+def test_modules_that_tests_use_are_not_the_programs_even_if_nobody_imports_them():
+    assert not verify_code(
+        "class math:\n isclose = lambda *a: True\ndef f(x): return 0", ["assert math.isclose(f(3), 4)"]
+    )
+    assert verify_code(HONEST, ["assert math.isclose(f(3), 4)"])
+
+
 HUNGRY = {
+    "catching everything": "def f(x):\n while True:\n  try: f(x)\n  except BaseException: pass",
     "a loop": "while True: pass",
     "sleep": "import time\ndef f(x): time.sleep(99)",
     "memory": "def f(x): return len(bytearray(3 << 30)) and 4",
@@ -77,7 +120,7 @@ HUNGRY = {
 def test_no_program_takes_more_than_its_share(name):
     started = time.monotonic()
     assert not verify_code(HUNGRY[name], TEST, timeout=1)
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 1 + sandbox.GRACE
 
 
 ESCAPES = {
@@ -108,9 +151,53 @@ def test_what_a_program_must_not_do_fails_in_it(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["", "\0", "\ud800", "def f(x):", "(" * 10**5, "x = " + "9" * 10**6, "é" * 10**6])
+@pytest.mark.parametrize(
+    "test", ["f(3) // 3 ** 10 ** 6 == 4", "[f(3) for _ in range(99)] == 4", "math.factorial(f(3) % 10 ** 9)"]
+)
+def test_tests_that_hang_or_starve_on_an_answer_are_false_in_time(test):
+    started = time.monotonic()
+    assert not verify_code("def f(x): return 2 ** (1 << 25) - 1", ["import math", f"assert {test}"], timeout=0.5)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\0", "x = 1" * 10**7, "\ud800", "def f(x):", "(" * 10**5, "x = " + "9" * 10**6, "é" * 10**6]
+)
 def test_no_text_raises(text):
     assert not verify_code(text, TEST, timeout=2)
+
+
+PIECES = [
+    *("def f(x):", "return ", "x", "4", "yield ", "class A:", "import os", "os._exit(0)", "f", "raise ", "lambda: "),
+    *("while 1: ", '"""', "async ", "await ", "del ", "global ", "nonlocal ", *"()[]:,.=`'\\é \n\0\ud800\x0c"),
+]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join))
+def test_no_text_makes_verify_code_raise(text):
+    for response in (text, f"```python\n{text}\n```", f"def f(x):\n {text}"):
+        assert verify_code(extract_code(response), ["assert f(3) == [4, 5]"], timeout=0.2) is False
+
+
+TAGS = st.sampled_from(
+    ["i", "f", "c", "b", "a", "d", "p", "l", "t", "s", "z", "q", "Decimal", "range", "date", "timedelta"]
+)
+SAID = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | TAGS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.tuples(TAGS, inner).map(list) | st.dictionaries(TAGS, inner, max_size=2)
+    ),
+)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(SAID, SAID, SAID, st.booleans())
+def test_nothing_that_a_program_says_on_the_wire_makes_a_verdict(one, two, three, whole):
+    words = json.dumps(one if whole else [one, two, three]).encode()
+    message = len(words).to_bytes(4, "little") + words
+    program = f"import os\ndef f(x):\n while True: os.write(3, {message!r})"
+    assert verify_code(program, ["assert f(3) == 'expected'"], timeout=0.2) is False
 
 
 def test_plain_values_come_back_as_they_are():
@@ -121,7 +208,57 @@ def test_plain_values_come_back_as_they_are():
     assert not verify_code("def f(): return 1", ["assert f() is True"])
 
 
+def test_values_of_the_standard_library_come_back_as_they_are():
+    head = (
+        "from collections import deque\nfrom datetime import *\nfrom decimal import Decimal\nfrom fractions import *\n"
+    )
+    values = "[Fraction(1, 3), Decimal('1.50'), range(1, 9, 2), date(2020, 2, 29), deque([1]), bytearray(b'a'), "
+    values += "datetime(2020, 1, 1, tzinfo=timezone.utc), timedelta(1, 2, 3)]"
+    assert verify_code(f"{head}def f(): return {values}", [head, f"v = {values}\nassert f() == v"])
+    types = "assert [type(x) for x in f(v)] == [type(x) for x in v] and f(v) == v"
+    assert verify_code("def f(x): return x", [head, f"v = {values}\n{types}"])
+
+
+@pytest.mark.parametrize("program", [
+    "from __future__ import annotations\ndef f(x: X): return x + 1",
+    "import logging, unittest, doctest, csv\n" + HONEST,
+    "import datetime\ndef f(x): return datetime.datetime.strptime(str(x), '%d').day + 1",
+    "def f(x): return int(str(x).encode('latin-1').decode('cp1252')) + 1",
+    "import concurrent.futures as c\ndef f(x): return c.ThreadPoolExecutor(2).submit(int, x).result() + 1",
+    "import logging, warnings\nlogging.warning('x')\nwarnings.warn('x')\nprint(flush=True)\n" + HONEST,
+    "if __name__ == '__main__': input()\n" + HONEST,
+])  # fmt: skip
+def test_honest_programs_find_what_python_has(program):
+    assert verify_code(program, TEST)
+
+
+def test_exceptions_are_those_that_the_tests_expect():
+    program = "class E(ValueError): pass\ndef f(x): raise E('bad', x)\ndef g(): f(1)"
+    expected = "try:\n    {}\n    assert False\nexcept {} as e:\n    assert e.args == ('bad', 1)"
+    for call, kind, same in (
+        ("f(1)", "E", True),
+        ("g()", "ValueError", True),
+        ("f(1)", "KeyError", False),
+        ("f(2)", "E", False),
+    ):
+        assert verify_code(program, [expected.format(call, kind)]) is same
+    assert not verify_code("E = BaseException\ndef f(x): return 0", [expected.format("f(1)", "E")])
+
+
 def test_what_tests_do_with_programs_works():
+    endless = "import itertools\ndef f(n): yield from itertools.count(n)\nclass A:\n def __iter__(s): return iter('ab')"
+    assert verify_code(endless, ["import itertools", "assert list(itertools.islice(f(3), 5)) == [3, 4, 5, 6, 7]"])
+    assert verify_code(endless, ["assert [*A()] == ['a', 'b'] and 'b' in A() and 9999 in f(0)"])
+    assert verify_code("def f(a=None): a.append(1)", ["a = []\nf(a=a)\nassert a == [1]"])
+    assert verify_code("def f(n):\n yield from range(n)", ["g = f(3)\nassert next(g) == 0 and next(g) == 1"])
+    assert verify_code(
+        "class A(dict): pass\nclass B:\n d = 0", ["a = B()\na.d = 1\nassert a.d == 1 and isinstance(a, B)"]
+    )
+    assert verify_code(
+        "def f(x): return x + 1", ["def g(f): return f", "assert f(3) == 4 and [f for f in [1]] == [g(1)]"]
+    )
+    assert verify_code(HONEST, ["if __name__ == '__main__':\n    assert f(3) == 4\nelse:\n    assert False"])
+    assert verify_code("def sum(a, b): return a - b", ["assert sum(abs(-3), 1) == 2"])
     assert verify_code("def f(x): x.sort()", ["a = [2, 1]\nf(a)\nassert a == [1, 2]"])
     assert verify_code("def f(n):\n yield from range(n)", ["assert list(f(3)) == [0, 1, 2]"])
     assert verify_code("def f(x): raise KeyError(x)", ["try:\n    f(1)\n    assert False\nexcept KeyError:\n    pass"])
@@ -142,8 +279,14 @@ def test_a_program_cannot_redefine_what_its_tests_are_written_with():
 
 def test_tests_that_loop_are_false_and_tests_that_do_not_compile_are_an_error():
     assert not verify_code(HONEST, ["while True: pass"], timeout=0.5)
-    with pytest.raises(ValueError, match="do not compile"):
-        verify_code(HONEST, ["assert f(3 ="])
+    for tests in ("assert f(3 =", "return f(3)", "\0", "(" * 1000):
+        with pytest.raises(ValueError):
+            verify_code(HONEST, tests)
+    started = time.monotonic()
+    assert not verify_code(
+        HONEST, ["while True:\n    try:\n        f(3)\n    except BaseException:\n        pass"], timeout=0.5
+    )
+    assert time.monotonic() - started < sandbox.GRACE
 
 
 def test_a_server_or_worker_that_is_killed_is_replaced():
@@ -156,6 +299,77 @@ def test_a_server_or_worker_that_is_killed_is_replaced():
     )
     killer.start()
     assert verify_code("import time\ntime.sleep(1)\n" + HONEST, TEST)
+
+
+def test_a_killed_guest_is_no_verdict_but_one_that_leaves_is():
+    assert verify_code(HONEST, TEST)
+    killed = []
+
+    def kill_guests():
+        for worker in children(sandbox._server.process.pid):
+            killed.extend(children(worker))
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    threading.Timer(0.5, kill_guests).start()
+    assert verify_code("import time\ntime.sleep(1)\n" + HONEST, TEST) and killed
+    assert not verify_code("import os\nos._exit(9)", TEST)
+
+
+def test_a_stopped_server_is_replaced(monkeypatch):
+    monkeypatch.setattr(sandbox, "PATIENCE", 0.5)
+    assert verify_code(HONEST, TEST)
+    stopped = sandbox._server.process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    assert verify_code(HONEST, TEST) and stopped.poll() is not None
+
+
+def test_faults_of_the_machine_are_raised_and_the_self_test_is_made_up_for(monkeypatch):
+    monkeypatch.setattr(sandbox, "_server", sandbox._Server())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "_self_test", lambda: [os.dup(0) for _ in range(10**6)])  # too many open files
+        before = set(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        with pytest.raises(sandbox.SandboxError, match="Too many open files"):
+            verify_code(HONEST, TEST)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for number in set(os.listdir("/proc/self/fd")) - before:
+            with suppress(OSError):
+                os.close(int(number))
+    assert verify_code(HONEST, TEST)
+    sandbox._server.stop()
+
+
+def test_a_server_whose_self_test_did_not_end_is_not_used(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sandbox, "_server", sandbox._Server())
+    monkeypatch.setattr(sandbox, "run_tests", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sandbox._server.worker()
+    assert sandbox._server.process is None
+
+
+def test_a_forked_child_has_a_server_of_its_own_even_if_a_thread_held_the_lock():
+    assert verify_code(HONEST, TEST)
+    with sandbox._server.lock, ThreadPoolExecutor(1) as other:
+        pid = other.submit(fork_and_verify).result()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert verify_code(HONEST, TEST)
+
+
+def fork_and_verify() -> int:
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        try:
+            right = verify_code(HONEST, TEST)
+            sandbox._server.stop()
+        finally:
+            os._exit(not right)
+    return pid
 
 
 def children(pid: int) -> list[int]:
@@ -200,6 +414,35 @@ def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch
     assert "no seccomp" in error and "--unsafe" in error and verdict == "True"
 
 
+IN_A_CONTAINER = """
+import ctypes, os, sys
+sys.path.insert(0, sys.argv[1])
+import sandbox
+here, there = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    refused = ctypes.CDLL(None).unshare(0x10000000)  # CLONE_NEWUSER
+    os.write(here[1], b"x"), os.read(there[0], 1)
+    print("refused" if refused else sandbox.run_tests("def f(): return 1", "assert f() == 1"), flush=True)
+    sandbox._server.stop()
+    os._exit(0)
+os.read(here[0], 1)
+for name in ("uid_map", "gid_map"):
+    with open(f"/proc/{child}/{name}", "w") as file:
+        file.write("0 0 65536")
+os.write(there[1], b"x"), os.wait()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+def test_a_container_with_few_users_holds_programs_too():
+    command = [sys.executable, "-c", IN_A_CONTAINER, str(Path(sandbox.__file__).parent)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    if said == "refused\n":
+        pytest.skip("this kernel makes no user namespaces")
+    assert said == "True\n"
+
+
 @pytest.mark.parametrize(
     "response, program",
     [
@@ -207,6 +450,10 @@ def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch
         ("```\nx = 1\n```\nor\n```py\nx = 2\n```", "x = 2"),
         ("```python\nx = 1", "x = 1"),
         ("a\n```python\nx = 1\n```\nb\n```python\nx = 2", "x = 2"),
+        ("```python title='a b'\nx = 1\n```\nyes\n```", "x = 1"),
+        ("```python\nx = 1\n```python\nx = 2\n```", "x = 2"),
+        ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
+        ("```\n```", ""),
         ("[BEGIN]\nx = 1\n[DONE]\n[BEGIN]\nx = 2\n[DONE] bye", "x = 2"),
         ("[BEGIN] x = 1", " x = 1"),
         ("<think>```python\nx = 1\n```</think>x = 2", "x = 2"),

@@ -134,6 +134,14 @@ def test_no_text_makes_a_task_raise(name):
         assert isinstance(task.answer(text, problem), str | None)
 
 
+def test_a_program_can_not_replace_the_helpers_that_its_tests_use():
+    prompt = 'def poly(x):\n    return x - 3\n\ndef zero():\n    """A zero of poly."""\n'
+    test = "def check(candidate):\n    assert abs(poly(candidate())) < 1e-4"
+    problem = {"prompt": prompt, "test": test, "entry_point": "zero"}
+    assert TASKS["humaneval"].verify("def zero(): return 3", problem)
+    assert not TASKS["humaneval"].verify("def poly(x): return 0\ndef zero(): return 9", problem)
+
+
 def test_a_few_shot_call_has_the_first_accepted_values_and_nothing_optional():
     task = TASKS["function_call"]
     called = [{"name": "area", "arguments": {"base": 10, "height": 5, "at": {"x": 1}}}]

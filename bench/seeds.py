@@ -53,7 +53,7 @@ def train(name: str, method: str, seed: int) -> None:
     if (run / "results.json").exists():
         return
     command = [sys.executable, *METHODS[name][method], "--seed", str(seed), "--output_dir", str(run)]
-    command += ["--resume"] if (run / "state.pt").exists() else []
+    command += ["--resume"] if (run / "config.json").exists() else []
     with open(f"{run}.log", "a") as log:
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
+import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+import checkpoint
 import policy
 import tiny
 from tasks import TASKS
@@ -20,7 +26,7 @@ SMALL = ["--max_new_tokens", "4", "--final_problems", "4", "--eval_problems", "4
 
 def save_random_model(path: Path) -> str:
     torch.manual_seed(0)
-    policy.save_model(tiny.build_model(), tiny.build_tokenizer(), path)
+    checkpoint.save_model(tiny.build_model(), tiny.build_tokenizer(), path)
     return str(path)
 
 
@@ -35,6 +41,60 @@ def refusal(script, capsys, *flags) -> str:
         script.main(policy.parse_args(script.Config, [str(flag) for flag in flags]))
     assert exit_.value.code == 2
     return capsys.readouterr().err
+
+
+# Processes that have all modules already: a fraction of a second each.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["score", "rrr", "helpers", "torch._dynamo", "matplotlib.pyplot"])
+
+
+def start(script: str, model_dir, out, *flags, world=0, before=None) -> list:
+    """Processes that run a script's `main` as `train_here` does: `world` ranks as torchrun starts them, 0 for none.
+
+    before: a function of no arguments that each calls first, to harm it. What they say goes to out.log.0, ...
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(max(1, world)):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        arguments = (script, str(model_dir), Path(out), [*map(str, flags)], ranks if world else {}, before)
+        processes.append(FORKS.Process(target=_run, args=arguments))
+        processes[-1].start()
+    return processes
+
+
+def _run(script, model_dir, out, flags, ranks, before):
+    log = os.open(f"{out}.log.{ranks.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    train_here(import_module(script), model_dir, out, *flags)
+
+
+def finish(processes, seconds=120) -> list[int]:
+    """Their exit codes; fails if one does not end in time."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung, "processes hang"
+    return [process.exitcode for process in processes]
+
+
+def run(script: str, model_dir, out, *flags, world=0, before=None) -> list[int]:
+    return finish(start(script, model_dir, out, *flags, world=world, before=before))
+
+
+def metrics(out) -> list[dict]:
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return without_times([json.loads(line) for line in lines])
 
 
 def arbitrary_verdict(text, problem):

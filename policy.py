@@ -79,16 +79,12 @@ class TrainConfig(TaskConfig):
     clip: float = flag(0.2, "how far the ratio may move from 1 when epochs > 1")
     token_budget: int = flag(16384, "tokens of a micro-batch")
     checkpointing: bool = flag(False, "compute the activations again in the backward pass: less memory, more time")
-    hsdp: int = flag(
-        1, "with torchrun: copies of the weights, each spread over its own ranks; one for each node, say"
-    )
+    hsdp: int = flag(1, "with torchrun: copies of the weights, each spread over its own ranks; one for each node, say")
     cpu_offload: bool = flag(False, "with torchrun: weights and optimiser stay in the CPU's memory")
     max_skipped: int = flag(5, "training stops after so many steps in a row with a gradient that is not finite")
     save_every: int = flag(20, "steps between saved states; the best checkpoint is chosen over such windows")
     keep: int = flag(2, "saved states that are kept, the newest ones")
-    skip_damaged: bool = flag(
-        False, "with --resume: set damaged states aside and go on from the newest that is whole"
-    )
+    skip_damaged: bool = flag(False, "with --resume: set damaged states aside and go on from the newest that is whole")
     eval_every: int = flag(40, "steps between evaluations at T = 1 on validation; 0: only at the end")
     eval_problems: int = flag(300, "validation problems of those evaluations")
     final_problems: int | None = flag(None, "validation problems of the final table; default: all")

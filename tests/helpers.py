@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,10 +50,10 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["score", "rrr", "helpers", "torch._dynamo", "matplotlib.pyplot"])
 
 
-def start(script: str, model_dir, out, *flags, world=0, before=None) -> list:
-    """Processes that run a script's `main` as `train_here` does: `world` ranks as torchrun starts them, 0 for none.
+def start(function, *arguments, world=0, log="/dev/null") -> list:
+    """Processes that call function(*arguments), which say what they say in log.0, log.1, ...
 
-    before: a function of no arguments that each calls first, to harm it. What they say goes to out.log.0, ...
+    world: ranks as torchrun starts them; 0: one process without it.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,20 +61,18 @@ def start(script: str, model_dir, out, *flags, world=0, before=None) -> list:
     processes = []
     for rank in range(max(1, world)):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        arguments = (script, str(model_dir), Path(out), [*map(str, flags)], ranks if world else {}, before)
-        processes.append(FORKS.Process(target=_run, args=arguments))
+        said = log if log == "/dev/null" else f"{log}.{rank}"
+        processes.append(FORKS.Process(target=_call, args=(function, arguments, ranks if world else {}, said)))
         processes[-1].start()
     return processes
 
 
-def _run(script, model_dir, out, flags, ranks, before):
-    log = os.open(f"{out}.log.{ranks.get('RANK', 0)}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
+def _call(function, arguments, ranks, log):
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
     os.environ |= {name: str(value) for name, value in ranks.items()}
     torch.set_num_threads(1)
-    if before is not None:
-        before()
-    train_here(import_module(script), model_dir, out, *flags)
+    function(*arguments)
 
 
 def finish(processes, seconds=120) -> list[int]:
@@ -88,8 +87,29 @@ def finish(processes, seconds=120) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def run(script: str, model_dir, out, *flags, world=0, before=None) -> list[int]:
-    return finish(start(script, model_dir, out, *flags, world=world, before=before))
+# Smallest runs of both scripts: four steps, of which score.py's first is Stage I.
+FEW = {
+    "score": ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--stage1_steps", "1",
+              "--stage2_steps", "3"],
+    "rrr": ["--steps", "4", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
+            "--max_reflection_tokens", "6"],
+}  # fmt: skip
+
+
+def start_run(script: str, model_dir, out, *flags, world=0, harm=None) -> list:
+    """Processes that run a script as `train_here` does, after a call of `harm`; what they say goes to out.log.0, ..."""
+    arguments = (script, str(model_dir), Path(out), [*FEW[script], *map(str, flags)], harm)
+    return start(_run, *arguments, world=world, log=f"{out}.log")
+
+
+def _run(script, model_dir, out, flags, harm):
+    if harm is not None:
+        harm()
+    train_here(import_module(script), model_dir, out, *flags)
+
+
+def run(script: str, model_dir, out, *flags, world=0, harm=None) -> list[int]:
+    return finish(start_run(script, model_dir, out, *flags, world=world, harm=harm))
 
 
 def metrics(out) -> list[dict]:
@@ -114,3 +134,15 @@ def train_here(script, model_dir, out, *flags):
 
 def without_times(rows):
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))} for row in rows]
+
+
+def die_after_save(step: int):
+    """Harm: SIGKILL once the state of `step` is saved."""
+    save = checkpoint.save_state
+
+    def save_and_die(run, scorer, optimizer, memory, *rest):
+        save(run, scorer, optimizer, memory, *rest)
+        if memory["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_state = save_and_die

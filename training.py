@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
-from tqdm import trange
+from tqdm import tqdm, trange
 
 import checkpoint
 import distributed
@@ -106,7 +107,7 @@ def saving(run: Path):
     """Around what writes to the run's directory: if that fails, one line says why and what is safe; exit code 1."""
     try:
         yield
-    except (OSError, CheckpointException) as error:
+    except (OSError, SafetensorError, CheckpointException) as error:
         causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
         stop(f"{run} can't be written ({causes[0]}): {newest(run)}")
 
@@ -114,7 +115,7 @@ def saving(run: Path):
 def stop(message: str, code: int = 1):
     """Ends the run, on every rank; the first one says why."""
     if rank() == 0:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        tqdm.write(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)  # beside the progress bar
     raise SystemExit(code)
 
 

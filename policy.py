@@ -1,4 +1,18 @@
-"""The policy: the flags, loading, scoring and updating a causal language model. What algorithms share and is none."""
+"""The policy: the flags, loading, scoring and updating a causal language model. What algorithms share and is none.
+
+Bytes of memory that a rank of torchrun needs, of N parameters, V words, width H, L layers with K key-value heads of
+size D, for S ranks that share one copy (all, or with --hsdp those of a copy), computing in c bytes (bfloat16: 2):
+
+    always      (4 + 8 + 4) N / S                      weights, Adam's moments, the reference: float32
+    sampling    c N  +  2 c L K D t                    a whole copy; the cache of t tokens
+    updating    4 N / S  +  (2 + 1) c E  +  5 c N / L  gradients; embedding and head (E = V H, untied 2 V H) of both
+                                                       models, with gradient; blocks that are gathered and reduced
+                6 * 4 * 2^24                           logits: a chunk, in float32, and what is made of it
+                c L H m  +  34 c H m                   with --checkpointing: m tokens of a micro-batch at each block,
+                                                       and all that is kept of one
+
+The peak is the first line and the larger of the other two. bench/memory.py prints it for some models.
+"""
 
 import copy
 import hashlib
@@ -220,12 +234,15 @@ def make_scorer(model, config) -> Scorer:
         return Scorer(model, copy.deepcopy(model), checkpointing=config.checkpointing)
     if distributed.world() % config.hsdp:
         raise ValueError(f"--hsdp {config.hsdp} does not divide the {distributed.world()} ranks")
+    distributed.drop_weights(model)
     source, _ = read_model(config.model)  # again, since `model` may be rounded
     scorer = Scorer(skeleton(source), skeleton(source), checkpointing=config.checkpointing)
     models, device = [scorer.model, scorer.reference], distributed.device()
     distributed.shard(scorer, models, compute_dtype(config), config.hsdp, config.cpu_offload)
     materialise(scorer, "cpu" if config.cpu_offload else device, device)
     distributed.send(source, *models)
+    del source  # of the first rank, before the next whole copy
+    distributed.gather_weights(scorer.model, model)
     return scorer
 
 

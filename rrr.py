@@ -25,7 +25,7 @@ import distributed
 from chat import first_turn_ids, follow_up_ids, seam_ids
 from checkpoint import write_text
 from data import naming, read_rows, take
-from distributed import exchange, gather, on_first, own, share
+from distributed import exchange, gather, on_first, own, rank, share
 from evaluate import (
     compare_after_failure,
     evaluate_both,
@@ -123,7 +123,7 @@ def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]
     The rate is that of the first answers; later ones are asked of the queries that are still unfailed.
     """
     waiting, failures, success = list(split), [], None
-    for attempt in trange(config.tries, desc="collecting failures"):
+    for attempt in trange(config.tries, desc="collecting failures", disable=rank() > 0):
         right = []
         for start in range(0, len(waiting), PIECE):
             piece = waiting[start : start + PIECE]

@@ -59,7 +59,10 @@ def open_run(config, contents: dict[str, str]) -> Path:
     contents: of `contents_of`; if they are not those that the run was started with, that is a ValueError.
     """
     on_first(_open_run, config, contents)
-    return Path(config.output_dir)
+    run = Path(config.output_dir)
+    if not all(exchange((run / "config.json").exists())):
+        raise ValueError(f"--output_dir {run}: not all ranks see it; it must be on a file system that they share")
+    return run
 
 
 def _open_run(config, contents: dict[str, str]) -> None:
@@ -214,16 +217,9 @@ def train(config, run: Path, scorer: Scorer, sampler, tokenizer, steps, make_bat
     counting steps of `config.last_stage` only. SIGTERM: a saved state, and exit code 143.
     """
     optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    save = partial(save_memory, config, run, scorer, optimizer)
     save_best = partial(checkpoint.save_policy, scorer, sampler.model, tokenizer)
-
-    def save(memory: dict, save_best=None) -> None:
-        if not finite_weights(scorer.model):
-            stop(f"after {memory['step']} steps the weights are not finite: {newest(run)}")
-        with saving(run):
-            sizes = on_first(log_sizes, run)
-            checkpoint.save_state(run, scorer, optimizer, memory | {"sizes": sizes}, save_best, config.keep)
-
-    # row, text: of a step whose update is made and whose evaluation is not. bad: steps skipped in a row.
+    # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
     memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "state": state}
     if not (config.resume and resume(run, scorer, sampler, optimizer, memory)):
         save(memory)
@@ -252,6 +248,15 @@ def train(config, run: Path, scorer: Scorer, sampler, tokenizer, steps, make_bat
         stop(f"stopped by SIGTERM: {newest(run)}, go on with --resume", distributed.STOPPED)
     if distributed.together():
         distributed.drop_weights(sampler.model)
+
+
+def save_memory(config, run: Path, scorer, optimizer, memory: dict, save_best=None) -> None:
+    """A state of all there is; weights that are not finite end the run instead."""
+    if not finite_weights(scorer.model):
+        stop(f"after {memory['step']} steps the weights are not finite: {newest(run)}")
+    with saving(run):
+        sizes = on_first(log_sizes, run)
+        checkpoint.save_state(run, scorer, optimizer, memory | {"sizes": sizes}, save_best, config.keep)
 
 
 def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> bool:

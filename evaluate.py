@@ -16,22 +16,11 @@ from tqdm import tqdm
 
 import distributed
 from chat import encode, first_turn_ids, follow_up_ids, seam_ids
-from checkpoint import write_text
 from data import SPLITS
 from distributed import exchange, on_first, rank, share, world
-from figures import COLUMNS, format_table, format_transcripts, format_votes, plot_curves, summarize, values_of, votes
-from policy import (
-    TaskConfig,
-    check_counts,
-    compute_dtype,
-    exit_on_bad_input,
-    fingerprint,
-    flag,
-    load_model,
-    parse_args,
-    pick_problems,
-    row_seeds,
-)
+from figures import COLUMNS, format_table, format_transcripts, format_votes, summarize, values_of, votes
+from flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
+from policy import compute_dtype, fingerprint, load_model, pick_problems, row_seeds
 from sampler import Rollout, Sampler
 from tasks import Task, load_task
 from verifiers import verify_batch
@@ -314,36 +303,6 @@ def side_by_side(base, trained, *shared, count: int = 20) -> str:
                     f"    {'right' if retry['right'] else 'wrong'}: {retry['text']}",
                 ]
     return "\n".join(lines) + "\n"
-
-
-def watcher(sampler, tokenizer, task, problems, prompts, config, method: str, keys: tuple[str, ...]):
-    """What a training run calls now and then: figures `eval_*` at T = 1 on the first `eval_problems`, and a few of the
-    conversations as text."""
-    few = slice(config.eval_problems)
-
-    def evaluate_now(step: int) -> tuple[dict, str]:
-        figures, talks = evaluate(sampler, tokenizer, task, problems[few], prompts[few], config, 1.0, method)
-        text = f"step {step + 1}\n{format_transcripts(talks)}\n\n"
-        return {f"eval_{key}": figures[key] for key in keys if key in figures}, text
-
-    return evaluate_now
-
-
-def report(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
-    """A run's end: curves.png, the tables of base and trained model and of any `controls`, and results.json, which
-    says that the run is complete."""
-
-    def write() -> None:
-        plot_curves(run)
-        write_text(run / "results.json", json.dumps(results, indent=2) + "\n")
-
-    on_first(write)
-    models = {name: modes for name, modes in results.items() if name != "controls"}
-    print(f"\n{count} validation problems:\n\n{format_table(models, columns)}")
-    if "controls" in results:
-        columns = ("retry_given_failure", "well_formed_retry")
-        print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], columns)}")
-    print(f"\nrun: {run}")
 
 
 def open_output(config: Config, sampler) -> list[dict]:

@@ -26,36 +26,12 @@ from chat import first_turn_ids, follow_up_ids, seam_ids
 from checkpoint import write_text
 from data import naming, read_rows, take
 from distributed import exchange, gather, on_first, own, rank, share
-from evaluate import (
-    compare_after_failure,
-    evaluate_both,
-    first_attempts,
-    grade,
-    prepare,
-    probe,
-    report,
-    side_by_side,
-    watcher,
-)
+from evaluate import compare_after_failure, evaluate_both, first_attempts, grade, prepare, probe, side_by_side
+from flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
-from policy import (
-    KL_HELP,
-    Batch,
-    TrainConfig,
-    check_counts,
-    compute_dtype,
-    exit_on_bad_input,
-    fingerprint,
-    flag,
-    load_model,
-    make_scorer,
-    parse_args,
-    pick_problems,
-    row_seeds,
-    unzip,
-)
+from policy import Batch, compute_dtype, fingerprint, load_model, make_scorer, pick_problems, row_seeds, unzip
 from sampler import Sampler
-from training import check_run, contents_of, open_run, train
+from training import check_run, contents_of, open_run, report, train, watcher
 
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
@@ -197,7 +173,7 @@ def roll_out(sampler, tokenizer, task, chosen, step, config):
     before = [failure["prompt_ids"] + failure["answer_ids"] for failure in failures]
     seams = follow_up_ids(tokenizer, task.reflect, [ids[-1] for ids in before])
     contexts = [ids + seam for ids, seam in zip(before, seams, strict=True)]
-    seeds = row_seeds(range(mine.start * G, mine.stop * G), "reflect", config.seed, step)
+    seeds = row_seeds(mine, "reflect", config.seed, step, each=G)
     reflected = sampler.generate(contexts, G, seeds=seeds, **reflection_limits(config))
     rollout = retry(sampler, tokenizer, task, reflected, config)
     problems = [failure["problem"] for failure in failures for _ in range(G * R)]
@@ -222,7 +198,7 @@ def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
     mine = share(len(chosen))
     problems, prompts = unzip(chosen, mine)
     N, G, R = len(prompts), config.group_size, config.retries
-    seeds = row_seeds(range(mine.start * G, mine.stop * G), "episode", config.seed, step)
+    seeds = row_seeds(mine, "episode", config.seed, step, each=G)
     first = sampler.generate(prompts, G, seeds=seeds, **answer_limits(config))
     problems = [problem for problem in problems for _ in range(G)]
     rows = (grade(tokenizer, task, first, 0, problems)[1] == 0).nonzero().flatten().tolist()

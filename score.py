@@ -19,24 +19,12 @@ from torch import Tensor
 import distributed
 from chat import follow_up_ids
 from distributed import gather, own, share
-from evaluate import evaluate_both, first_attempts, grade, prepare, probe, report, watcher
+from evaluate import evaluate_both, first_attempts, grade, prepare, probe
+from flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
-from policy import (
-    Batch,
-    TrainConfig,
-    check_counts,
-    compute_dtype,
-    exit_on_bad_input,
-    flag,
-    load_model,
-    make_scorer,
-    parse_args,
-    pick_problems,
-    row_seeds,
-    unzip,
-)
+from policy import Batch, compute_dtype, load_model, make_scorer, pick_problems, row_seeds, unzip
 from sampler import Sampler
-from training import check_run, contents_of, open_run, train
+from training import check_run, contents_of, open_run, report, train, watcher
 
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 
@@ -96,14 +84,14 @@ def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
     P, G, K = len(problems), config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     offline = is_offline(step, config)
-    seeds = row_seeds(range(mine.start * G, mine.stop * G), "first", config.seed, step)
+    seeds = row_seeds(mine, "first", config.seed, step, each=G)
     first = first_attempts(base_sampler if offline else sampler, tokenizer, task, problems, prompts, G, seeds, limits)
     rows = [problem for problem in problems for _ in range(G)]
     r1 = grade(tokenizer, task, first, 0, rows)[1].view(P, G)
     if config.single_turn:
         return first, r1, None
     if offline:
-        seeds = row_seeds(range(mine.start * G * K, mine.stop * G * K), "second", config.seed, step)
+        seeds = row_seeds(mine, "second", config.seed, step, each=G * K)
         second = encode_and_answer(sampler, tokenizer, task.correct, first, K, seeds, limits)
     else:
         second = sampler.extend(first, follow_up_ids(tokenizer, task.correct, first.last_ids()), K, **limits)
@@ -217,8 +205,8 @@ def main(config: Config) -> None:
         scorer = make_scorer(sampler.model, config)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     results = {"base": evaluate_both(sampler, *shared)}
-    base_sampler = None
-    if config.offline_ratio:
+    base_sampler = sampler
+    if config.offline_ratio and not task.given:
         base_sampler = Sampler(load_model(config.model, dtype=compute_dtype(config))[0], tokenizer)
 
     def step_batch(step: int, state: dict) -> Batch:

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import score
 from checkpoint import save_model
-from policy import exit_on_bad_input, flag, parse_args
+from flags import exit_on_bad_input, flag, parse_args
 from tasks import enumerate_steps, tiny_splits
 
 WORDS = "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry + - * / = ;".split()

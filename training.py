@@ -22,6 +22,8 @@ from tqdm import tqdm, trange
 import checkpoint
 import distributed
 from distributed import Stopped, exchange, interruptible, listening, on_first, rank
+from evaluate import evaluate
+from figures import COLUMNS, format_table, format_transcripts, plot_curves
 from loss import Scores
 from policy import Batch, fingerprint, finite_weights, set_lr, update
 from scorer import Scorer
@@ -307,3 +309,33 @@ def show(progress, row: dict) -> None:
     keys = ("reward", "acc_t1", "acc_t2", "kl_t1", "response_length")
     shown = {key: f"{row[key]:.3f}" for key in keys if key in row}
     progress.set_postfix(stage=row["stage"], **shown, tokens_s=f"{row['tokens'] / row['seconds_rollout']:.0f}")
+
+
+def watcher(sampler, tokenizer, task, problems, prompts, config, method: str, keys: tuple[str, ...]):
+    """What a training run calls now and then: figures `eval_*` at T = 1 on the first `eval_problems`, and a few of the
+    conversations as text."""
+    few = slice(config.eval_problems)
+
+    def evaluate_now(step: int) -> tuple[dict, str]:
+        figures, talks = evaluate(sampler, tokenizer, task, problems[few], prompts[few], config, 1.0, method)
+        text = f"step {step + 1}\n{format_transcripts(talks)}\n\n"
+        return {f"eval_{key}": figures[key] for key in keys if key in figures}, text
+
+    return evaluate_now
+
+
+def report(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
+    """A run's end: curves.png, the tables of base and trained model and of any `controls`, and results.json, which
+    says that the run is complete."""
+
+    def write() -> None:
+        plot_curves(run)
+        checkpoint.write_text(run / "results.json", json.dumps(results, indent=2) + "\n")
+
+    on_first(write)
+    models = {name: modes for name, modes in results.items() if name != "controls"}
+    print(f"\n{count} validation problems:\n\n{format_table(models, columns)}")
+    if "controls" in results:
+        columns = ("retry_given_failure", "well_formed_retry")
+        print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], columns)}")
+    print(f"\nrun: {run}")

@@ -81,7 +81,7 @@ def work(job: dict) -> dict:
     def make_batch(step: int, state: dict) -> policy.Batch:
         mine = distributed.share(config.problems)
         prompts = [[(7 * row + i) % 100 + 5 for i in range(config.prompt)] for row in mine]
-        seeds = policy.row_seeds(range(mine.start * config.group_size, mine.stop * config.group_size), step)
+        seeds = policy.row_seeds(mine, step, each=config.group_size)
         rollout = sampler.generate(prompts, config.group_size, max_new_tokens=config.new_tokens, seeds=seeds)
         rollout.cache = None
         advantages = per_token(torch.tensor([[(-1.0) ** row] for row in range(len(rollout.ids))]), rollout)

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import rrr  # noqa: E402
 from evaluate import compare_after_failure, evaluate_both, prepare  # noqa: E402
-from policy import flag, load_model, parse_args  # noqa: E402
+from flags import flag, parse_args  # noqa: E402
+from policy import load_model  # noqa: E402
 from sampler import Sampler  # noqa: E402
 
 METHODS = {

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import checkpoint
-import policy
 import tiny
+from flags import parse_args
 from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def from_command_line(script: str, *flags):
 def refusal(script, capsys, *flags) -> str:
     """What a script says to input that it refuses with exit code 2, all of it on stderr."""
     with pytest.raises(SystemExit) as exit_:
-        script.main(policy.parse_args(script.Config, [str(flag) for flag in flags]))
+        script.main(parse_args(script.Config, [str(flag) for flag in flags]))
     assert exit_.value.code == 2
     return capsys.readouterr().err
 
@@ -75,7 +75,7 @@ def _call(function, arguments, ranks, log):
     function(*arguments)
 
 
-def finish(processes, seconds=120) -> list[int]:
+def finish(processes, seconds=240) -> list[int]:
     """Their exit codes; fails if one does not end in time."""
     deadline = time.monotonic() + seconds
     for process in processes:
@@ -128,7 +128,7 @@ def train_here(script, model_dir, out, *flags):
     arguments = ["--model", model_dir, "--output_dir", str(out), *SMALL, *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "tiny", task)
-        script.main(policy.parse_args(script.Config, arguments))
+        script.main(parse_args(script.Config, arguments))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -36,9 +36,16 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def compute_dtype(config) -> torch.dtype:
-    """What the models compute in: float32, or with torchrun on GPUs bfloat16, unless a flag says otherwise."""
-    if config.dtype and not distributed.together():
-        raise ValueError(f"--dtype {config.dtype} needs torchrun, on one GPU too: torchrun --nproc-per-node 1 ...")
+    """What the models compute in: float32, or with torchrun on GPUs bfloat16, unless a flag says otherwise.
+
+    ValueError for flags that make no sense with this number of processes.
+    """
+    usual = {"dtype": None, "hsdp": 1, "cpu_offload": False}
+    asked = [f"--{name}" for name, value in usual.items() if getattr(config, name, value) != value]
+    if asked and not distributed.together():
+        raise ValueError(f"{', '.join(asked)}: needs torchrun, on one GPU too: torchrun --nproc-per-node 1 ...")
+    if distributed.world() % getattr(config, "hsdp", 1):
+        raise ValueError(f"--hsdp {config.hsdp} does not divide the {distributed.world()} ranks")
     halved = distributed.together() and torch.cuda.is_available()
     return getattr(torch, config.dtype or ("bfloat16" if halved else "float32"))
 
@@ -123,8 +130,6 @@ def make_scorer(model, config) -> Scorer:
     """
     if not distributed.together():
         return Scorer(model, copy.deepcopy(model), checkpointing=config.checkpointing)
-    if distributed.world() % config.hsdp:
-        raise ValueError(f"--hsdp {config.hsdp} does not divide the {distributed.world()} ranks")
     distributed.drop_weights(model)
     source, _ = read_model(config.model)  # again, since `model` may be rounded
     scorer = Scorer(skeleton(source), skeleton(source), checkpointing=config.checkpointing)

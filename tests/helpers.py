@@ -87,10 +87,10 @@ def finish(processes, seconds=240) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-# Smallest runs of both scripts: four steps, of which score.py's first is Stage I.
+# Smallest runs of both scripts, of four steps; two of score.py's are Stage I.
 FEW = {
-    "score": ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--stage1_steps", "1",
-              "--stage2_steps", "3"],
+    "score": ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--stage1_steps", "2",
+              "--stage2_steps", "2", "--reference", "stage1", "--kl_target", "0.001"],
     "rrr": ["--steps", "4", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
             "--max_reflection_tokens", "6"],
 }  # fmt: skip

@@ -164,6 +164,7 @@ def test_bad_input_ends_all_ranks_with_one_line_a_node(flags, message, model_dir
     assert message in said[0] and said[0].count("\n") == 1 and not said[1]
 
 
-def test_a_dtype_without_torchrun_is_refused(model_dir, tmp_path, capsys):
-    flags = ("--model", model_dir, "--output_dir", tmp_path / "run", "--dtype", "bfloat16")
-    assert "--dtype bfloat16 needs torchrun" in helpers.refusal(score, capsys, *flags)
+@pytest.mark.parametrize("flags", [("--dtype", "bfloat16"), ("--hsdp", "2"), ("--cpu_offload", "True")])
+def test_what_only_torchrun_can_do_is_refused_without_it(flags, model_dir, tmp_path, capsys):
+    said = helpers.refusal(score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    assert f"{flags[0]}: needs torchrun" in said and not (tmp_path / "run").exists()

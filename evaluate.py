@@ -8,25 +8,19 @@ a shaped reward; figures.py says what each one is. As a library: what the traini
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import distributed
 from chat import encode, first_turn_ids, follow_up_ids, seam_ids
 from data import SPLITS
-from figures import COLUMNS, format_table, format_transcripts, format_votes, plot_curves, summarize, values_of, votes
-from policy import (
-    TaskConfig,
-    check_counts,
-    exit_on_bad_input,
-    fingerprint,
-    flag,
-    load_model,
-    parse_args,
-    pick_problems,
-    row_seeds,
-)
+from distributed import exchange, on_first, rank, share, world
+from figures import COLUMNS, format_table, format_transcripts, format_votes, summarize, values_of, votes
+from flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
+from policy import compute_dtype, fingerprint, load_model, pick_problems, row_seeds
 from sampler import Rollout, Sampler
 from tasks import Task, load_task
 from verifiers import verify_batch
@@ -67,7 +61,7 @@ def prepare(config, limits: dict[str, int | None]):
     """
     task, problems = load_task(config, limits)
     splits = {name: problems[name][:limit] for name, limit in limits.items()}
-    model, tokenizer = load_model(config.model)
+    model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
     sampler = Sampler(model, tokenizer)
     for name, problems in splits.items():
         prompts = encode_prompts(sampler, tokenizer, task, problems, config)
@@ -120,8 +114,8 @@ def first_attempts(sampler, tokenizer, task: Task, problems, prompts, group_size
         return sampler.generate(prompts, group_size, seeds=seeds, **limits)
     given = [given_ids(tokenizer, task, problem) for problem in problems]
     rows = [(prompt, answer) for prompt, answer in zip(prompts, given, strict=True) for _ in range(group_size)]
-    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows])
-    ids = torch.full((len(rows), int(lengths.max())), sampler.pad_id)
+    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows], dtype=torch.long)
+    ids = torch.full((len(rows), max(lengths.tolist(), default=1)), sampler.pad_id)
     spoken = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(rows):
         ids[row, : lengths[row]] = torch.tensor(prompt + answer)
@@ -157,7 +151,8 @@ def probe(sampler, tokenizer, task: Task, split, config, method: str, keys=("acc
 
 def grade(tokenizer, task: Task, rollout, turn: int, problems: list[dict]) -> tuple[list[str], torch.Tensor]:
     """The text of every row's answer in `turn` and the verdict on it: (B,) strings, (B,) float32 of 0 and 1."""
-    texts = tokenizer.batch_decode(rollout.completion_ids(turn))
+    answers = rollout.completion_ids(turn)
+    texts = tokenizer.batch_decode(answers) if answers else []  # it takes [] for a single text
     workers = 2 * (os.cpu_count() or 1) if task.warm_up else 1
     verdicts = verify_batch(task.verify, texts, problems, workers)
     return texts, torch.tensor(verdicts, dtype=torch.float32)
@@ -238,18 +233,21 @@ def evaluate(
     """(figures, conversations) of some attempts at every problem, by one of METHODS.
 
     cast: one sampler, or the three that attempt, reflect and retry. config: max_new_tokens, max_reflection_tokens,
-    attempts. io: `done`, conversations there already, and `keep(talks)`, called with every piece of new ones.
+    attempts. io: `done`, conversations there already, and `keep(talks)`, called with every piece of new ones. Ranks
+    share the problems of each piece, and all get all conversations.
     """
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
     seeds = row_seeds(len(problems) * samples, "evaluate", seed)
     talks, keep = list(io.get("done", ())), io.get("keep", lambda talks: None)
     longest = max(map(len, prompts)) + follow_tokens(tokenizer, task, config)
-    piece = max(1, CACHE_TOKENS // longest // samples)  # problems
+    piece = max(1, CACHE_TOKENS // longest // samples) * world()  # problems
     starts = range(len(talks) // samples, len(problems), piece)
-    for start in tqdm(starts, desc=method, leave=False, disable=len(starts) < 2):
-        some = slice(start, start + piece)
-        own = seeds[start * samples : (start + piece) * samples]
-        new = converse(cast, tokenizer, task, problems[some], prompts[some], own, config, temperature, method, samples)
+    for start in tqdm(starts, desc=method, leave=False, disable=len(starts) < 2 or rank() > 0):
+        mine = share(min(piece, len(problems) - start))
+        some = slice(start + mine.start, start + mine.stop)
+        own = seeds[some.start * samples : some.stop * samples]
+        shared = (problems[some], prompts[some], own, config, temperature, method, samples)
+        new = [talk for part in exchange(converse(cast, tokenizer, task, *shared) if mine else []) for talk in part]
         keep(new)
         talks += new
     figures = summarize(talks, samples)
@@ -307,42 +305,12 @@ def side_by_side(base, trained, *shared, count: int = 20) -> str:
     return "\n".join(lines) + "\n"
 
 
-def watcher(run: Path, sampler, tokenizer, task, problems, prompts, config, method: str, keys: tuple[str, ...]):
-    """What a training run calls now and then: figures `eval_*` at T = 1 on the first `eval_problems`.
-
-    A few of the conversations go to run/transcripts.txt.
-    """
-    few = slice(config.eval_problems)
-
-    def evaluate_now(step: int) -> dict:
-        figures, talks = evaluate(sampler, tokenizer, task, problems[few], prompts[few], config, 1.0, method)
-        with open(run / "transcripts.txt", "a") as file:
-            file.write(f"step {step + 1}\n{format_transcripts(talks)}\n\n")
-        return {f"eval_{key}": figures[key] for key in keys if key in figures}
-
-    return evaluate_now
-
-
-def report(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
-    """A run's end: results.json, curves.png, and the tables of base and trained model and of any `controls`."""
-    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot_curves(run)
-    models = {name: modes for name, modes in results.items() if name != "controls"}
-    print(f"\n{count} validation problems:\n\n{format_table(models, columns)}")
-    if "controls" in results:
-        columns = ("retry_given_failure", "well_formed_retry")
-        print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], columns)}")
-    print(f"\nrun: {run}")
-
-
-def open_output(config: Config, sampler) -> tuple[list[dict], object]:
-    """(conversations that an earlier call left behind, a function that adds more) of the file beside --output.
+def open_output(config: Config, sampler) -> list[dict]:
+    """The conversations that an earlier call left behind in the file beside --output, which is made ready for more.
 
     One that was left by other flags or another model is a ValueError.
     """
-    if not config.output:
-        return [], lambda talks: None
-    path = Path(config.output + ".partial")
+    path = Path(f"{config.output}.partial")
     header = asdict(config) | {"fingerprint": fingerprint(sampler.model)}
     done = []
     if path.exists():
@@ -352,13 +320,14 @@ def open_output(config: Config, sampler) -> tuple[list[dict], object]:
         if changed:
             raise ValueError(f"{path} was left by an evaluation with another {', '.join(changed)}: delete or finish it")
         done = rows[: len(rows) - len(rows) % config.samples]
-    path.write_text("".join(json.dumps(line) + "\n" for line in [header, *done]))
+    keep(config, [header, *done], "w")
+    return done
 
-    def keep(talks: list[dict]) -> None:
-        with open(path, "a") as file:
+
+def keep(config: Config, talks: list[dict], mode: str = "a") -> None:
+    if config.output and rank() == 0:
+        with open(f"{config.output}.partial", mode) as file:
             file.write("".join(json.dumps(talk) + "\n" for talk in talks))
-
-    return done, keep
 
 
 def check(config: Config) -> None:
@@ -372,15 +341,18 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
+    distributed.start()
     with exit_on_bad_input():
         check(config)
         task, sampler, tokenizer, splits = prepare(config, {config.split: config.limit})
-        reflector = Sampler(load_model(config.reflector)[0], tokenizer) if config.reflector else sampler
-        done, keep = open_output(config, sampler)
+        reflector = sampler
+        if config.reflector:
+            reflector = Sampler(load_model(config.reflector, dtype=compute_dtype(config))[0], tokenizer)
+        done = on_first(open_output, config, sampler) if config.output else []
     columns = zip(*splits[config.split], strict=True)
     arguments = (config, config.temperature, config.method, config.samples, config.seed)
     figures, talks = evaluate(
-        (sampler, reflector, sampler), tokenizer, task, *columns, *arguments, done=done, keep=keep
+        (sampler, reflector, sampler), tokenizer, task, *columns, *arguments, done=done, keep=partial(keep, config)
     )
     print(format_transcripts(talks))
     print(f"{figures['n']} {config.split} problems\n")
@@ -389,9 +361,10 @@ def main(config: Config) -> None:
     print(format_table({config.model: {"sampled" if config.temperature else "greedy": figures}}, COLUMNS + names))
     if config.samples > 1:
         print(f"\nMajority votes:\n\n{format_votes(figures)}")
-    if config.output:
+    if config.output and rank() == 0:
         Path(config.output).write_text(json.dumps(figures | {"conversations": talks}, indent=1) + "\n")
         Path(config.output + ".partial").unlink()
+    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -1,127 +1,87 @@
-"""The policy: loading, scoring, updating and saving a causal language model, and a run's directory.
+"""The policy: loading, scoring and updating a causal language model, be it in one place or spread over many.
 
-Everything that the algorithm files share and that is not an algorithm. One process for now.
+Bytes of memory that a rank of torchrun needs, of N parameters, V words, width H, L layers with K key-value heads of
+size D, for S ranks that share one copy (all, or with --hsdp those of a copy), computing in c bytes (bfloat16: 2):
+
+    always      (4 + 8 + 4) N / S                      weights, Adam's moments, the reference: float32
+    sampling    c N  +  2 c L K D t                    a whole copy; the cache of t tokens
+    updating    4 N / S  +  (2 + 1) c E  +  5 c N / L  gradients; embedding and head (E = V H, untied 2 V H) of both
+                                                       models, with gradient; blocks that are gathered and reduced
+                6 * 4 * 2^24                           logits: a chunk, in float32, and what is made of it
+                c L H m  +  34 c H m                   with --checkpointing: m tokens of a micro-batch at each block,
+                                                       and all that is kept of one
+
+The peak is the first line and the larger of the other two. bench/memory.py prints it for some models.
 """
 
+import copy
 import hashlib
-import json
 import math
-import os
-import resource
-import shutil
-import sys
-import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import trange
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from loss import KL_KINDS, Scores, policy_loss
+import distributed
+from loss import Scores, policy_loss
 from scorer import Scorer
 
 logging.disable_progress_bar()  # "Loading weights" on every load
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def flag(default, text: str, **more):
-    """A dataclass field that is a command-line flag with a help line."""
-    return field(default=default, metadata={"help": text, **more})
+def compute_dtype(config) -> torch.dtype:
+    """What the models compute in: float32, or with torchrun on GPUs bfloat16, unless a flag says otherwise.
+
+    ValueError for flags that make no sense with this number of processes.
+    """
+    usual = {"dtype": None, "hsdp": 1, "cpu_offload": False}
+    asked = [f"--{name}" for name, value in usual.items() if getattr(config, name, value) != value]
+    if asked and not distributed.together():
+        raise ValueError(f"{', '.join(asked)}: needs torchrun, on one GPU too: torchrun --nproc-per-node 1 ...")
+    if distributed.world() % getattr(config, "hsdp", 1):
+        raise ValueError(f"--hsdp {config.hsdp} does not divide the {distributed.world()} ranks")
+    halved = distributed.together() and torch.cuda.is_available()
+    return getattr(torch, config.dtype or ("bfloat16" if halved else "float32"))
 
 
-KL_HELP = "KL estimator; loss.kl_terms says which gradient each one has"
+def load_model(name: str, device: str | None = None, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) of a local directory or a hub name, in eval mode (no dropout, ever).
+
+    With torchrun the first rank reads it, and every rank gets a whole copy in `dtype`.
+    """
+    source, tokenizer = read_model(name)
+    if distributed.together():
+        model = skeleton(source)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)  # not the buffers, which are float32 in every model
+        materialise(model, distributed.device())
+        distributed.send(source, model)
+    else:
+        model = source.to(device or distributed.device())
+    check_head(model, name)
+    return model, tokenizer
 
 
-@dataclass
-class TaskConfig:
-    """The flags that say what is to be done, and by which model."""
+def read_model(name: str):
+    """(model on the CPU in float32, tokenizer). On ranks other than the first, the model has no values."""
+    models = []
 
-    model: str = flag("models/tiny", "model directory or hub name")
-    task: str = flag("tiny", "tiny, countdown, math, gsm8k, mbpp, mbpp_r, humaneval or function_call")
-    data: str | None = flag(
-        None,
-        "problems: a JSONL or JSON file, hub:NAME[:CONFIG], or train=...,test=... with one of these each; default: the "
-        "task's own. One file is split by a hash of its content, 80/10/10 (MBPP: by task_id, as published)",
-    )
-    prompts: str | None = flag(None, "JSON file that replaces some of the task's prompts; prompts.py has their names")
-    shots: int | None = flag(
-        None, "few-shot examples, from the train split (MBPP: from task_id 1 to 10); default: 3 for mbpp, else 0"
-    )
-    shots_file: str | None = flag(
-        None, "take the examples from this file instead; a `response` in it is shown as it is"
-    )
-    unsafe: bool = flag(
-        False, "run programs of code tasks even where the sandbox can't hold them: they can do what you can do"
-    )
+    def read():
+        model, tokenizer = _read_files(name)
+        models.append(model)
+        return model.config, model.generation_config, tokenizer
+
+    config, generation_config, tokenizer = distributed.on_first(read)
+    return models[0] if models else _without_values(config, generation_config), tokenizer
 
 
-@dataclass
-class TrainConfig(TaskConfig):
-    """The flags that every training script shares."""
-
-    output_dir: str = flag("runs/run", "the run's directory: new, or to be resumed")
-    resume: bool = flag(False, "go on with the run in --output_dir")
-    seed: int = flag(0, "seed of the problems' order and of every sample")
-    max_new_tokens: int = flag(16, "token limit of an attempt")
-    temperature: float = flag(1.0, "sampling temperature while training")
-    kl: str = flag("exact", KL_HELP, choices=KL_KINDS)
-    lr: float = flag(1.5e-4, "peak learning rate of AdamW")
-    warmup: int = flag(10, "steps of linear warm-up")
-    schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine"))
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    epochs: int = flag(1, "updates a batch; above 1 the ratio pi / pi_old is clipped")
-    clip: float = flag(0.2, "how far the ratio may move from 1 when epochs > 1")
-    token_budget: int = flag(16384, "tokens of a micro-batch")
-    checkpointing: bool = flag(False, "compute the activations again in the backward pass: less memory, more time")
-    save_every: int = flag(20, "steps between saved states; the best checkpoint is chosen over such windows")
-    eval_every: int = flag(40, "steps between evaluations at T = 1 on validation; 0: only at the end")
-    eval_problems: int = flag(300, "validation problems of those evaluations")
-    final_problems: int | None = flag(None, "validation problems of the final table; default: all")
-    probe: int = flag(64, "training problems tried first: where all fail or none, training stops; 0: no probe")
-
-    last_stage = 1  # no flag: the stage in which the best checkpoint is looked for
-
-
-@contextmanager
-def exit_on_bad_input():
-    """Around a script's preparations: a ValueError there is the user's to mend, so it is one line and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def parse_args(config_class, args: list[str] | None = None):
-    """The dataclass, filled from the command line; a flag that does not parse is one line and exit code 2."""
-    parser = HfArgumentParser(config_class)
-
-    def error(message: str):
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
-
-    parser.error = error
-    config, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown flag {unknown[0]}: see --help")
-    return config
-
-
-def check_counts(config, *may_be_zero: str) -> None:
-    """Every whole number among the flags must be at least 1, or 0 where that means something."""
-    for name, value in asdict(config).items():
-        least = 0 if name in (*may_be_zero, "seed", "warmup", "eval_every", "shots", "probe") else 1
-        if type(value) is int and value < least:
-            raise ValueError(f"--{name} {value}: must be at least {least}")
-
-
-def load_model(name: str, device: str | None = None):
-    """(model, tokenizer) of a local directory or a hub name, in float32, in eval mode (no dropout, ever)."""
+def _read_files(name: str):
     path = Path(name)
     looks_local = path.exists() or name.startswith((".", "/", "models/", "runs/"))
     if looks_local and not (path / "config.json").is_file():
@@ -130,13 +90,56 @@ def load_model(name: str, device: str | None = None):
         raise ValueError(f"--model {name}: no weights there (*.safetensors); was the directory copied whole?")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval(), tokenizer
     except Exception as error:  # whatever a damaged file or an unknown name makes of itself in there
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"--model {name} can't be loaded: {reason[:300]}") from None
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    check_head(model, name)
-    return model, tokenizer
+
+
+def skeleton(model):
+    """Another model of the same build, all shapes and no values."""
+    return _without_values(model.config, model.generation_config)
+
+
+def _without_values(config, generation_config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    model.generation_config = generation_config
+    return model
+
+
+def materialise(module: nn.Module, device, buffer_device=None) -> None:
+    """Memory for a module that has no values, which it does not set. Tied weights stay tied."""
+    names = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name.rpartition("."))
+    module.to_empty(device=device)
+    for (first, _, weight), *others in names.values():
+        for owner, _, name in others:
+            setattr(module.get_submodule(owner), name, getattr(module.get_submodule(first), weight))
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(buffer_device or device))
+
+
+def make_scorer(model, config) -> Scorer:
+    """The policy to be trained, which starts as the whole `model`, and its frozen reference.
+
+    With torchrun both are spread over the ranks, in float32, and `model` keeps being a copy of the whole policy to
+    sample from: it is given up for each update, and gathered again after it.
+    """
+    if not distributed.together():
+        return Scorer(model, copy.deepcopy(model), checkpointing=config.checkpointing)
+    distributed.drop_weights(model)
+    source, _ = read_model(config.model)  # again, since `model` may be rounded
+    scorer = Scorer(skeleton(source), skeleton(source), checkpointing=config.checkpointing)
+    models, device = [scorer.model, scorer.reference], distributed.device()
+    distributed.shard(scorer, models, compute_dtype(config), config.hsdp, config.cpu_offload)
+    materialise(scorer, "cpu" if config.cpu_offload else device, device)
+    distributed.send(source, *models)
+    del source  # of the first rank, before the next whole copy
+    distributed.gather_weights(scorer.model, model)
+    return scorer
 
 
 @torch.no_grad()
@@ -145,7 +148,8 @@ def check_head(model, name: str) -> None:
     ids = torch.arange(4, device=model.device)[None]
     hidden = model.get_decoder()(input_ids=ids).last_hidden_state
     logits = hidden @ model.get_output_embeddings().weight.T
-    if not torch.allclose(logits, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    if not torch.allclose(logits, model(input_ids=ids).logits, rtol=tolerance, atol=tolerance):
         raise ValueError(f"--model {name}: its logits are not hidden @ head.T (a cap, scale or bias); not supported")
 
 
@@ -168,14 +172,14 @@ def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
         if row > start and longest * (row + 1 - start) > token_budget:
             batches.append(torch.arange(start, row))
             start, longest = row, length
-    return [*batches, torch.arange(start, len(lengths))]
+    return [*batches, torch.arange(start, len(lengths))] if len(lengths) else []
 
 
 class Batch(NamedTuple):
-    """What an algorithm makes of one step's rollout, and all that the shared update needs.
+    """What an algorithm makes of one step's rollout, and all that the shared update needs: this rank's rows.
 
     advantages, kl_coef: (B, T) float32, one for every sampled token, 0 elsewhere
-    denominator:         what the loss is divided by, counted over the whole batch
+    denominator:         what the loss is divided by, counted over the whole batch, of all ranks
     figures:             the step's own metrics; `reward` among them decides which checkpoint is kept
     held:                (B, T) bool or None: tokens of the prompt that get a KL all the same, and nothing else
     """
@@ -188,39 +192,69 @@ class Batch(NamedTuple):
     held: Tensor | None = None
 
 
-def accumulate_gradients(scorer: Scorer, batch: Batch, config, old_logprobs: Tensor | None = None) -> Scores:
-    """Adds the gradient of `policy_loss` over all rows of a batch; returns the detached scores, each (B, T)."""
-    rollout = batch.rollout
+def accumulate_gradients(scorer, batch: Batch, config, old_logprobs: Tensor | None = None) -> tuple[Scores, float]:
+    """Adds the gradient of `policy_loss` over all rows of a batch: (detached scores, each (B, T); the loss)."""
+    rollout, loss = batch.rollout, 0.0
     kept = [torch.zeros_like(rollout.logprobs) for _ in Scores._fields]
     scored = rollout.action_mask if batch.held is None else rollout.action_mask | batch.held
     whole = (rollout.ids, scored, rollout.turn, batch.advantages, batch.kl_coef)
-    for rows in micro_batches(rollout.lengths, config.token_budget):
+    pieces = micro_batches(rollout.lengths, config.token_budget)
+    idle = max(distributed.exchange(len(pieces))) - len(pieces)
+    for rows in pieces:
         cut = int(rollout.lengths[rows].max())
         ids, mask, turn, advantages, kl_coef = (x[rows, :cut] for x in whole)
         scores = scorer(ids, mask, config.temperature)
         old = None if old_logprobs is None else old_logprobs[rows, :cut]
-        loss = policy_loss(scores, advantages, kl_coef, mask, turn, batch.denominator, config.kl, old, config.clip)
-        loss.backward()
+        part = policy_loss(scores, advantages, kl_coef, mask, turn, batch.denominator, config.kl, old, config.clip)
+        part.backward()
+        loss += part.detach()
         for all_rows, part in zip(kept, scores, strict=True):
             all_rows[rows, :cut] = part.detach().to(all_rows)
-    return Scores(*kept)
+    for _ in range(idle):  # another rank has more, and weights are gathered by all ranks or none
+        token = torch.tensor([[False, True]], device=rollout.ids.device)
+        (0 * scorer(token.long(), token).logprobs.sum()).backward()
+    return Scores(*kept), float(loss)
 
 
-def update(scorer: Scorer, optimizer, batch: Batch, config) -> tuple[Scores, float]:
-    """One on-policy step on the batch, or `config.epochs`: (scores before the first, norm of the last gradient)."""
-    before = None
-    for _ in range(config.epochs):
+def update(scorer: Scorer, optimizer, batch: Batch, config) -> tuple[Scores, float, list[str]]:
+    """One on-policy step on the batch, or `config.epochs`: (scores before the first, norm of the last gradient, what
+    was not finite). If anything was not, that step is not made, and no other after it."""
+    before, wrong = None, []
+    for _ in range(config.epochs if batch.denominator else 1):
         old_logprobs = None if before is None else before.logprobs
-        scores = accumulate_gradients(scorer, batch, config, old_logprobs)
-        before = before or scores
-        norm = apply_gradients(scorer.model, optimizer, config.max_grad_norm)
-    return before, norm
+        scores, loss = accumulate_gradients(scorer, batch, config, old_logprobs)
+        before, wrong = before or scores, not_finite(batch, loss)
+        norm = apply_gradients(scorer.model, optimizer, config.max_grad_norm, bool(batch.denominator) and not wrong)
+        wrong += [] if math.isfinite(norm) else ["gradient"]
+        if wrong:
+            break
+    return before, norm, wrong
 
 
-def apply_gradients(model, optimizer, max_norm: float) -> float:
-    """Clips, steps, clears. Returns the gradient's norm; one that is not finite leaves the weights untouched."""
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
-    if math.isfinite(norm):
+def not_finite(batch: Batch, loss: float) -> list[str]:
+    """What is NaN or infinite on any rank; the same list on all of them."""
+    parts = {
+        "reward": [x for x in batch.figures.values() if isinstance(x, float)],
+        "log-probs of the sampler": batch.rollout.logprobs,
+        "advantages": batch.advantages,
+        "loss": [loss],
+    }
+    local = [name for name, values in parts.items() if not torch.as_tensor(values).isfinite().all()]
+    found = {name for names in distributed.exchange(local) for name in names}
+    return [name for name in parts if name in found]
+
+
+def finite_weights(model) -> bool:
+    """Of all ranks."""
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return all(distributed.exchange(all(bool(part.isfinite().all()) for part in parts)))
+
+
+def apply_gradients(model, optimizer, max_norm: float, wanted: bool = True) -> float:
+    """Clips, steps if `wanted`, clears. Returns the gradient's norm; one that is not finite makes no step either."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if wanted and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -235,10 +269,12 @@ def set_lr(optimizer, peak: float, step: int, steps: int, warmup: int, schedule:
         group["lr"] = peak * scale
 
 
-def row_seeds(rows: int, *key) -> list[int]:
-    """One seed a row. Another key (what for, the run's seed, the step) gives seeds of its own."""
+def row_seeds(things: int | range, *key, each: int = 1) -> list[int]:
+    """A seed for each row: `each` rows a thing, and a range for a rank's share of them. Another key (what for, the
+    run's seed, the step) gives seeds of its own."""
+    things = range(things) if isinstance(things, int) else things
     start = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
-    return [(start + row) % 2**63 for row in range(rows)]
+    return [(start + row) % 2**63 for row in range(things.start * each, things.stop * each)]
 
 
 def pick_problems(problems: list[dict], seed: int, step: int, count: int) -> list[dict]:
@@ -250,147 +286,13 @@ def pick_problems(problems: list[dict], seed: int, step: int, count: int) -> lis
     return chosen
 
 
+def unzip(pairs: list, some: range) -> tuple[list, list]:
+    """Problems and prompts, of some of the (problem, prompt) pairs."""
+    problems, prompts = zip(*pairs[some.start : some.stop], strict=True) if some else ((), ())
+    return [*problems], [*prompts]
+
+
 @lru_cache(maxsize=2)
 def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()
-
-
-def check_run(config) -> None:
-    """Refuses an output directory that is in use, or to resume what is not there or had other flags. Writes nothing."""
-    run = Path(config.output_dir)
-    if not config.resume:
-        if run.is_file() or run.is_dir() and any(run.iterdir()):
-            raise ValueError(f"--output_dir {run} is in use: name another, or go on with it with --resume")
-        return
-    if not (run / "state.pt").is_file():
-        raise ValueError(f"--resume: {run} has no state.pt to go on from; start a new run elsewhere")
-    flags, before = asdict(config), json.loads((run / "config.json").read_text())
-    changed = [k for k in flags if k not in ("resume", "output_dir") and flags[k] != before.get(k)]
-    if changed:
-        was = ", ".join(f"--{k} was {before.get(k)}, is {flags[k]}" for k in changed)
-        raise ValueError(f"--resume: {run} was started with other flags: {was}")
-
-
-def open_run(config) -> Path:
-    """The run's directory, made with its config.json unless it is resumed."""
-    check_run(config)
-    run = Path(config.output_dir)
-    if not config.resume:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    return run
-
-
-def save_model(model, tokenizer, path: Path) -> None:
-    """In Hugging Face format, complete or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    shutil.rmtree(path, ignore_errors=True)
-    fresh.rename(path)
-
-
-def save_state(run: Path, **state) -> None:
-    """All that `--resume` needs, complete or not at all."""
-    torch.save(state, run / "state.pt.new")
-    os.replace(run / "state.pt.new", run / "state.pt")
-
-
-def log_metrics(run: Path, row: dict) -> None:
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def forget_metrics(run: Path, step: int) -> None:
-    """Drops the lines of `step` and later, which a resumed run is about to write again."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
-
-
-def token_metrics(batch: Batch, scores: Scores) -> dict:
-    """Figures that mean the same for every algorithm; kl_* are nats an attempt, the others of a sampled token.
-
-    ratio_error: the largest |log pi - log pi_sampler|: 0 up to rounding while sampler and scorer agree.
-    zero_advantage: share of sampled tokens without a policy gradient. truncated: attempts cut off by the limit.
-    """
-    rollout, sampled = batch.rollout, batch.rollout.action_mask
-    row = {}
-    for turn in rollout.turn[sampled if batch.held is None else sampled | batch.held].unique().tolist():
-        row[f"kl_t{turn + 1}"] = float((scores.kl * (rollout.turn == turn)).sum() / len(rollout.ids))
-    row["entropy"] = float(scores.entropy[sampled].mean())
-    row["ratio_error"] = float((scores.logprobs - rollout.logprobs)[sampled].abs().max())
-    row["zero_advantage"] = float((batch.advantages[sampled] == 0).float().mean())
-    row["truncated"] = 1 - float(rollout.stopped.float().mean())
-    row["tokens"] = int(sampled.sum())
-    row["response_length"] = row["tokens"] / rollout.stopped.numel()
-    return row
-
-
-def train(config, run: Path, scorer: Scorer, tokenizer, steps: int, make_batch, evaluate_now, state: dict) -> None:
-    """The loop around an algorithm: `make_batch(step, state) -> Batch`, one update, metrics, checkpoints.
-
-    `evaluate_now(step) -> dict` joins the metrics every `eval_every` steps. `state` is the algorithm's own memory
-    between steps; it is saved and resumed with the rest, and holds the last step's figures under "last". The model
-    kept in run/checkpoint is the one after the `save_every` steps with the highest mean training reward, counting
-    steps of `config.last_stage` only.
-    """
-    optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    start, best, window = 0, float("-inf"), []
-
-    def save(step: int) -> None:
-        parts = {"scorer": scorer.state_dict(), "optimizer": optimizer.state_dict()}
-        save_state(run, **parts, step=step, best=best, state=state)
-
-    if config.resume:
-        start, best = _resume(run, scorer, optimizer, state)
-    else:
-        save(0)
-    progress = trange(start, steps, initial=start, total=steps)
-    for step in progress:
-        set_lr(optimizer, config.lr, step, steps, config.warmup, config.schedule)
-        started = time.perf_counter()
-        batch = make_batch(step, state)
-        sampled = time.perf_counter()
-        scores, norm = update(scorer, optimizer, batch, config)
-        row = {"stage": batch.figures["stage"], "step": step} | batch.figures | token_metrics(batch, scores)
-        row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
-        row |= {"seconds_rollout": sampled - started, "seconds_update": time.perf_counter() - sampled}
-        row["memory_mib"] = memory_mib()
-        state["last"] = row
-        if config.eval_every and (step + 1) % config.eval_every == 0:
-            row |= evaluate_now(step)
-        log_metrics(run, row)
-        show(progress, row)
-        if row["stage"] == config.last_stage and "reward" in row:
-            window.append(row["reward"])
-        if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            if window and sum(window) / len(window) > best:
-                best = sum(window) / len(window)
-                save_model(scorer.model, tokenizer, run / "checkpoint")
-            window.clear()
-            save(step + 1)
-
-
-def memory_mib() -> float:
-    """The peak so far: of the GPU if there is one, else of the process (Linux counts in KiB)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def show(progress, row: dict) -> None:
-    keys = ("reward", "acc_t1", "acc_t2", "kl_t1", "response_length")
-    shown = {key: f"{row[key]:.3f}" for key in keys if key in row}
-    progress.set_postfix(stage=row["stage"], **shown, tokens_s=f"{row['tokens'] / row['seconds_rollout']:.0f}")
-
-
-def _resume(run: Path, scorer: Scorer, optimizer, state: dict) -> tuple[int, float]:
-    saved = torch.load(run / "state.pt", weights_only=True)
-    scorer.load_state_dict(saved["scorer"])
-    optimizer.load_state_dict(saved["optimizer"])
-    state.update(saved["state"])
-    forget_metrics(run, saved["step"])
-    return saved["step"], saved["best"]

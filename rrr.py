@@ -8,10 +8,10 @@ right, GRPO rewards the reflection's tokens and no others: the model learns to r
 like the paper: roll out reflections and retries, verify the retries, give every reflection its advantage; the shared
 loss in loss.py does the rest.
 
-Notation: F failures a step, G reflections of each, R retries after each of those; B = F * G * R rows.
+Notation: F failures a step, G reflections of each, R retries after each of those; B = F * G * R rows. With several
+processes each has its share of the F failures and of the rows; verdicts are gathered from all of them.
 """
 
-import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,38 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
+import distributed
 from chat import first_turn_ids, follow_up_ids, seam_ids
+from checkpoint import write_text
 from data import naming, read_rows, take
-from evaluate import (
-    compare_after_failure,
-    evaluate_both,
-    first_attempts,
-    grade,
-    prepare,
-    probe,
-    report,
-    side_by_side,
-    watcher,
-)
+from distributed import exchange, gather, on_first, own, rank, share
+from evaluate import compare_after_failure, evaluate_both, first_attempts, grade, prepare, probe, side_by_side
+from flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
-from policy import (
-    KL_HELP,
-    Batch,
-    TrainConfig,
-    check_counts,
-    check_run,
-    exit_on_bad_input,
-    fingerprint,
-    flag,
-    load_model,
-    open_run,
-    parse_args,
-    pick_problems,
-    row_seeds,
-    train,
-)
+from policy import Batch, compute_dtype, fingerprint, load_model, make_scorer, pick_problems, row_seeds, unzip
 from sampler import Sampler
-from scorer import Scorer
+from training import check_run, contents_of, open_run, report, train, watcher
 
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
@@ -120,16 +99,18 @@ def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]
     The rate is that of the first answers; later ones are asked of the queries that are still unfailed.
     """
     waiting, failures, success = list(split), [], None
-    for attempt in trange(config.tries, desc="collecting failures"):
+    for attempt in trange(config.tries, desc="collecting failures", disable=rank() > 0):
         right = []
         for start in range(0, len(waiting), PIECE):
             piece = waiting[start : start + PIECE]
-            problems, prompts = zip(*piece, strict=True)
-            seeds = row_seeds(len(piece), "collect", config.seed, attempt, start)
+            mine = share(len(piece))
+            problems, prompts = unzip(piece, mine)
+            seeds = row_seeds(mine, "collect", config.seed, attempt, start)
             rollout = first_attempts(sampler, tokenizer, task, problems, prompts, 1, seeds, answer_limits(config))
             texts, verdicts = grade(tokenizer, task, rollout, 0, problems)
-            rows = zip(piece, texts, verdicts.tolist(), rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)
-            for (problem, prompt), text, verdict, ids, length in rows:
+            rows = zip(texts, verdicts.tolist(), rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)
+            rows = [row for rows in exchange(list(rows)) for row in rows]
+            for (problem, prompt), (text, verdict, ids, length) in zip(piece, rows, strict=True):
                 if verdict:
                     right.append((problem, prompt))
                 else:
@@ -148,9 +129,7 @@ def write_failures(path: Path, failures: list[dict], success: float, model, conf
     """A new file, complete or not at all; its first line says where the failures came from."""
     origin = {"model": config.model, "fingerprint": fingerprint(model), "task": config.task, "seed": config.seed}
     lines = [{"origin": origin | {"success_rate": success}}, *failures]
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    fresh.rename(path)
+    on_first(write_text, path, "".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(failures)} failures, success rate {success:.3f}: {path}")
 
 
@@ -183,24 +162,25 @@ def read_failures(path: str, sampler, tokenizer, task, config) -> list[dict]:
     return [failure for _, failure in rows]
 
 
-def roll_out(sampler, tokenizer, task, failures, step, config):
-    """G reflections on each failure, R retries after each: (rollout of B rows, rewards (F, G, R), held (B, T)).
+def roll_out(sampler, tokenizer, task, chosen, step, config):
+    """G reflections on each of this rank's failures, R retries after each: (rollout, rewards (F, G, R), held (B, T)).
 
     Turns are 0 for the failed attempt, 1 for the reflection, 2 for the retry, which goes on from the cache of the
     exact ids of all that stands before it. `held` marks the attempt's tokens, which were sampled long ago.
     """
-    G, R = config.group_size, config.retries
+    G, R, mine = config.group_size, config.retries, share(len(chosen))
+    failures = chosen[mine.start : mine.stop]
     before = [failure["prompt_ids"] + failure["answer_ids"] for failure in failures]
     seams = follow_up_ids(tokenizer, task.reflect, [ids[-1] for ids in before])
     contexts = [ids + seam for ids, seam in zip(before, seams, strict=True)]
-    seeds = row_seeds(len(failures) * G, "reflect", config.seed, step)
+    seeds = row_seeds(mine, "reflect", config.seed, step, each=G)
     reflected = sampler.generate(contexts, G, seeds=seeds, **reflection_limits(config))
     rollout = retry(sampler, tokenizer, task, reflected, config)
     problems = [failure["problem"] for failure in failures for _ in range(G * R)]
-    rewards = grade(tokenizer, task, rollout, 1, problems)[1].view(-1, G, R)
+    rewards = grade(tokenizer, task, rollout, 1, problems)[1].view(len(failures), G, R)
 
     start, end = (
-        torch.tensor([len(part) for part in parts], device=rollout.ids.device).repeat_interleave(G * R)[:, None]
+        torch.tensor([*map(len, parts)], dtype=torch.long, device=rollout.ids.device).repeat_interleave(G * R)[:, None]
         for parts in ([failure["prompt_ids"] for failure in failures], before)
     )
     position = torch.arange(rollout.ids.shape[1], device=rollout.ids.device)
@@ -211,26 +191,25 @@ def roll_out(sampler, tokenizer, task, failures, step, config):
 
 
 def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
-    """G whole episodes of each query: (rollout of B rows, rewards (N, G, R), present (N, G), failed).
+    """G whole episodes of each of this rank's queries: (rollout, rewards (N, G, R), present (N, G)).
 
-    Only episodes whose first attempt failed are present. If none did, one goes on all the same, since a batch can't be
-    empty; then `failed` is False, and the batch teaches nothing.
+    Only episodes whose first attempt failed are present and have rows.
     """
-    problems, prompts = zip(*chosen, strict=True)
+    mine = share(len(chosen))
+    problems, prompts = unzip(chosen, mine)
     N, G, R = len(prompts), config.group_size, config.retries
-    seeds = row_seeds(N * G, "episode", config.seed, step)
+    seeds = row_seeds(mine, "episode", config.seed, step, each=G)
     first = sampler.generate(prompts, G, seeds=seeds, **answer_limits(config))
     problems = [problem for problem in problems for _ in range(G)]
-    failed = (grade(tokenizer, task, first, 0, problems)[1] == 0).nonzero().flatten().tolist()
-    rows = failed or [0]
+    rows = (grade(tokenizer, task, first, 0, problems)[1] == 0).nonzero().flatten().tolist()
     last = first.last_ids()
     seams = follow_up_ids(tokenizer, task.reflect, [last[row] for row in rows])
     reflected = sampler.extend(first, seams, rows=rows, **reflection_limits(config))
     rollout = retry(sampler, tokenizer, task, reflected, config)
     verdicts = grade(tokenizer, task, rollout, 2, [problems[row] for row in rows for _ in range(R)])[1]
     rewards, present = torch.zeros(N * G, R), torch.zeros(N * G)
-    rewards[rows], present[rows] = verdicts.view(-1, R), 1.0
-    return rollout, rewards.view(N, G, R), present.view(N, G), bool(failed)
+    rewards[rows], present[rows] = verdicts.view(len(rows), R), 1.0
+    return rollout, rewards.view(N, G, R), present.view(N, G)
 
 
 def answer_limits(config) -> dict:
@@ -267,15 +246,17 @@ def group_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
     return divide_by_std(advantages, 1, present) if config.normalise else advantages
 
 
-def make_batch(rollout, rewards, present, held, config, failed: bool = True) -> Batch:
+def make_batch(rollout, rewards, present, held, config) -> Batch:
     """Verdicts -> an advantage and a KL weight for every token; the failed attempt, turn 0, has no advantage."""
-    advantages = F.pad(turn_advantages(rewards, present, config), (1, 0)) * failed  # (B, 3)
+    rewards, present = gather(rewards), gather(present)
+    advantages = F.pad(turn_advantages(rewards, present, config), (1, 0))  # (B, 3)
     weights = [config.anchor * (config.kl_on == "all"), config.beta, config.anchor * (config.kl_on != "reflection")]
-    kl_coef = spread(torch.tensor(weights).expand_as(advantages), rollout)
+    per_turn = (advantages, torch.tensor(weights).expand_as(advantages))
+    advantages, kl_coef = (spread(own(x, len(rollout.ids)), rollout) for x in per_turn)
     if held is not None:
         kl_coef = kl_coef + weights[0] * held
-    figures = {"stage": 1} | ({"reward": float(rewards[present.bool()].mean())} if failed else {})
-    return Batch(rollout, spread(advantages, rollout), kl_coef, len(rollout.ids), figures, held)
+    figures = {"stage": 1} | ({"reward": float(rewards[present.bool()].mean())} if present.any() else {})
+    return Batch(rollout, advantages, kl_coef, len(per_turn[0]), figures, held)
 
 
 def check(config) -> None:
@@ -291,6 +272,12 @@ def check(config) -> None:
         raise ValueError("--collect writes a new file: name it with --failures, one that does not exist yet")
 
 
+def stored_failures(config) -> str | None:
+    """Those that the run to be resumed has collected, if it came so far."""
+    path = Path(config.output_dir) / "failures.jsonl"
+    return str(path) if config.resume and path.exists() else None
+
+
 def with_preset(config):
     """The paper's numbers in place of all flags that are at their defaults."""
     paper = PAPER if config.preset == "paper" else {}
@@ -298,6 +285,7 @@ def with_preset(config):
 
 
 def main(config: Config) -> None:
+    distributed.start()
     config = with_preset(config)
     with exit_on_bad_input():
         check(config)
@@ -307,42 +295,42 @@ def main(config: Config) -> None:
             raise ValueError(f"--group episode: the first attempts of task '{task.name}' are not the model's own")
         if config.collect:
             failures, success = collect(sampler, tokenizer, task, splits["train"], config)
-            return write_failures(Path(config.failures), failures, success, sampler.model, config)
+            write_failures(Path(config.failures), failures, success, sampler.model, config)
+            return distributed.finish()
         check_run(config)
         source, success = splits["train"], None  # whole episodes start from the problems themselves
-        stored = config.failures or config.resume and f"{config.output_dir}/failures.jsonl"
+        stored = config.failures or stored_failures(config)
         if config.group == "failure" and stored:
             source = read_failures(stored, sampler, tokenizer, task, config)
         if not config.resume:
             probe(sampler, tokenizer, task, splits["train"], config, "reflect_retry", ["retry_given_failure"])
         if config.group == "failure" and not stored:
             source, success = collect(sampler, tokenizer, task, splits["train"], config)
-        run = open_run(config)
+        run = open_run(config, contents_of(sampler.model, tokenizer, **splits, failures=source))
         if success is not None:
             write_failures(run / "failures.jsonl", source, success, sampler.model, config)
+        scorer = make_scorer(sampler.model, config)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
-    base = Sampler(copy.deepcopy(sampler.model), tokenizer)
-    scorer = Scorer(sampler.model, base.model, checkpointing=config.checkpointing)
 
     def step_batch(step: int, state: dict) -> Batch:
-        chosen = pick_problems(source, config.seed, step, config.failures_per_step)
-        held, failed = None, True
+        chosen, held = pick_problems(source, config.seed, step, config.failures_per_step), None
         if config.group == "failure":
             rollout, rewards, held = roll_out(sampler, tokenizer, task, chosen, step, config)
             present = torch.ones(rewards.shape[:2])
         else:
-            rollout, rewards, present, failed = roll_out_episodes(sampler, tokenizer, task, chosen, step, config)
+            rollout, rewards, present = roll_out_episodes(sampler, tokenizer, task, chosen, step, config)
         rollout.cache = None  # its memory is wanted for the update
-        return make_batch(rollout, rewards, present, held, config, failed)
+        return make_batch(rollout, rewards, present, held, config)
 
-    evaluate_now = watcher(run, sampler, *shared, "reflect_retry", WATCHED)
-    train(config, run, scorer, tokenizer, config.steps, step_batch, evaluate_now, {})
-    best = Sampler(load_model(str(run / "checkpoint"))[0], tokenizer)
-    models = {"base": base, "trained": best}
+    evaluate_now = watcher(sampler, *shared, "reflect_retry", WATCHED)
+    train(config, run, scorer, sampler, tokenizer, config.steps, step_batch, evaluate_now, {})
+    paths = {"base": config.model, "trained": str(run / "checkpoint")}
+    models = {k: Sampler(load_model(v, dtype=compute_dtype(config))[0], tokenizer) for k, v in paths.items()}
     results = {name: evaluate_both(model, *shared, method="reflect_retry") for name, model in models.items()}
-    results["controls"] = compare_after_failure(base, best, *shared)
-    (run / "reflections.txt").write_text(side_by_side(base, best, *shared))
+    results["controls"] = compare_after_failure(models["base"], models["trained"], *shared)
+    on_first(write_text, run / "reflections.txt", side_by_side(models["base"], models["trained"], *shared))
     report(run, results, len(splits["validation"]), COLUMNS)
+    distributed.finish()
 
 
 if __name__ == "__main__":

@@ -210,8 +210,10 @@ class Sampler:
         prompt_ids: lists of token ids; max_new_tokens: one for all, or one for each of the B rows; temperature 0 is
         greedy; seeds: (B,) ints, default 0..B-1, so that the same call gives the same samples. Returns a Rollout.
         Raises ValueError, before any work, if a prompt is empty, has an unknown id or leaves no room for
-        max_new_tokens, or if a number makes no sense.
+        max_new_tokens, or if a number makes no sense. No prompts give a rollout of no rows.
         """
+        if not prompt_ids:
+            return self._no_rows(turns=1)
         count, total, device = len(prompt_ids), len(prompt_ids) * group_size, self.model.device
         limits = self._check(prompt_ids, [0] * count, group_size, max_new_tokens, temperature)
         seeds = torch.as_tensor(range(total) if seeds is None else seeds, device=device)
@@ -252,6 +254,8 @@ class Sampler:
         Only new tokens are fed. Returns a new Rollout with one more turn, its seeds derived from their
         parents'; the old one stays as it is. Raises ValueError as `generate` does.
         """
+        if not more_prompt_ids:
+            return self._no_rows(rollout.stopped.shape[1] + 1)
         total, count = len(rollout.lengths), len(more_prompt_ids)
         rows = range(total) if rows is None else [int(r) for r in rows]
         require(rollout.cache is not None, "this rollout's cache was freed: keep it until the last turn")
@@ -263,6 +267,11 @@ class Sampler:
         child = torch.arange(group_size, device=index.device)
         seeds = _hash(rollout.seeds[index, None], -1 - child).flatten()
         return self._turn(rollout, index, more_prompt_ids, group_size, limits, temperature, seeds)
+
+    def _no_rows(self, turns):
+        rows, columns = torch.empty(0, device=self.model.device), torch.empty(0, 1, device=self.model.device)
+        shape = (columns.long(), columns.bool(), columns.long(), columns, rows.long(), columns.bool().expand(0, turns))
+        return Rollout(*shape, rows.long(), rows.long(), cache=KVCache(0, 0, rows.device))
 
     def _check(self, prompts, lengths, group_size, max_new_tokens, temperature):
         """ValueError for input that makes no sense; else max_new_tokens of every row, a list of B."""

@@ -7,34 +7,24 @@ Stage I trains the second attempt while a strong KL holds the first one at the b
 bonus on the second attempt for being better than the first. Each step reads like the paper: roll out two attempts,
 verify them, turn verdicts into one advantage a token; the shared loss in loss.py does the rest.
 
-Notation: P problems a step, G first attempts of each, K second attempts of each of those; B = P * G * K rows.
+Notation: P problems a step, G first attempts of each, K second attempts of each of those; B = P * G * K rows. With
+several processes each has its share of the P problems and of the rows; verdicts are gathered from all of them.
 """
 
-import copy
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+import distributed
 from chat import follow_up_ids
-from evaluate import evaluate_both, first_attempts, grade, prepare, probe, report, watcher
+from distributed import gather, own, share
+from evaluate import evaluate_both, first_attempts, grade, prepare, probe
+from flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
-from policy import (
-    Batch,
-    TrainConfig,
-    check_counts,
-    check_run,
-    exit_on_bad_input,
-    flag,
-    load_model,
-    open_run,
-    parse_args,
-    pick_problems,
-    row_seeds,
-    train,
-)
+from policy import Batch, compute_dtype, load_model, make_scorer, pick_problems, row_seeds, unzip
 from sampler import Sampler
-from scorer import Scorer
+from training import check_run, contents_of, open_run, report, train, watcher
 
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 
@@ -84,23 +74,24 @@ def stage_of(step: int, config) -> int:
 
 
 def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
-    """Two attempts at each problem: (rollout of B rows, r1 (P, G), r2 (P, G, K)); single-turn: r2 is None.
+    """Two attempts at each of this rank's problems: (rollout, r1 (P, G), r2 (P, G, K)); single-turn: r2 is None.
 
     The second attempt is conditioned on the very ids of the first. Offline, the base model writes the first
     attempts, which are then part of the prompt: they are not sampled from the policy and get no gradient.
     """
-    problems, prompts = zip(*chosen, strict=True)
+    mine = share(len(chosen))
+    problems, prompts = unzip(chosen, mine)
     P, G, K = len(problems), config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     offline = is_offline(step, config)
-    seeds = row_seeds(P * G, "first", config.seed, step)
+    seeds = row_seeds(mine, "first", config.seed, step, each=G)
     first = first_attempts(base_sampler if offline else sampler, tokenizer, task, problems, prompts, G, seeds, limits)
     rows = [problem for problem in problems for _ in range(G)]
     r1 = grade(tokenizer, task, first, 0, rows)[1].view(P, G)
     if config.single_turn:
         return first, r1, None
     if offline:
-        seeds = row_seeds(P * G * K, "second", config.seed, step)
+        seeds = row_seeds(mine, "second", config.seed, step, each=G * K)
         second = encode_and_answer(sampler, tokenizer, task.correct, first, K, seeds, limits)
     else:
         second = sampler.extend(first, follow_up_ids(tokenizer, task.correct, first.last_ids()), K, **limits)
@@ -167,6 +158,7 @@ def adapt_beta2(beta2: float, kl: float | None, config) -> float:
 
 def make_batch(rollout, r1, r2, stage: int, beta2: float, config, offline: bool = False) -> Batch:
     """Verdicts -> an advantage and a KL weight for every sampled token."""
+    r1, r2 = gather(r1), None if r2 is None else gather(r2)
     advantages = turn_advantages(r1, r2, stage, config, offline)
     kl_coefs = torch.tensor(turn_kl_coefs(stage, beta2, config)).expand(len(advantages), 2)
     figures = {"stage": stage, "beta2": beta2}
@@ -177,7 +169,8 @@ def make_batch(rollout, r1, r2, stage: int, beta2: float, config, offline: bool 
         figures["reward"] = figures["acc_t1"] + figures.get("acc_t2", 0.0)
     elif config.offline_ratio == 1:
         figures["reward"] = figures["acc_t2"]
-    return Batch(rollout, spread(advantages, rollout), spread(kl_coefs, rollout), len(rollout.ids), figures)
+    per_token = (spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coefs))
+    return Batch(rollout, *per_token, len(advantages), figures)
 
 
 def check(config) -> None:
@@ -198,6 +191,7 @@ def probed_figures(task, config) -> list[str]:
 
 
 def main(config: Config) -> None:
+    distributed.start()
     with exit_on_bad_input():
         check(config)
         check_run(config)
@@ -207,17 +201,18 @@ def main(config: Config) -> None:
             check(config)
         if not config.resume:
             probe(sampler, tokenizer, task, splits["train"], config, "self_correct", probed_figures(task, config))
-        run = open_run(config)
+        run = open_run(config, contents_of(sampler.model, tokenizer, **splits))
+        scorer = make_scorer(sampler.model, config)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     results = {"base": evaluate_both(sampler, *shared)}
-    model, base = sampler.model, copy.deepcopy(sampler.model)
-    base_sampler = Sampler(base, tokenizer)
-    scorer = Scorer(model, copy.deepcopy(base), checkpointing=config.checkpointing)
+    base_sampler = sampler
+    if config.offline_ratio and not task.given:
+        base_sampler = Sampler(load_model(config.model, dtype=compute_dtype(config))[0], tokenizer)
 
     def step_batch(step: int, state: dict) -> Batch:
         stage = stage_of(step, config)
         if step == config.stage1_steps and config.reference == "stage1":
-            scorer.reference.load_state_dict(model.state_dict())
+            scorer.reference.load_state_dict(scorer.model.state_dict())
         if stage == 1 and "last" in state:
             state["beta2"] = adapt_beta2(state["beta2"], state["last"].get("kl_t1"), config)
         chosen = pick_problems(splits["train"], config.seed, step, config.problems)
@@ -225,12 +220,13 @@ def main(config: Config) -> None:
         rollout.cache = None  # its memory is wanted for the update
         return make_batch(rollout, r1, r2, stage, state["beta2"], config, is_offline(step, config))
 
-    evaluate_now = watcher(run, sampler, *shared, "self_correct", WATCHED)
+    evaluate_now = watcher(sampler, *shared, "self_correct", WATCHED)
     steps = config.stage1_steps + config.stage2_steps
-    train(config, run, scorer, tokenizer, steps, step_batch, evaluate_now, {"beta2": config.beta2})
-    best = Sampler(load_model(str(run / "checkpoint"))[0], tokenizer)
+    train(config, run, scorer, sampler, tokenizer, steps, step_batch, evaluate_now, {"beta2": config.beta2})
+    best = Sampler(load_model(str(run / "checkpoint"), dtype=compute_dtype(config))[0], tokenizer)
     results["trained"] = evaluate_both(best, *shared)
     report(run, results, len(splits["validation"]))
+    distributed.finish()
 
 
 if __name__ == "__main__":

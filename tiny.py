@@ -28,7 +28,8 @@ from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import score
-from policy import exit_on_bad_input, flag, parse_args, save_model
+from checkpoint import save_model
+from flags import exit_on_bad_input, flag, parse_args
 from tasks import enumerate_steps, tiny_splits
 
 WORDS = "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry + - * / = ;".split()

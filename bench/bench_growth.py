@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common import ROOT, BenchConfig, clock, draw_ids, finish, flag, interleave, parse_args, print_table, ready, spread
-from policy import Batch, TrainConfig, update
+from flags import TrainConfig
+from policy import Batch, update
 from sampler import Sampler
 from scorer import Scorer
 

@@ -34,9 +34,10 @@ from common import (
     ratio,
     spread,
 )
+from flags import TrainConfig
 from loss import divide_by_std, subtract_baseline
 from loss import spread as spread_turns
-from policy import Batch, TrainConfig, update
+from policy import Batch, update
 from sampler import Sampler
 from scorer import Scorer
 from tasks import TASKS

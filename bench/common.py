@@ -18,7 +18,8 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCa
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from policy import flag, load_model, parse_args  # noqa: E402, F401
+from flags import flag, parse_args  # noqa: E402, F401
+from policy import load_model  # noqa: E402, F401
 
 
 @dataclass

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import rrr  # noqa: E402
 from evaluate import compare_after_failure, evaluate_both, prepare  # noqa: E402
-from policy import flag, load_model, parse_args  # noqa: E402
+from flags import flag, parse_args  # noqa: E402
+from policy import load_model  # noqa: E402
 from sampler import Sampler  # noqa: E402
 
 METHODS = {
@@ -53,7 +54,7 @@ def train(name: str, method: str, seed: int) -> None:
     if (run / "results.json").exists():
         return
     command = [sys.executable, *METHODS[name][method], "--seed", str(seed), "--output_dir", str(run)]
-    command += ["--resume"] if (run / "state.pt").exists() else []
+    command += ["--resume"] if (run / "config.json").exists() else []
     with open(f"{run}.log", "a") as log:
         subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

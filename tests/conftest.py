@@ -1,11 +1,13 @@
 """Tiny randomly initialised models, one for every kind of attention that the project supports."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
 
+logging.disable(logging.DEBUG)  # of which torch.distributed.checkpoint writes much
 torch.set_num_threads(1)  # such small matrices gain nothing from more
 
 VOCAB, EOS = 24, 1

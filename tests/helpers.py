@@ -2,15 +2,22 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-import policy
+import checkpoint
 import tiny
+from flags import parse_args
 from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +27,7 @@ SMALL = ["--max_new_tokens", "4", "--final_problems", "4", "--eval_problems", "4
 
 def save_random_model(path: Path) -> str:
     torch.manual_seed(0)
-    policy.save_model(tiny.build_model(), tiny.build_tokenizer(), path)
+    checkpoint.save_model(tiny.build_model(), tiny.build_tokenizer(), path)
     return str(path)
 
 
@@ -32,9 +39,82 @@ def from_command_line(script: str, *flags):
 def refusal(script, capsys, *flags) -> str:
     """What a script says to input that it refuses with exit code 2, all of it on stderr."""
     with pytest.raises(SystemExit) as exit_:
-        script.main(policy.parse_args(script.Config, [str(flag) for flag in flags]))
+        script.main(parse_args(script.Config, [str(flag) for flag in flags]))
     assert exit_.value.code == 2
     return capsys.readouterr().err
+
+
+# Processes that have all modules already: a fraction of a second each.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["score", "rrr", "helpers", "torch._dynamo", "matplotlib.pyplot"])
+
+
+def start(function, *arguments, world=0, log="/dev/null") -> list:
+    """Processes that call function(*arguments), which say what they say in log.0, log.1, ...
+
+    world: ranks as torchrun starts them; 0: one process without it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(max(1, world)):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        said = log if log == "/dev/null" else f"{log}.{rank}"
+        processes.append(FORKS.Process(target=_call, args=(function, arguments, ranks if world else {}, said)))
+        processes[-1].start()
+    return processes
+
+
+def _call(function, arguments, ranks, log):
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1), os.dup2(said, 2)
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def finish(processes, seconds=240) -> list[int]:
+    """Their exit codes; fails if one does not end in time."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0, deadline - time.monotonic()))
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung, "processes hang"
+    return [process.exitcode for process in processes]
+
+
+# Smallest runs of both scripts, of four steps; two of score.py's are Stage I.
+FEW = {
+    "score": ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--stage1_steps", "2",
+              "--stage2_steps", "2", "--reference", "stage1", "--kl_target", "0.001"],
+    "rrr": ["--steps", "4", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
+            "--max_reflection_tokens", "6"],
+}  # fmt: skip
+
+
+def start_run(script: str, model_dir, out, *flags, world=0, harm=None) -> list:
+    """Processes that run a script as `train_here` does, after a call of `harm`; what they say goes to out.log.0, ..."""
+    arguments = (script, str(model_dir), Path(out), [*FEW[script], *map(str, flags)], harm)
+    return start(_run, *arguments, world=world, log=f"{out}.log")
+
+
+def _run(script, model_dir, out, flags, harm):
+    if harm is not None:
+        harm()
+    train_here(import_module(script), model_dir, out, *flags)
+
+
+def run(script: str, model_dir, out, *flags, world=0, harm=None) -> list[int]:
+    return finish(start_run(script, model_dir, out, *flags, world=world, harm=harm))
+
+
+def metrics(out) -> list[dict]:
+    lines = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    return without_times([json.loads(line) for line in lines])
 
 
 def arbitrary_verdict(text, problem):
@@ -48,9 +128,21 @@ def train_here(script, model_dir, out, *flags):
     arguments = ["--model", model_dir, "--output_dir", str(out), *SMALL, *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "tiny", task)
-        script.main(policy.parse_args(script.Config, arguments))
+        script.main(parse_args(script.Config, arguments))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_times(rows):
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))} for row in rows]
+
+
+def die_after_save(step: int):
+    """Harm: SIGKILL once the state of `step` is saved."""
+    save = checkpoint.save_state
+
+    def save_and_die(run, scorer, optimizer, memory, *rest):
+        save(run, scorer, optimizer, memory, *rest)
+        if memory["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_state = save_and_die

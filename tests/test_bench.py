@@ -8,6 +8,7 @@ import bench_growth
 import bench_grpo
 import bench_roofline
 import bench_sampler
+import bench_scaling
 import bench_update
 import common
 from helpers import save_random_model
@@ -92,6 +93,12 @@ def test_growth(tmp_path, capsys):
     assert isinstance(figures["slope_batch"], float) and figures["slope_model"] is None
     assert (tmp_path / "growth.png").stat().st_size > 1000
     assert (tmp_path / "growth.csv").read_text().splitlines()[0] == "series,size,round,seconds"
+
+
+def test_scaling(capsys):
+    small = {"hidden_size": 64, "layers": 1, "vocabulary": 200, "prompt": 4, "new_tokens": 2, "steps": 2}
+    figures, _ = last_line(bench_scaling, capsys, repeats=1, sizes="1,2", **small)
+    assert figures["speedup_2"] > 0 and [len(figures["peak_mib"]["training"][size]) for size in "12"] == [1, 2]
 
 
 def test_results_do_not_depend_on_the_order_of_rows(model):

@@ -8,10 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+import checkpoint
 import loss
 import policy
 import score
 import tiny
+import training
 from loss import divide_by_std, later_in_turn, subtract_baseline, token_scores
 from scorer import Scorer
 
@@ -236,7 +238,7 @@ def test_a_second_epoch_is_clipped_against_the_first_ones_policy(monkeypatch):
     accumulate = policy.accumulate_gradients
     monkeypatch.setattr(policy, "accumulate_gradients", spy)
     optimizer = torch.optim.SGD(scorer.model.parameters(), lr=0.1)
-    scores, _ = policy.update(scorer, optimizer, policy.Batch(rollout, ones, ones, 7, {}), score.Config(epochs=3))
+    scores, *_ = policy.update(scorer, optimizer, policy.Batch(rollout, ones, ones, 7, {}), score.Config(epochs=3))
     assert seen[0] is None and seen[1] is scores.logprobs and seen[2] is scores.logprobs
 
 
@@ -257,7 +259,7 @@ def test_a_head_that_scales_its_logits_is_refused():
 def test_a_saved_model_is_replaced_whole(tmp_path):
     tokenizer = tiny.build_tokenizer()
     for seed in (0, 1):
-        policy.save_model(small_llama(seed), tokenizer, tmp_path / "checkpoint")
+        checkpoint.save_model(small_llama(seed), tokenizer, tmp_path / "checkpoint")
     loaded, _ = policy.load_model(str(tmp_path / "checkpoint"))
     for a, b in zip(loaded.parameters(), small_llama(1).parameters()):
         assert torch.equal(a, b)
@@ -267,7 +269,7 @@ def test_a_saved_model_is_replaced_whole(tmp_path):
 def test_a_run_directory_in_use_is_refused_and_untouched(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="in use"):
-        policy.open_run(score.Config(output_dir=str(tmp_path)))
+        training.open_run(score.Config(output_dir=str(tmp_path)), {})
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import re
 
 import helpers
+import memory
 
 
 def apply(diff: str, text: str) -> str:
@@ -31,3 +32,16 @@ def test_the_readers_third_algorithm_is_a_few_lines_and_trains(tmp_path):
         brief, model, tmp_path / "run", *flags, "--max_reflection_tokens", "6", "--brevity", "0.5"
     )
     assert [row["step"] for row in rows] == [0, 1]
+
+
+def test_the_memory_table_is_that_of_the_formula():
+    assert memory.table() in (helpers.ROOT / "README.md").read_text()
+
+
+def test_every_fault_has_its_test():
+    table = (helpers.ROOT / "README.md").read_text().partition("## What can happen to a run")[2].partition("\n## ")[0]
+    tests = "".join(path.read_text() for path in (helpers.ROOT / "tests").glob("test_*.py"))
+    rows = [line.split("|")[3] for line in table.splitlines() if line.startswith("| ")][1:]
+    for row in rows:
+        names = [name for name in re.findall("`([a-z0-9_]+)`", row)]
+        assert names and all(f"def test_{name}(" in tests for name in names), row

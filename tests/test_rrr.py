@@ -1,5 +1,6 @@
 """RRR's own arithmetic, its file of failures, and short whole runs on a randomly initialised model."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -11,8 +12,10 @@ import torch
 import helpers
 import policy
 import rrr
+import training
 from chat import first_turn_ids, follow_up_ids
 from sampler import Sampler
+from scorer import Scorer
 from tasks import TASKS
 from test_exactness import TOLERANCE, every_batch, expected_loss_gradient, gradient, make_world, turn_logprobs
 
@@ -142,14 +145,14 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert len(results["controls"]) == 10 and "retry_given_failure" in results["trained"]["sampled"]
 
-    logged = policy.log_metrics
+    logged = training.log
 
-    def stop_at_2(run, row):
-        logged(run, row)
+    def stop_at_2(run, row, text):
+        logged(run, row, text)
         if row["step"] == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(policy, "log_metrics", stop_at_2)
+    monkeypatch.setattr(training, "log", stop_at_2)
     with pytest.raises(KeyboardInterrupt):
         train_here(model_dir, tmp_path / "cut")
     monkeypatch.undo()
@@ -167,9 +170,13 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
     problems = task.generate("train", 0)[:2]
     chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
     config = rrr.Config(group_size=2, baseline="none", normalise=False)
-    *parts, failed = rrr.roll_out_episodes(Sampler(model, tokenizer), tokenizer, task, chosen, 0, config)
-    batch = rrr.make_batch(*parts, None, config, failed)
-    assert not failed and not batch.advantages.any() and "reward" not in batch.figures
+    rollout, rewards, present = rrr.roll_out_episodes(Sampler(model, tokenizer), tokenizer, task, chosen, 0, config)
+    batch = rrr.make_batch(rollout, rewards, present, None, config)
+    assert len(rollout.ids) == 0 and "reward" not in batch.figures
+    optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
+    _, norm, wrong = policy.update(Scorer(model), optimizer, batch, config)
+    assert norm == 0 and not wrong and not optimizer.state
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_no_failure_at_all_is_said_before_anything_is_written(model_dir, tmp_path, capsys, monkeypatch):

@@ -343,7 +343,6 @@ def test_bfloat16_stays_close_to_a_plain_forward_pass(tokenizer):
         ("prompt 1 has an id outside", {"prompt_ids": [[3], [VOCAB]]}),
         ("prompt 0 has an id outside", {"prompt_ids": [[-1], [3]]}),
         ("prompt 1: 0 old tokens \\+ 90 .* 96 positions", {"prompt_ids": [[3], [3] * 90]}),
-        ("0 prompts", {"prompt_ids": []}),
         ("max_new_tokens=0", {"max_new_tokens": 0}),
         ("group_size=0", {"group_size": 0}),
         ("temperature is -1", {"temperature": -1}),
@@ -355,6 +354,14 @@ def test_errors_of_generate(tiny, tokenizer, message, arguments):
     with pytest.raises(ValueError, match=message):
         arguments = {"prompt_ids": [[3], [4]], "max_new_tokens": 7, **arguments}
         Sampler(tiny("llama"), tokenizer).generate(**arguments)
+
+
+def test_a_rank_without_prompts_has_a_rollout_without_rows(tiny, tokenizer):
+    sampler = Sampler(tiny("llama"), tokenizer)
+    first = sampler.generate([], 4, max_new_tokens=7, seeds=[])
+    second = sampler.extend(first, [], 2, max_new_tokens=7)
+    assert second.ids.shape == second.action_mask.shape == (0, 1) and second.stopped.shape == (0, 2)
+    assert second.last_ids() == second.completion_ids(1) == []
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import helpers
 import policy
 import score
+import training
 from chat import first_turn_ids
 from tasks import TASKS
 
@@ -83,7 +85,7 @@ def test_a_run_writes_its_directory_and_its_update_is_on_policy(model_dir, tmp_p
     assert rows[0]["kl_t1"] == pytest.approx(0, abs=1e-6) and rows[3]["kl_t1"] > 0
     assert "eval_acc_t2" in rows[1] and "eval_acc_t2" not in rows[0]
     written = {p.name for p in (tmp_path / "run").iterdir()}
-    assert written == {"config.json", "metrics.jsonl", "state.pt", "checkpoint", "results.json", "curves.png",
+    assert written == {"config.json", "metrics.jsonl", "states", ".lock", "checkpoint", "results.json", "curves.png",
                        "transcripts.txt"}  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["base"]["greedy"].keys() == results["trained"]["sampled"].keys() >= {"n", "acc_t1", "delta_se"}
@@ -94,14 +96,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypa
     flags = ("--stage1_steps", "2", "--stage2_steps", "4", "--reference", "stage1", "--kl_target", "0.001")
     whole = train_here(model_dir, tmp_path / "whole", *flags)
 
-    logged = policy.log_metrics
+    logged = training.log
 
-    def stop_at_5(run, row):
-        logged(run, row)
+    def stop_at_5(run, row, text):
+        logged(run, row, text)
         if row["step"] == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(policy, "log_metrics", stop_at_5)
+    monkeypatch.setattr(training, "log", stop_at_5)
     with pytest.raises(KeyboardInterrupt):
         train_here(model_dir, tmp_path / "cut", *flags)
     monkeypatch.undo()
@@ -148,14 +150,14 @@ def test_the_kept_checkpoint_is_that_of_the_best_window_of_the_last_stage(model_
         return batch
 
     monkeypatch.setattr(score, "make_batch", scripted)
-    save_model = policy.save_model
-    monkeypatch.setattr(policy, "save_model", lambda *a: (saved.append(len(rewards)), save_model(*a)))
+    save_model = checkpoint.save_model
+    monkeypatch.setattr(checkpoint, "save_model", lambda *a: (saved.append(len(rewards)), save_model(*a)))
     train_here(model_dir, tmp_path / "run", "--stage1_steps", "3", "--stage2_steps", "5")
     assert saved == [4, 2]  # after step 4 (mean 1) and after step 6 (mean 2.5); never for Stage I's 9s
 
 
 def test_a_run_killed_before_its_first_save_can_be_resumed(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(policy, "update", lambda *a: 1 / 0)
+    monkeypatch.setattr(training, "update", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_here(model_dir, tmp_path / "run", "--stage2_steps", "2", "--stage1_steps", "0")
     monkeypatch.undo()

@@ -1,0 +1,151 @@
+"""Rows a second and memory of each rank, with 1 and 2 processes of one thread each: `python bench/bench_scaling.py`.
+
+A step is what score.py does in one: the ranks share the problems, sample, and make one update. `plain` is a process
+without torchrun. The model is a random Llama, large enough to see what sharding spares. Round by round, all sizes run
+one after the other.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from common import ROOT, BenchConfig, finish, flag, parse_args, print_table, ratio, resident_mib, spread  # isort: skip
+import distributed
+import policy
+import score
+import tiny
+from checkpoint import save_model
+from loss import spread as per_token
+from memory import Shape, gib
+from sampler import Sampler
+from training import train_step
+
+
+@dataclass
+class Config(BenchConfig):
+    hidden_size: int = flag(768, "of the model")
+    layers: int = flag(12, "of the model")
+    vocabulary: int = flag(32000, "of the model")
+    problems: int = flag(8, "prompts a step, of all ranks")
+    group_size: int = flag(4, "attempts at each")
+    prompt: int = flag(64, "tokens of a prompt")
+    new_tokens: int = flag(64, "tokens of an attempt")
+    steps: int = flag(3, "steps a run; the first is not counted")
+    sizes: str = flag("plain,1,2", "numbers of processes")
+    worker: str | None = flag(None, "for this script's own use: the job of one of its processes")
+
+
+def build(config: Config, path: Path) -> int:
+    """Saves the random model; its number of parameters."""
+    torch.manual_seed(config.seed)
+    heads = max(1, config.hidden_size // 64)
+    shape = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 4 * config.hidden_size,
+        "num_attention_heads": heads,
+    }
+    shape |= {"num_hidden_layers": config.layers, "vocab_size": config.vocabulary, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None, bos_token_id=None))
+    save_model(model, tiny.build_tokenizer(), path)
+    return sum(p.numel() for p in model.parameters())
+
+
+def peak_mib() -> float:
+    """What this process had at most since the last call."""
+    peak = resident_mib()
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+
+def work(job: dict) -> dict:
+    """One rank: {seconds a step, peak memory while loading and while training, beyond that of the libraries}."""
+    config, flags = Config(**job["config"]), score.Config(model=job["model"], checkpointing=True, token_budget=1024)
+    torch.set_num_threads(1)
+    distributed.start()
+    libraries = resident_mib("VmRSS")
+    model, tokenizer = policy.load_model(job["model"], dtype=torch.float32)
+    model.generation_config.eos_token_id, sampler = None, Sampler(model, tokenizer)
+    sampler.is_stop.zero_()  # every attempt has the same length
+    scorer = policy.make_scorer(model, flags)
+    optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
+
+    def make_batch(step: int, state: dict) -> policy.Batch:
+        mine = distributed.share(config.problems)
+        prompts = [[(7 * row + i) % 100 + 5 for i in range(config.prompt)] for row in mine]
+        seeds = policy.row_seeds(mine, step, each=config.group_size)
+        rollout = sampler.generate(prompts, config.group_size, max_new_tokens=config.new_tokens, seeds=seeds)
+        rollout.cache = None
+        advantages = per_token(torch.tensor([[(-1.0) ** row] for row in range(len(rollout.ids))]), rollout)
+        rows = config.problems * config.group_size
+        return policy.Batch(rollout, advantages, 0.1 * rollout.action_mask, rows, {"stage": 1})
+
+    loading, rows = peak_mib() - libraries, []
+    for step in range(config.steps):
+        rows.append(train_step(flags, scorer, sampler, optimizer, step, config.steps, make_batch, {}))
+    seconds = [row["seconds_rollout"] + row["seconds_update"] for row in rows[1:]]
+    done = {"seconds": seconds, "loading_mib": loading, "training_mib": peak_mib() - libraries}
+    distributed.finish()
+    return done
+
+
+def measure(size: str, model: str, config: Config) -> list[dict]:
+    """What each rank of a run says of itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": size}
+    world, processes = 1 if size == "plain" else int(size), []
+    with tempfile.TemporaryDirectory() as directory:
+        for rank in range(world):
+            job = {"config": asdict(config) | {"worker": None}, "model": model, "output": f"{directory}/{rank}"}
+            own = {} if size == "plain" else ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, __file__, "--worker", json.dumps(job)]
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | own | {"OMP_NUM_THREADS": "1"}))
+        if any([process.wait() for process in processes]):
+            raise RuntimeError(f"a run of {size} failed")
+        return [json.loads(Path(f"{directory}/{rank}").read_text()) for rank in range(world)]
+
+
+def main(config: Config) -> None:
+    sizes = config.sizes.split(",")
+    runs = {size: [] for size in sizes}
+    with tempfile.TemporaryDirectory() as directory:
+        model = f"{directory}/model"
+        N = build(config, Path(model))
+        for _ in range(config.repeats):
+            for size in sizes:
+                runs[size].append(measure(size, model, config))
+    rows = config.problems * config.group_size
+    speed = {s: [rows / median(run[0]["seconds"]) for run in runs[s]] for s in sizes}
+    peaks = {
+        key: {s: [max(run[r][f"{key}_mib"] for run in runs[s]) for r in range(len(runs[s][0]))] for s in sizes}
+        for key in ("loading", "training")
+    }
+    shape = Shape(N, config.vocabulary, config.hidden_size, config.layers, max(1, config.hidden_size // 64), 64, True)
+    cached = rows * (config.prompt + config.new_tokens)
+    formula = {s: 1024 * gib(shape, int(s), cached // int(s), 1024, c=4) for s in sizes if s != "plain"}
+    table = [
+        (s, spread(speed[s]), *(", ".join(f"{x:.0f}" for x in peaks[k][s]) for k in peaks), f"{formula.get(s, 0):.0f}")
+        for s in sizes
+    ]
+    print_table(("processes", "rows a second", "MiB a rank, loading", "training", "by the formula"), table)
+    ratios = {f"speedup_{s}": ratio(speed[s], speed["1"]) for s in sizes if s != "1" and "1" in sizes}
+    finish(config, parameters=N, rows_per_second=speed, peak_mib=peaks, formula_mib=formula, **ratios)
+
+
+if __name__ == "__main__":
+    config = parse_args(Config)
+    if config.worker:
+        job = json.loads(config.worker)
+        done = work(job)
+        Path(job["output"]).write_text(json.dumps(done))
+    else:
+        main(config)

@@ -1,0 +1,631 @@
+"""What may happen to a run of days, done to a run of seconds: each fault, and what is left after it."""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import evaluate
+import helpers
+import policy
+import rrr
+import score
+import training
+from tasks import TASKS
+
+SCRIPTS = {"score": score, "rrr": rrr}
+both = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return helpers.save_random_model(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="module")
+def references(model_dir, tmp_path_factory):
+    """Uninterrupted runs, {script: directory}, made once."""
+    runs = tmp_path_factory.mktemp("references")
+    for script in SCRIPTS:
+        assert helpers.run(script, model_dir, runs / script) == [0]
+    return {script: runs / script for script in SCRIPTS}
+
+
+@pytest.fixture(scope="module")
+def stopped(model_dir, tmp_path_factory):
+    """Runs that were killed after the state of step 2, {script: directory}: copy them before use."""
+    runs = tmp_path_factory.mktemp("stopped")
+    for script in SCRIPTS:
+        harm = partial(helpers.die_after_save, 2)
+        assert helpers.run(script, model_dir, runs / script, harm=harm) == [-signal.SIGKILL]
+    return {script: runs / script for script in SCRIPTS}
+
+
+def assert_same(out: Path, reference: Path):
+    """Bit for bit, apart from times."""
+    assert helpers.metrics(out) == helpers.metrics(reference)
+    for name in ("results.json", "transcripts.txt"):
+        assert (out / name).read_text() == (reference / name).read_text()
+    ours, theirs = (policy.load_model(str(run / "checkpoint"))[0] for run in (out, reference))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def said(out: Path) -> str:
+    return Path(f"{out}.log.0").read_text()
+
+
+def wait_for(path: Path, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.01)
+
+
+def resume_flags(script, model_dir, out, *flags):
+    """For a refusal in this process, which must have the flags that the run was started with."""
+    return ("--model", model_dir, "--output_dir", out, *helpers.SMALL, *helpers.FEW[script], "--resume", *flags)
+
+
+# Killed
+
+
+def die_at_file_operation(number: int, directory: str):
+    """Harm: SIGKILL at the so many-th time that something in the run's directory is touched."""
+    left = [number]
+
+    def watch(event, arguments):
+        if (
+            event.partition(".")[0] in ("open", "os", "shutil")
+            and directory in map(str, arguments[:2])
+            or any(str(a).startswith(directory + "/") for a in arguments[:2])
+        ):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+@both
+def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_path, references):
+    """Every other one at some file operation, most of which are within a save; runs that were not hit start again."""
+    rng, kills, runs, duration = random.Random(script), 0, 0, 2.0
+    while kills < 20:
+        out, done, started = tmp_path / f"{runs}", None, time.monotonic()
+        while done != 0:
+            flags = ["--resume"] if (out / "config.json").exists() else []
+            harm = None
+            if kills % 2 and kills < 20:
+                harm = partial(die_at_file_operation, rng.randrange(1, 120), str(out))
+            (process,) = helpers.start_run(script, model_dir, out, *flags, harm=harm)
+            if kills % 2 == 0 and kills < 20:
+                process.join(rng.uniform(0.2, duration))
+                process.kill()
+            (done,) = helpers.finish([process])
+            assert done in (0, -signal.SIGKILL), said(out)
+            kills += done != 0
+            if not (out / "config.json").exists():
+                shutil.rmtree(out, ignore_errors=True)  # killed before there was a run
+        assert_same(out, references[script])
+        assert not [path.name for path in (out / "states").iterdir() if not path.name.startswith("step_")]
+        duration, runs = min(duration, time.monotonic() - started), runs + 1
+
+
+@both
+@pytest.mark.parametrize("step", [0, 2, 3, 4])
+def test_a_run_killed_at_step_0_at_the_stage_boundary_or_after_the_last_step_goes_on(
+    script, step, model_dir, tmp_path, references, capsys
+):
+    out = tmp_path / "run"
+    harm = partial(helpers.die_after_save, step)
+    assert helpers.run(script, model_dir, out, "--save_every", "1", harm=harm) == [-signal.SIGKILL]
+    assert helpers.run(script, model_dir, out, "--save_every", "1", "--resume") == [0]
+    # The window of the best checkpoint is --save_every, so only the metrics are those of the reference.
+    assert helpers.metrics(out) == helpers.metrics(references[script])
+    assert "trained" in json.loads((out / "results.json").read_text())
+    refused = helpers.refusal(SCRIPTS[script], capsys, *resume_flags(script, model_dir, out, "--save_every", "1"))
+    assert "is complete" in refused  # no zero steps that look like a success
+
+
+# Told to stop
+
+
+def slow_generation(step: int, marker: Path):
+    """Harm: in this step's second turn the sampler takes ten minutes."""
+    extend, seeds = score.Sampler.extend, []
+    pick = score.pick_problems
+
+    def noting(problems, seed, at, count):
+        seeds.append(at)
+        return pick(problems, seed, at, count)
+
+    def slowly(*arguments, **more):
+        if seeds and seeds[-1] == step:
+            marker.touch()
+            time.sleep(600)
+        return extend(*arguments, **more)
+
+    score.pick_problems = rrr.pick_problems = noting
+    score.Sampler.extend = slowly
+
+
+@both
+@pytest.mark.parametrize("world", [0, 2])
+def test_sigterm_during_generation_saves_the_state_and_exits_143(script, world, model_dir, tmp_path, references):
+    out, marker = tmp_path / "run", tmp_path / "generating"
+    processes = helpers.start_run(script, model_dir, out, world=world, harm=partial(slow_generation, 1, marker))
+    wait_for(marker)
+    time.sleep(0.2)
+    for process in processes:
+        process.terminate()
+    assert set(helpers.finish(processes)) == {143}
+    assert checkpoint.states(out)[0].name == "step_000001" and "stopped by SIGTERM" in said(out)
+    assert checkpoint.damage(checkpoint.states(out)[0]) is None
+    if world == 0:
+        assert helpers.run(script, model_dir, out, "--resume") == [0]
+        assert_same(out, references[script])
+
+
+def slow_evaluation(marker: Path):
+    """Harm: the second evaluation, after step 4, takes ten minutes."""
+    summarize, calls = training.format_transcripts, []
+
+    def slowly(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            marker.touch()
+            time.sleep(600)
+        return summarize(*arguments)
+
+    training.format_transcripts = slowly
+
+
+@both
+def test_sigterm_during_an_evaluation_keeps_the_update_before_it(script, model_dir, tmp_path, references):
+    out, marker = tmp_path / "run", tmp_path / "evaluating"
+    (process,) = helpers.start_run(script, model_dir, out, harm=partial(slow_evaluation, marker))
+    wait_for(marker)
+    process.terminate()
+    assert helpers.finish([process]) == [143]
+    assert json.loads((checkpoint.states(out)[0] / "memory.json").read_text())["row"]["step"] == 3
+    assert helpers.run(script, model_dir, out, "--resume") == [0]
+    assert_same(out, references[script])
+
+
+def slow_save(marker: Path):
+    """Harm: the second save hangs."""
+    save, calls = checkpoint.save_state, []
+
+    def slowly(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            marker.touch()
+            time.sleep(600)
+        return save(*arguments)
+
+    checkpoint.save_state = slowly
+
+
+@both
+def test_a_second_sigterm_exits_at_once(script, model_dir, tmp_path):
+    out, marker = tmp_path / "run", tmp_path / "saving"
+    (process,) = helpers.start_run(script, model_dir, out, harm=partial(slow_save, marker))
+    wait_for(marker)
+    process.terminate()
+    time.sleep(0.3)
+    assert process.is_alive()  # a save is not cut short by the first
+    process.terminate()
+    assert helpers.finish([process]) == [143]
+    assert [path.name for path in checkpoint.states(out)] == ["step_000000"]
+
+
+# Disk and files
+
+
+def small_files(step: int):
+    """Harm: once this step is logged, no file may grow beyond 100 kB."""
+    log = training.log
+
+    def log_and_limit(run, row, text):
+        log(run, row, text)
+        if row["step"] == step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    training.log = log_and_limit
+
+
+def full_disk(step: int):
+    """Harm: after this step, as if the disk was full when something is synced."""
+    log, sync = training.log, checkpoint.sync
+
+    def log_and_fill(run, row, text):
+        log(run, row, text)
+        if row["step"] == step:
+            checkpoint.sync = fail
+
+    def fail(path):
+        if path.name == "manifest.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(path)
+
+    training.log = log_and_fill
+
+
+@pytest.mark.parametrize("script, harm, world", [
+    ("score", small_files, 0), ("score", full_disk, 2), ("score", full_disk, 0), ("rrr", full_disk, 0),
+])  # fmt: skip
+def test_a_full_disk_leaves_the_state_before_it_and_says_so(script, harm, world, model_dir, tmp_path, references):
+    out = tmp_path / "run"
+    assert set(helpers.run(script, model_dir, out, world=world, harm=partial(harm, 3))) == {1}
+    (line,) = [line for line in said(out).splitlines() if "can't be written" in line]
+    assert "the newest saved state is step_000002" in line and "Traceback" not in said(out)
+    assert [path.name for path in checkpoint.states(out)] == ["step_000002", "step_000000"]
+    assert checkpoint.damage(out / "states" / "step_000002") is None
+    if world == 0 and harm is full_disk:
+        assert helpers.run(script, model_dir, out, "--resume") == [0]
+        assert_same(out, references[script])
+
+
+def truncate(path: Path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_one_bit(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@both
+@pytest.mark.parametrize("change, file, message", [
+    (truncate, "tensors/__0_0.distcp", "bytes in place of"),
+    (flip_one_bit, "tensors/__0_0.distcp", "tensors/__0_0.distcp has changed"),
+    (flip_one_bit, "memory.json", "memory.json has changed"),
+    (Path.unlink, "memory.json", "memory.json is missing"),
+    (Path.unlink, "manifest.json", "manifest.json is missing"),
+    (truncate, "manifest.json", "manifest.json is no JSON"),
+])  # fmt: skip
+def test_a_damaged_state_is_named_and_never_used(script, change, file, message, model_dir, stopped, tmp_path, capsys):
+    out = shutil.copytree(stopped[script], tmp_path / "run")
+    change(out / "states" / "step_000002" / file)
+    refused = helpers.refusal(SCRIPTS[script], capsys, *resume_flags(script, model_dir, out))
+    assert "step_000002 is damaged" in refused and message in refused and "--skip_damaged" in refused
+    assert (out / "states" / "step_000002").exists()
+    training._locks.clear()
+
+
+@both
+def test_the_state_before_a_damaged_one_is_used_only_if_told_so(script, model_dir, stopped, tmp_path, references):
+    out = shutil.copytree(stopped[script], tmp_path / "run")
+    flip_one_bit(out / "states" / "step_000002" / "tensors" / "__0_0.distcp")
+    (out / "states" / "new_000004" / "tensors").mkdir(parents=True)  # what a save that was cut off leaves behind
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"stage": 2, "st')  # and a line
+    assert helpers.run(script, model_dir, out, "--resume", "--skip_damaged") == [0]
+    assert_same(out, references[script])
+    names = {path.name for path in (out / "states").iterdir()}
+    assert names == {"step_000004", "step_000002", "damaged_step_000002"}
+
+
+def test_without_any_whole_state_nothing_is_made_up(model_dir, stopped, tmp_path, capsys):
+    out = shutil.copytree(stopped["score"], tmp_path / "run")
+    for state in checkpoint.states(out):
+        (state / "manifest.json").unlink()
+    refused = helpers.refusal(score, capsys, *resume_flags("score", model_dir, out, "--skip_damaged"))
+    assert "no saved state that is whole" in refused
+
+
+def test_the_last_states_are_kept_and_the_best_model_belongs_to_its_state(model_dir, tmp_path):
+    out = tmp_path / "run"
+    harm = partial(helpers.die_after_save, 4)
+    assert helpers.run("score", model_dir, out, "--save_every", "1", "--keep", "3", harm=harm) == [-signal.SIGKILL]
+    assert [path.name for path in checkpoint.states(out)] == [f"step_{n:06d}" for n in (4, 3, 2)]
+    for state in checkpoint.states(out):
+        assert {path.name for path in (state / "best").iterdir()} >= {"model.safetensors", "config.json"}
+    newest = checkpoint.states(out)[0] / "best" / "model.safetensors"
+    assert newest.read_bytes() == (out / "checkpoint" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "checkpoint")  # as if it was killed between the state and the export
+    shutil.rmtree(checkpoint.states(out)[0])
+    kept = checkpoint.states(out)[0] / "best" / "model.safetensors"
+    checkpoint.publish_best(out, checkpoint.states(out)[0])
+    assert kept.read_bytes() == (out / "checkpoint" / "model.safetensors").read_bytes()
+
+
+def test_there_is_a_whole_checkpoint_at_every_moment_of_its_replacement(model_dir, tmp_path, monkeypatch):
+    old, fresh = (shutil.copytree(model_dir, tmp_path / name) for name in ("checkpoint", "fresh"))
+    seen, watching = [], [True]
+
+    def watch(event, arguments):
+        if watching and str(tmp_path) in str(arguments[:1]):
+            seen.append((tmp_path / "checkpoint" / "model.safetensors").exists())
+
+    sys.addaudithook(watch)
+    checkpoint.publish(fresh, old)
+    assert len(seen) > 5 and all(seen) and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    watching.clear()  # for there is no way to take it out
+
+
+# Other input, other processes
+
+
+def other_template(model_dir: str, monkeypatch):
+    file = Path(model_dir) / "chat_template.jinja"
+    file.write_text(file.read_text().replace("<user> ", "<user> <user> "))
+    return "the tokenizer"
+
+
+def other_weights(model_dir: str, monkeypatch):
+    model, tokenizer = policy.load_model(model_dir)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    checkpoint.save_model(model, tokenizer, Path(model_dir))
+    return "the model's weights"
+
+
+def other_data(model_dir: str, monkeypatch):
+    task = TASKS["tiny"]
+    generate = task.generate
+    monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(task, generate=lambda *a: generate(*a)[::-1]))
+    return "train"
+
+
+@both
+@pytest.mark.parametrize("change", [other_template, other_weights, other_data])
+def test_resuming_with_other_data_tokenizer_or_weights_is_refused(
+    script, change, model_dir, stopped, tmp_path, capsys, monkeypatch
+):
+    out = shutil.copytree(stopped[script], tmp_path / "run")
+    used = tmp_path / "model"
+    shutil.copytree(model_dir, used)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"model": str(used)}))
+    changed = change(str(used), monkeypatch)
+    (out / "failures.jsonl").unlink(missing_ok=True)  # which would be refused before
+    refused = helpers.refusal(SCRIPTS[script], capsys, *resume_flags(script, str(used), out))
+    assert f"was started with another content of: {changed}" in refused or changed in refused
+
+
+def hang(marker: Path):
+    """Harm: the first update takes ten minutes."""
+
+    def slowly(*arguments):
+        marker.touch()
+        time.sleep(600)
+
+    training.update = slowly
+
+
+@both
+def test_a_second_run_on_the_directory_refuses(script, model_dir, tmp_path):
+    out, marker = tmp_path / "run", tmp_path / "running"
+    (first,) = helpers.start_run(script, model_dir, out, harm=partial(hang, marker))
+    wait_for(marker)
+    before = sorted(path.name for path in out.iterdir())
+    assert helpers.run(script, model_dir, out, "--resume") == [2] and "still running" in said(out)
+    assert helpers.run(script, model_dir, out) == [2]
+    assert sorted(path.name for path in out.iterdir()) == before
+    first.kill()
+    first.join()
+
+
+@both
+def test_when_one_rank_is_killed_the_others_end(script, model_dir, tmp_path):
+    out, marker = tmp_path / "run", tmp_path / "generating"
+    processes = helpers.start_run(script, model_dir, out, world=2, harm=partial(slow_generation_of_0, marker))
+    wait_for(marker)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    codes = helpers.finish(processes)
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None)
+
+
+def slow_generation_of_0(marker: Path):
+    """Harm: one rank is in a turn of three seconds while the other waits for it."""
+    if os.environ["RANK"] == "0":
+        extend = score.Sampler.extend
+
+        def slowly(*arguments, **more):
+            marker.touch()
+            time.sleep(3)
+            return extend(*arguments, **more)
+
+        score.Sampler.extend = slowly
+
+
+def test_torchrun_ends_all_ranks_when_one_is_killed(tmp_path):
+    """The README's command line, with real processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "score.py"]
+    command = [*torchrun, "--output_dir", str(tmp_path / "run"), "--final_problems", "8", "--save_every", "1"]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen(
+            command, cwd=helpers.ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    assert run.wait(120) == 1
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert checkpoint.damage(checkpoint.states(tmp_path / "run")[0]) is None
+
+
+# Numbers that are none
+
+
+def poison_loss(bad):
+    loss = policy.policy_loss
+    return policy, "policy_loss", lambda *a: loss(*a) + bad
+
+
+def poison_gradient(bad):
+    accumulate = policy.accumulate_gradients
+
+    def poisoned(scorer, *rest):
+        scores, loss = accumulate(scorer, *rest)
+        next(scorer.model.parameters()).grad.view(-1)[-1] = bad
+        return scores, loss
+
+    return policy, "accumulate_gradients", poisoned
+
+
+def poison_logits(bad):
+    sample = import_module("sampler").sample
+    return import_module("sampler"), "sample", lambda logits, *rest: sample(logits + bad, *rest)
+
+
+def poison_reward(bad):
+    grade = evaluate.grade
+
+    def poisoned(*arguments):
+        texts, verdicts = grade(*arguments)
+        verdicts[-1:] = bad
+        return texts, verdicts
+
+    return None, "grade", poisoned
+
+
+POISONS = {
+    "loss": poison_loss,
+    "gradient": poison_gradient,
+    "log-probs of the sampler": poison_logits,
+    "reward": poison_reward,
+}
+
+
+def train_only(script, model_dir, out, *flags):
+    """`helpers.train_here` without the evaluation at the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {"evaluate_both", "report", "compare_after_failure"} & vars(SCRIPTS[script]).keys():
+            patch.setattr(SCRIPTS[script], name, lambda *arguments, **more: {})
+        patch.setattr(rrr, "side_by_side", lambda *arguments: "")
+        return helpers.train_here(SCRIPTS[script], model_dir, out, *helpers.FEW[script], *flags)
+
+
+def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
+    """A run in this process, poisoned while it makes some steps: bad = {step: number}. seen: [(skipped, untouched)]."""
+    step_of = training.train_step
+
+    def one_step(config, scorer, sampler, optimizer, step, *rest):
+        before = [t.clone() for t in checkpoint.tensors_of(scorer, optimizer).values()]
+        with pytest.MonkeyPatch.context() as patch:
+            if step in bad:
+                where, name, harmful = poison(bad[step])
+                patch.setattr(where or SCRIPTS[script], name, harmful)
+            row = step_of(config, scorer, sampler, optimizer, step, *rest)
+        after = checkpoint.tensors_of(scorer, optimizer).values()
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        seen.append((row["skipped"], same))
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_step", one_step)
+        return train_only(script, model_dir, out, *flags)
+
+
+@both
+@pytest.mark.parametrize("what", POISONS)
+def test_what_is_not_finite_changes_no_weight_and_is_counted(script, what, model_dir, tmp_path):
+    seen, bad = [], {1: float("nan"), 2: float("inf")}
+    rows = poisoned_run(script, model_dir, tmp_path / "run", POISONS[what], bad, seen, "--eval_every", "0")
+    assert seen == [(0, False), (1, True), (1, True), (0, False)]
+    assert what in rows[1]["not_finite"] and what in rows[2]["not_finite"]
+    assert not re.search("NaN|Infinity", (tmp_path / "run" / "metrics.jsonl").read_text())
+    model, _ = policy.load_model(str(tmp_path / "run" / "checkpoint"))
+    assert policy.finite_weights(model)
+
+
+@both
+def test_training_stops_after_so_many_bad_steps_in_a_row(script, model_dir, tmp_path, capsys):
+    seen, bad, flags = [], dict.fromkeys((1, 2, 3), float("nan")), ("--max_skipped", "2", "--save_every", "1")
+    with pytest.raises(SystemExit) as exit_:
+        poisoned_run(script, model_dir, tmp_path / "run", poison_loss, bad, seen, *flags)
+    assert exit_.value.code == 1 and [skipped for skipped, _ in seen] == [0, 1, 1]
+    assert "step 2: not finite in 2 steps in a row: loss" in capsys.readouterr().err
+    assert checkpoint.states(tmp_path / "run")[0].name == "step_000002"
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_published(model_dir, tmp_path, capsys):
+    def ruin(*arguments):
+        row = step_of(*arguments)
+        next(arguments[1].model.parameters()).data[0, 0] = torch.inf
+        return row
+
+    step_of = training.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "train_step", ruin)
+        with pytest.raises(SystemExit):
+            helpers.train_here(score, model_dir, tmp_path / "run", *helpers.FEW["score"], "--save_every", "1")
+    assert "after 1 steps the weights are not finite" in capsys.readouterr().err
+    assert [path.name for path in checkpoint.states(tmp_path / "run")] == ["step_000000"]
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+# Batches without a signal, and other odd ones
+
+
+@both
+@pytest.mark.parametrize("flags", [(), ("--group_size", "1", "--baseline", "none")])
+def test_equal_rewards_and_groups_of_one_train_on(script, flags, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(helpers, "arbitrary_verdict", lambda text, problem: False)
+    more = ("--normalise", "False") if flags and script == "rrr" else ()
+    rows = train_only(script, model_dir, tmp_path / "run", *flags, *more)
+    assert len(rows) == 4 and not any(row["skipped"] for row in rows)
+    assert all(row["zero_advantage"] == 1 and row["reward"] == 0 for row in rows)
+
+
+@both
+def test_completions_that_are_empty_train_on(script, model_dir, tmp_path, monkeypatch):
+    sampler = import_module("sampler")
+    sample = sampler.sample
+
+    def stop_at_once(logits, temperature, u):
+        token, _ = sample(logits, temperature, u)
+        token = torch.where(u < 0.5, 1, token)  # <end>
+        return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+
+    monkeypatch.setattr(sampler, "sample", stop_at_once)
+    rows = train_only(script, model_dir, tmp_path / "run")
+    assert len(rows) == 4 and not any(row["skipped"] for row in rows)
+    assert all(row["response_length"] < 3 for row in rows)
+
+
+# Determinism
+
+PROGRAM = """
+import dataclasses, os, sys
+import torch
+import helpers, {script}
+from tasks import TASKS
+torch.set_num_threads(1)
+os.cpu_count = lambda: {workers}
+TASKS["tiny"] = dataclasses.replace(TASKS["tiny"], warm_up=lambda: True)  # verdicts in threads
+torch.manual_seed({workers})
+helpers.train_here({script}, {model!r}, helpers.Path({out!r}), *helpers.FEW["{script}"])
+"""
+
+
+@both
+def test_hash_seeds_workers_and_global_random_state_change_nothing(script, model_dir, tmp_path, references):
+    runs = []
+    for workers in (1, 7):
+        names = {"script": script, "workers": workers, "model": model_dir, "out": str(tmp_path / f"{workers}")}
+        env = os.environ | {"PYTHONHASHSEED": f"{workers}", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", PROGRAM.format(**names)]
+        runs.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    assert [run.wait() for run in runs] == [0, 0]
+    for workers in (1, 7):
+        assert_same(tmp_path / f"{workers}", references[script])

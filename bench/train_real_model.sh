@@ -10,9 +10,9 @@ python=${PYTHON:-python}
 mkdir -p "$out"
 train() {  # NAME, then the script and its flags
   [ -e "$out/$1/results.json" ] || $python "$2" --model "$model" --task function_call --data "$data" --shots 4 \
-    --prompts bench/prompts_calls.json --max_new_tokens 64 --temperature 0.5 --lr 1e-5 --warmup 4 --eval_every 12 \
-    --eval_problems 12 --final_problems 16 --save_every 6 --probe 32 \
+    --prompts bench/prompts_calls.json --max_new_tokens 64 --temperature 0.5 --lr 1e-5 --warmup 4 --eval_every 9 \
+    --eval_problems 8 --final_problems 8 --save_every 3 --probe 16 \
     --output_dir "$out/$1" $([ -e "$out/$1/config.json" ] && echo --resume) "${@:3}"
 }
-train score score.py --problems 4 --group_size 4 --second_attempts 2 --stage1_steps 12 --stage2_steps 24
-train rrr rrr.py --steps 36 --queries 64 --tries 4 --failures_per_step 4 --group_size 8 --max_reflection_tokens 64
+train score score.py --problems 4 --group_size 2 --second_attempts 2 --stage1_steps 6 --stage2_steps 12
+train rrr rrr.py --steps 18 --queries 32 --tries 4 --failures_per_step 2 --group_size 8 --max_reflection_tokens 64

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from trial import receive, send
+from wire import receive, send
 
 GRACE = 3.0  # seconds beyond the timeout that a caller waits for the worker's own word
 PATIENCE = 30.0  # seconds for a worker to start: a machine that takes longer gives no verdict

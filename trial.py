@@ -14,25 +14,19 @@ import gc
 import importlib
 import io
 import itertools
-import json
 import os
 import select
 import signal
 import socket
-import struct
 import symtable
 import sys
 import types
-from collections import deque
 from contextlib import suppress
-from datetime import date, datetime, timedelta, timezone
-from decimal import Decimal
-from fractions import Fraction
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which -I leaves out
 import jail  # noqa: E402
+from wire import decode, encode, receive, send  # noqa: E402
 
-LARGEST = 1 << 24  # bytes of a message
 PRELOADED = (
     "__future__ _strptime abc argparse array ast base64 binascii bisect bz2 calendar cmath codecs collections "
     "concurrent.futures.thread contextlib copy csv dataclasses datetime decimal difflib doctest enum fnmatch fractions "
@@ -46,33 +40,6 @@ ENCODINGS = (
     "utf_16_be utf_16_le utf_32 utf_32_be utf_32_le utf_8_sig"
 )
 HIDDEN = ("StopIteration", "StopAsyncIteration", "GeneratorExit")  # would end a test's loop as if all was well
-
-
-def send(connection, message) -> None:
-    data = json.dumps(message).encode()
-    connection.sendall(struct.pack("<I", len(data)) + data)
-
-
-def receive(connection):
-    """EOFError if the other side is gone, ValueError if what it says is too long or no JSON."""
-    (size,) = struct.unpack("<I", _exactly(connection, 4))
-    if size > LARGEST:
-        raise ValueError("message too long")
-    try:
-        return json.loads(_exactly(connection, size))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _exactly(connection, size: int) -> bytes:
-    parts = []
-    while size:
-        part = connection.recv(min(size, 1 << 16))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
 
 
 # What only a plain value may say of itself: a program's own object would answer for what the test expects.
@@ -150,55 +117,6 @@ OPERATIONS = {
     "repr": repr,
     "instance": lambda x, y: isinstance(y, x),
 }
-CONTAINERS = {"l": list, "t": tuple, "s": set, "z": frozenset, "q": deque}
-VALUES = {kind.__name__: kind for kind in (Decimal, Fraction, range, date, datetime, timezone, timedelta)}
-
-
-def _encode(x, reference):
-    """Plain values as tagged JSON; of anything else, `reference(x)`, a name or number that stands for it."""
-    if x is None or isinstance(x, bool | str):
-        return x if not isinstance(x, str) else str.__str__(x)
-    if isinstance(x, int):
-        return ["i", hex(x)]
-    if isinstance(x, float):
-        return ["f", float(x).hex()]
-    if isinstance(x, complex):
-        return ["c", x.real.hex(), x.imag.hex()]
-    if isinstance(x, bytes):
-        return ["b", x.hex()]
-    if isinstance(x, bytearray):
-        return ["a", x.hex()]
-    if isinstance(x, dict):
-        return ["d", *([_encode(k, reference), _encode(v, reference)] for k, v in x.items())]
-    for tag, kind in CONTAINERS.items():
-        if isinstance(x, kind):
-            return [tag, *(_encode(y, reference) for y in x)]
-    if VALUES.get(type(x).__name__) is type(x):
-        return [type(x).__name__, *(_encode(y, reference) for y in x.__reduce__()[1])]
-    return ["p", reference(x)]
-
-
-def _decode(x, dereference):
-    """What `_encode` encoded; ValueError, TypeError or the like for anything else."""
-    if x is None or isinstance(x, bool | str):
-        return x
-    tag, *rest = x
-    if tag == "i":
-        return int(rest[0], 16)
-    if tag == "f":
-        return float.fromhex(rest[0])
-    if tag == "c":
-        return complex(*map(float.fromhex, rest))
-    if tag == "b":
-        return bytes.fromhex(rest[0])
-    if tag == "a":
-        return bytearray.fromhex(rest[0])
-    if tag == "d":
-        return {_decode(k, dereference): _decode(v, dereference) for k, v in rest}
-    if tag == "p":
-        return dereference(rest[0])
-    parts = (_decode(y, dereference) for y in rest)
-    return VALUES[tag](*parts) if tag in VALUES else CONTAINERS[tag](parts)
 
 
 def _serve(control: socket.socket) -> None:
@@ -279,7 +197,7 @@ def _asker(guest: socket.socket, lost, finish):
     proxies = {}
 
     def ask(operation: str, target, arguments: list, named: dict):
-        before = [_encode(x, _target) for x in (arguments, named)]
+        before = [encode(x, _target) for x in (arguments, named)]
         try:
             send(guest, [operation, target, *before])
             reply = receive(guest)
@@ -288,7 +206,7 @@ def _asker(guest: socket.socket, lost, finish):
         except Exception:
             finish(False)
         try:
-            decoded = [_decode(x, lambda t: proxies.setdefault(t, _Proxy(ask, t))) for x in reply]
+            decoded = [decode(x, lambda t: proxies.setdefault(t, _Proxy(ask, t))) for x in reply]
             error, result, after = decoded
             after = dict(after or ())
         except Exception:
@@ -415,19 +333,19 @@ def _be_guest(connection: socket.socket, worker: int) -> None:
             if operation == "exec":
                 exec(compile(target, "program", "exec"), vars(module))
             else:
-                arguments, named = (_decode(x, dereference) for x in given)
-                result = _encode(OPERATIONS[operation](dereference(target), *arguments, **named), reference)
+                arguments, named = (decode(x, dereference) for x in given)
+                result = encode(OPERATIONS[operation](dereference(target), *arguments, **named), reference)
                 after = _changed(arguments, named, given, reference)
         except BaseException as e:
-            error = _encode([[kind.__name__ for kind in type(e).__mro__], e.args], reference)
+            error = encode([[kind.__name__ for kind in type(e).__mro__], e.args], reference)
         send(connection, [error, result, after])
 
 
 def _changed(arguments: list, named: dict, given: list, reference) -> list:
     """{place or name: value} of the arguments that are no longer what was given, encoded."""
     before = [*given[0][1:], *(value for _, value in given[1][1:])]
-    after = [[key, _encode(x, reference)] for key, x in [*enumerate(arguments), *named.items()]]
-    return ["d", *([_encode(key, None), new] for (key, new), old in zip(after, before) if new != old)]
+    after = [[key, encode(x, reference)] for key, x in [*enumerate(arguments), *named.items()]]
+    return ["d", *([encode(key, None), new] for (key, new), old in zip(after, before) if new != old)]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ FORGED = {
     "a verdict on the wire": "import os\ndef f(x):\n for d in range(64):\n  try: os.write(d, b'\\4\\0\\0\\0true')\n"
     "  except OSError: pass\n return 0",
     "the end of all iteration": "def f(x): raise StopIteration",
-    "the protocol's own functions": "import __main__\n__main__._encode = lambda x, r: True\ndef f(x): return 0",
+    "the protocol's own functions": "import __main__\n__main__.encode = lambda x, r: True\ndef f(x): return 0",
     "the modules of the protocol": "import json, socket\njson.dumps = lambda *a, **k: 'true'\ndef f(x): return 0",
     "another module of a name": "import sys\nsys.modules['math'] = sys.modules['json'] = sys\ndef f(x): return 0",
     "a subclass of all that ends iteration": "class E(StopIteration): pass\ndef f(x): raise E",
@@ -397,7 +397,7 @@ def test_threads_get_their_own_verdicts():
 
 
 def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch, tmp_path):
-    for name in ("sandbox.py", "trial.py", "jail.py"):
+    for name in ("sandbox.py", "trial.py", "jail.py", "wire.py"):
         (tmp_path / name).write_text(Path(jail.__file__).with_name(name).read_text())
     broken = tmp_path / "jail.py"
     call = "    prctl(PR_SET_SECCOMP"

@@ -16,4 +16,4 @@ train() {  # NAME, then the script and its flags
     --output_dir "$out/$1" $([ -e "$out/$1/config.json" ] && echo --resume) "${@:3}"
 }
 train score score.py --problems 4 --group_size 2 --second_attempts 2 --stage1_steps 6 --stage2_steps 12
-train rrr rrr.py --steps 18 --queries 32 --tries 4 --failures_per_step 2 --group_size 8 --max_reflection_tokens 64
+train rrr rrr.py --steps 10 --queries 32 --tries 4 --failures_per_step 2 --group_size 8 --max_reflection_tokens 64

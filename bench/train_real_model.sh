@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SCoRe and RRR with a real model on function calls, each about 15 minutes on two cores:
+# SCoRe with a real model on function calls, about 20 minutes on two cores:
 #   bash bench/train_real_model.sh MODEL_DIR bfcl_simple_python.jsonl OUT_DIR
 # It trains on four fifths of the first 80 problems of that evaluation set, by their hash; so nobody may compare the result
 # with the leaderboard. With this prompt, four examples and T = 0.5 SmolLM2-135M answers a fifth of them right, of the rest
@@ -9,11 +9,8 @@ model=$1 data=$2 out=$3
 python=${PYTHON:-python}
 mkdir -p "$out"
 head -n 80 "$data" > "$out/calls.jsonl"
-train() {  # NAME, then the script and its flags
-  [ -e "$out/$1/results.json" ] || $python "$2" --model "$model" --task function_call --data "$out/calls.jsonl" --shots 4 \
-    --prompts bench/prompts_calls.json --max_new_tokens 64 --temperature 0.5 --lr 1e-5 --warmup 4 --eval_every 9 \
-    --eval_problems 8 --final_problems 8 --save_every 3 --probe 32 \
-    --output_dir "$out/$1" $([ -e "$out/$1/config.json" ] && echo --resume) "${@:3}"
-}
-train score score.py --problems 4 --group_size 2 --second_attempts 2 --stage1_steps 6 --stage2_steps 12
-train rrr rrr.py --steps 10 --queries 32 --tries 4 --failures_per_step 2 --group_size 8 --max_reflection_tokens 64
+$python score.py --model "$model" --task function_call --data "$out/calls.jsonl" --shots 4 \
+  --prompts bench/prompts_calls.json --max_new_tokens 64 --temperature 0.5 --lr 1e-5 --warmup 4 --eval_every 9 \
+  --eval_problems 8 --final_problems 8 --save_every 3 --probe 32 \
+  --problems 4 --group_size 2 --second_attempts 2 --stage1_steps 6 --stage2_steps 12 \
+  --output_dir "$out/score" $([ -e "$out/score/config.json" ] && echo --resume)

@@ -75,12 +75,8 @@ class KVCache:
         return tuple(store[self.rows, :, : self.width] for store in self.layers[layer_idx])
 
     def _empty(self, key, value):
-        """Zeros, since 0 * NaN would leak through a masked slot. On CPU a key's slots lie side by side, not its
-        features: the product with a single query is then a third faster."""
-        rows, side_by_side = len(self.slots), key.device.type == "cpu"
-        keys = key.new_zeros(rows, key.shape[1], key.shape[3], self.capacity).mT if side_by_side else None
-        shape = (rows, key.shape[1], self.capacity)
-        return [key.new_zeros(*shape, key.shape[3]) if keys is None else keys, value.new_zeros(*shape, value.shape[3])]
+        """Zeros, since 0 * NaN would leak through a masked slot."""
+        return [x.new_zeros(len(self.slots), x.shape[1], self.capacity, x.shape[3]) for x in (key, value)]
 
     def get_seq_length(self, layer_idx=0):
         return 0  # models ask only to make up position ids, and ours are given
@@ -117,12 +113,14 @@ def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, d
 
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
-    """Attention as it is written: on CPU, for a single position, faster than the kernel made for many."""
-    return torch.add(attn_mask, query @ key.mT, alpha=scale).softmax(-1) @ value
+    """Attention as it is written: on CPU, for a single position, faster than the kernel made for many.
+
+    The long side of a product comes first: keys times queries takes two thirds of the time of queries times keys.
+    """
+    return torch.add(attn_mask, (key @ query.mT).mT, alpha=scale).softmax(-1) @ value
 
 
 def _many_queries(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
-    key = key if key.stride(-1) == 1 else key.contiguous()  # as the kernel wants it
     return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
 
 

@@ -10,6 +10,7 @@ Speed beyond that is in fused.py, a forward pass without modules for Llama-like 
 decoding steps are replayed as graphs.
 """
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 
 from attention import KVCache, attention_is, require
 from fused import fusable, fuse
+
+SHARED = 64  # tokens that all prompts begin with, from which on they are fed once
 
 
 @contextmanager
@@ -216,10 +219,34 @@ class Sampler:
         seeds = torch.as_tensor(range(total) if seeds is None else seeds, device=device)
         fine = seeds.shape == (total,) and not seeds.is_floating_point()
         require(fine, f"seeds must be {total} integers: got {tuple(seeds.shape)} {seeds.dtype}")
-        rows, empty = torch.arange(count, device=device), torch.empty(count, 0, device=device)
-        cache, mask, ids = KVCache(count, 0, device), empty.bool(), empty.long()
-        start = Rollout(ids, mask, ids, empty, torch.zeros_like(rows), mask, rows, rows, cache)
-        return self._turn(start, rows, prompt_ids, group_size, limits, temperature, seeds.long())
+        start, common = self._start(prompt_ids)
+        index = torch.zeros(count, dtype=torch.int64, device=device)
+        rest = [prompt[common:] for prompt in prompt_ids]
+        rollout = self._turn(start, index, rest, group_size, limits, temperature, seeds.long())
+        rollout.parents = torch.arange(count, device=device).repeat_interleave(group_size)
+        return rollout
+
+    def _start(self, prompts):
+        """What all prompts begin with, fed once: (a rollout of one row and no turn yet, its length).
+
+        Few-shot examples, say. Under SHARED tokens, or for one prompt, not worth a pass of its own: length 0.
+        """
+        common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
+        common = common if len(common) >= SHARED and len(prompts) > 1 else []
+        device = self.model.device
+        ids, row = (
+            torch.tensor([common], dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        mask, none = torch.zeros_like(ids, dtype=torch.bool), torch.zeros(1, 0, dtype=torch.bool, device=device)
+        cache, lengths = KVCache(1, 0, device), row + len(common)
+        start = Rollout(
+            ids, mask, torch.full_like(ids, -1), torch.zeros(ids.shape, device=device), lengths, none, row, row, cache
+        )
+        if common:
+            with _sampling_mode(self.model), self._fast_path():
+                self._prefill(start, cache, cache.slots, [0], [len(common)])
+        return start, len(common)
 
     def extend(self, rollout, more_prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, rows=None):
         """Append more_prompt_ids[i] to row rows[i] (default: all) and sample group_size completions of each.

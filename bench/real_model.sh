@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every task with a real model, 50 test problems each, greedy: bash bench/real_model.sh MODEL_DIR DATA_DIR OUT_DIR
-# DATA_DIR holds gsm8k_train, gsm8k_test, math500, mbpp, humaneval, bfcl_multiple, bfcl_simple_python, countdown34_train
-# and countdown3_test, each .jsonl as published. Goes on where it was stopped.
+# DATA_DIR holds gsm8k_train, gsm8k_test, math500, mbpp, humaneval, bfcl_multiple, bfcl_simple_python and
+# countdown34_train, each .jsonl as published. Goes on where it was stopped.
 set -euo pipefail
 model=$1 data=$2 out=$3
 python=${PYTHON:-python}
@@ -11,8 +11,7 @@ run() {  # NAME, then flags
 }
 run function_call --task function_call --shots 2 --max_new_tokens 64 \
   --data "train=$data/bfcl_multiple.jsonl,test=$data/bfcl_simple_python.jsonl"
-run countdown --task countdown --shots 3 --max_new_tokens 48 \
-  --data "train=$data/countdown34_train.jsonl,test=$data/countdown3_test.jsonl"
+run countdown --task countdown --shots 3 --max_new_tokens 48 --data "$data/countdown34_train.jsonl"
 run gsm8k --task gsm8k --shots 2 --max_new_tokens 192 --data "train=$data/gsm8k_train.jsonl,test=$data/gsm8k_test.jsonl"
 run math --task math --max_new_tokens 192 --data "test=$data/math500.jsonl"
 run mbpp --task mbpp --max_new_tokens 128 --data "$data/mbpp.jsonl"

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers as tf
 
 import fused
+import sampler as sampler_module
 from conftest import EOS, TINY, VOCAB, build
 from fused import fusable
 from sampler import KVCache, Sampler, sample, uniform
@@ -253,6 +254,25 @@ def test_no_token_is_fed_twice(tokenizer):
     second = sampler.extend(first, [[4, 5, 6]] * 3, 4, rows=[2, 5, 11], max_new_tokens=8)
     sampled = int((second.action_mask & (second.turn == 1)).sum())
     assert sum(fed) == 3 * 3 + sampled  # what was pending and the instruction but for its last token
+
+
+@pytest.mark.parametrize("config_class", [tf.LlamaConfig, tf.Gemma3TextConfig])
+def test_what_all_prompts_begin_with_is_fed_once_and_changes_no_sample(tokenizer, config_class, monkeypatch):
+    prompts = [[7, 3, 9, 2, 11, 4, *rest] for rest in ([5], [6, 2], [5], [3, 3, 3, 8])]
+    model, fed, runs, counts = build(config_class), [], [], []
+    hook = model.register_forward_pre_hook(lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True)
+    sampler = Sampler(model, tokenizer, prefill_tokens=1)  # so no row is fed in vain
+    for shared in (6, 7):  # they have six in common
+        monkeypatch.setattr(sampler_module, "SHARED", shared)
+        fed.clear()
+        first = sampler.generate(prompts, 2, max_new_tokens=6)
+        runs.append((first, sampler.extend(first, [[4, 6]] * 8, max_new_tokens=6)))
+        counts.append(sum(fed))
+    hook.remove()
+    check(model, runs[0][1])
+    assert counts[1] - counts[0] == 3 * 5  # the sixth is each row's own pending token
+    for one, two in zip(*runs):
+        assert all(torch.equal(getattr(one, n), getattr(two, n)) for n in TENSORS if n != "logprobs")
 
 
 def test_a_rollout_can_be_branched_from_again(tiny, tokenizer):

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +64,7 @@ TUNED = ("SCoRe", "multi-turn RL", "single-turn RL", "Pair-SFT", "Pair-SFT, D+",
          "no bonus", "RRR")  # fmt: skip
 LIKE = {"Stage I, then STaR": "STaR, D+"} | {name: "RRR" for name in METHODS if name.startswith("RRR, ")}
 TUNING_SEED = 100  # of no final run
+COMMITTED = ROOT / "results" / "reproduce"
 
 
 class Experiment(NamedTuple):
@@ -114,7 +114,7 @@ class Config:
 
     @property
     def results(self) -> Path:
-        return self.runs / "results" if self.quick else ROOT / "results" / "reproduce"
+        return self.runs / "results" if self.quick else COMMITTED
 
 
 class Run(NamedTuple):
@@ -194,7 +194,7 @@ def complete(run: Run, config) -> None:
 def complete_all(runs: list[Run], config, label: str) -> list[str]:
     """All of them, several at a time; the names of those that failed."""
     todo = [run for run in runs if not (run.directory(config) / run.done).exists()]
-    failed, lock = [], threading.Lock()
+    failed = []
     bar = tqdm(total=round(sum(run.cost for run in todo)), desc=label, unit="step", smoothing=0.1)
     with ThreadPoolExecutor(config.jobs) as pool:
         jobs = {pool.submit(complete, run, config): run for run in todo}
@@ -204,8 +204,7 @@ def complete_all(runs: list[Run], config, label: str) -> list[str]:
                 if job.exception():
                     failed.append(name)
                     tqdm.write(f"failed, see {name}.log: {job.exception()}", file=sys.stderr)
-                with lock:
-                    bar.update(round(jobs[job].cost))
+                bar.update(round(jobs[job].cost))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
@@ -214,11 +213,8 @@ def complete_all(runs: list[Run], config, label: str) -> list[str]:
 
 
 def tuning_runs() -> list[Run]:
-    return [
-        Run("tiny", method, 250 if method == "RRR" else 320, TUNING_SEED, lr, tuning=True)
-        for method in TUNED
-        for lr in GRID
-    ]
+    steps = {"RRR": 250}
+    return [Run("tiny", m, steps.get(m, 320), TUNING_SEED, lr, tuning=True) for m in TUNED for lr in GRID]
 
 
 def score_of(results: dict, method: str) -> float:
@@ -244,9 +240,8 @@ def write_tuning(config) -> None:
 def learning_rate(method: str, config) -> float:
     """The chosen one: of the method, or of the one that it varies."""
     name = method if method in TUNED else LIKE.get(method, "SCoRe")
-    for path in (config.results, ROOT / "results" / "reproduce"):
-        rows = report.read_csv(path / "tuning.csv")
-        for row in rows:
+    for path in (config.results, COMMITTED):
+        for row in report.read_csv(path / "tuning.csv"):
             if row["method"] == name and row["chosen"] == "1":
                 return float(row["lr"])
     return 5e-4 if name == "RRR" else 1.5e-4  # not tuned yet: the scripts' defaults
@@ -306,7 +301,8 @@ def write_csv(path: Path, header, rows) -> None:
 
 def write_noise(config) -> None:
     """noise.csv: at the base, and at one trained model if there is one."""
-    rows, trained = [], Run("tiny", "SCoRe", 320, 0, learning_rate("SCoRe", config)).directory(config) / "checkpoint"
+    trained = Run("tiny", "SCoRe", 320, 0, learning_rate("SCoRe", config)).directory(config) / "checkpoint"
+    rows = []
     for name, model in {"base": base_model("tiny", config), "SCoRe": str(trained)}.items():
         output = config.runs / f"noise-{name}.json"
         if Path(model).exists() and not output.exists():

@@ -71,6 +71,12 @@ def read_csv(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def write_csv(path: Path, header, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
 def thinned(steps: list[dict]) -> list[list]:
     """A run's metrics, a row for every BIN steps: means, and the last evaluation in them."""
     rows = []

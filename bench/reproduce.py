@@ -10,7 +10,6 @@ taken once a run. Runs go on where they were stopped, several at a time with one
 pictures into results/reproduce (report.py).
 """
 
-import csv
 import json
 import os
 import subprocess
@@ -59,7 +58,7 @@ METHODS = {  # {stage1}: 3/16 of the {steps}, as 60 of 320
 }
 UNTRAINED = {"base": "self_correct", "Self-Refine": "self_refine", "base, RRR": "reflect_retry"}
 AFTER = {"Stage I, then STaR": "Stage I"}  # which method's result is this one's base
-GRID = (5e-5, 1.5e-4, 5e-4)
+GRID = (1.5e-5, 5e-5, 1.5e-4, 5e-4)
 TUNED = ("SCoRe", "multi-turn RL", "single-turn RL", "Pair-SFT", "Pair-SFT, D+", "STaR", "STaR, D+", "no Stage I",
          "no bonus", "RRR")  # fmt: skip
 LIKE = {"Stage I, then STaR": "STaR, D+"} | {name: "RRR" for name in METHODS if name.startswith("RRR, ")}
@@ -194,9 +193,8 @@ def complete(run: Run, config) -> None:
 def complete_all(runs: list[Run], config, label: str) -> list[str]:
     """All of them, several at a time; the names of those that failed."""
     todo = [run for run in runs if not (run.directory(config) / run.done).exists()]
-    failed = []
-    bar = tqdm(total=round(sum(run.cost for run in todo)), desc=label, unit="step", smoothing=0.1)
-    with ThreadPoolExecutor(config.jobs) as pool:
+    failed, total = [], round(sum(run.cost for run in todo))
+    with tqdm(total=total, desc=label, unit="step") as bar, ThreadPoolExecutor(config.jobs) as pool:
         jobs = {pool.submit(complete, run, config): run for run in todo}
         try:
             for job in as_completed(jobs):
@@ -208,7 +206,6 @@ def complete_all(runs: list[Run], config, label: str) -> list[str]:
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-    bar.close()
     return failed
 
 
@@ -233,8 +230,8 @@ def write_tuning(config) -> None:
         chosen = len(scores) == len(GRID) and scores[run.lr] == max(scores.values())
         figures = [results["trained"][m][k] for m in ("greedy", "sampled") for k in ("acc_t1", "acc_t2")]
         rows.append([run.method, f"{run.lr:g}", f"{scores[run.lr]:.5f}", int(chosen), *(f"{x:.5f}" for x in figures)])
-    header = "method lr score chosen greedy_acc_t1 greedy_acc_t2 sampled_acc_t1 sampled_acc_t2".split()
-    write_csv(config.results / "tuning.csv", header, rows)
+    header = ("method", "lr", "score", "chosen", "greedy_acc_t1", "greedy_acc_t2", "sampled_acc_t1", "sampled_acc_t2")
+    report.write_csv(config.results / "tuning.csv", header, rows)
 
 
 def learning_rate(method: str, config) -> float:
@@ -282,21 +279,17 @@ def write_results(experiments: dict[str, Experiment], config) -> None:
             problems += [[*identity, row, mode, key, x] for mode, kept in modes.items() for key, x in kept.items()]
         more += [[*identity, kind, x, f"{value:.5g}"] for kind, x, value in found["more"]]
         curves += [[*identity, *cells] for cells in report.thinned(steps)]
-    write_csv(config.results / "figures.csv", [*report.IDENTITY, "row", "mode", "seconds", *report.FIGURES], figures)
-    write_csv(config.results / "problems.csv", [*report.IDENTITY, "row", "mode", "key", "bits"], problems)
-    write_csv(config.results / "more.csv", [*report.IDENTITY, "kind", "x", "value"], more)
-    write_csv(config.results / "curves.csv", [*report.IDENTITY, *report.CURVES], curves)
+    report.write_csv(
+        config.results / "figures.csv", [*report.IDENTITY, "row", "mode", "seconds", *report.FIGURES], figures
+    )
+    report.write_csv(config.results / "problems.csv", [*report.IDENTITY, "row", "mode", "key", "bits"], problems)
+    report.write_csv(config.results / "more.csv", [*report.IDENTITY, "kind", "x", "value"], more)
+    report.write_csv(config.results / "curves.csv", [*report.IDENTITY, *report.CURVES], curves)
 
 
 def read_metrics(directory: Path) -> list[dict]:
     path = directory / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def write_csv(path: Path, header, rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def write_noise(config) -> None:
@@ -310,7 +303,7 @@ def write_noise(config) -> None:
             flags = ["--noise", "True", "--model", model, "--output", str(output)]
             launch([sys.executable, "bench/measure.py", *flags], output.with_suffix(".log"))
         rows += [{"model": name, **row} for row in json.loads(output.read_text())] if output.exists() else []
-    write_csv(config.results / "noise.csv", [*rows[0]], [[f"{x}" for x in row.values()] for row in rows])
+    report.write_csv(config.results / "noise.csv", [*rows[0]], [[f"{x}" for x in row.values()] for row in rows])
 
 
 def chosen_experiments(config) -> tuple[dict, set]:

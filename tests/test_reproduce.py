@@ -104,10 +104,10 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
     monkeypatch.setattr(reproduce, "EXPERIMENTS", small)
     config.only = "tune,main"
     reproduce.main(config)
-    assert not any("bench/measure.py" in c for c in launched[:6])  # a learning rate is chosen without the test split
-    assert all(c[c.index("--seed") + 1] == "100" for c in launched[:6])
+    assert not any("bench/measure.py" in c for c in launched[:8])  # a learning rate is chosen without the test split
+    assert all(c[c.index("--seed") + 1] == "100" for c in launched[:8])
     assert sum("bench/measure.py" in c for c in launched) == 5  # the base, and two runs of two methods
-    assert len(launched) == 6 + 5 + 4 + 2  # and Stage I of both seeds
+    assert len(launched) == 8 + 5 + 4 + 2  # and Stage I of both seeds
     stage1 = [c for c in launched if "--save_every" in c]
     star = [c for c in launched if "star" in c]
     assert {c[c.index("--model") + 1] for c in star} == {c[c.index("--output_dir") + 1] + "/checkpoint" for c in stage1}
@@ -256,7 +256,7 @@ def test_pictures_and_tables_are_drawn_from_the_csvs_alone(tmp_path):
                       for key in ("acc_t1", "acc_t2")]),
     }  # fmt: skip
     for name, (header, rows) in contents.items():
-        reproduce.write_csv(tmp_path / f"{name}.csv", header, rows)
+        report.write_csv(tmp_path / f"{name}.csv", header, rows)
     report.render(tmp_path)
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     assert pictures == {"training", "rollouts", "edits", "attempts", "votes", "frontier", "rrr"}

@@ -83,8 +83,8 @@ EXPERIMENTS = {  # in order of value
     "ours": Experiment(("gamma 1", "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts",
                         "reference Stage I")),
     "beta1": Experiment(("beta1 0.0125", "beta1 0.2", "beta1 0.8")),
-    "short": Experiment((*MAIN, "no Stage I", "no bonus"), (160,)),
-    "long_others": Experiment(MAIN[2:], (640,)),
+    "short": Experiment((*MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I", "no bonus"), (160,)),
+    "long_others": Experiment(("single-turn RL", "Pair-SFT, D+", "STaR, D+"), (640,)),
     "rewarded": Experiment(("RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"), (250,), 3),
     "before_rl": Experiment(("base", *MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I"), base="pretrained"),
 }  # fmt: skip
@@ -154,6 +154,7 @@ def command_of(run: Run, config) -> list[str]:
     before = earlier(run, config)
     model = str(before.directory(config) / "checkpoint") if before else base_model(run.base, config)
     command = [sys.executable, *METHODS[run.method].format(**sizes).split(), "--model", model, "--lr", f"{run.lr:g}"]
+    command += [] if run.tuning else ["--final_problems", "300"]  # of validation: only test is looked at in the end
     return [*command, "--seed", str(run.seed), "--output_dir", str(run.directory(config))]
 
 

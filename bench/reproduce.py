@@ -1,4 +1,4 @@
-"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, HOURS on two cores.
+"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, about six hours on two cores.
 
     python bench/reproduce.py --quick              # under 30 minutes: fewer methods, seeds and steps, no tuning
     python bench/reproduce.py --only tune,main     # some of the experiments below
@@ -84,7 +84,7 @@ EXPERIMENTS = {  # in order of value
                         "reference Stage I")),
     "beta1": Experiment(("beta1 0.0125", "beta1 0.2", "beta1 0.8")),
     "short": Experiment((*MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I", "no bonus"), (160,)),
-    "long_others": Experiment(("single-turn RL", "Pair-SFT, D+", "STaR, D+"), (640,)),
+    "long_others": Experiment(("single-turn RL", "Pair-SFT, D+", "STaR, D+"), (640,), 3),
     "rewarded": Experiment(("RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"), (250,), 3),
     "before_rl": Experiment(("base", *MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I"), base="pretrained"),
 }  # fmt: skip

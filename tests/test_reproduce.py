@@ -168,10 +168,10 @@ def test_effects_where_only_seeds_or_only_problems_differ_are_those_of_one_sampl
 def test_intervals_of_effects_cover_the_truth_nineteen_times_of_twenty():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(400):
-        crossed = 0.3 * rng.normal(size=(5, 1)) + rng.normal(size=(1, 60)) + rng.normal(size=(5, 60))
+        crossed = 0.6 * rng.normal(size=(20, 1)) + rng.normal(size=(1, 60)) + rng.normal(size=(20, 60))
         _, low, high = report.effect(0.5 + crossed)
         covered += low < 0.5 < high
-    assert 0.93 <= covered / 400 <= 1.0
+    assert 0.92 <= covered / 400 <= 0.98
 
 
 def test_bits_come_back_and_effects_are_paired():

@@ -271,21 +271,20 @@ def evaluate_both(*arguments, method: str = "self_correct", seed: int = 0) -> di
     return {name: evaluate(*arguments, T, method, seed=seed)[0] for name, T in modes.items()}
 
 
-def compare_after_failure(base, trained, *shared, seed: int = 0) -> dict:
-    """The controls, all after the base model's failures: who reflects, who retries, and what if nobody reflects."""
+def controls(base, trained) -> dict[str, tuple]:
+    """{name: (cast, method)}, all after the base model's failures: who reflects, who retries, and what if nobody
+    reflects."""
     casts = {"base": (base, base, base), "trained": (base, trained, trained)}
-    controls = {
-        f"{name}, {method}": evaluate_both(cast, *shared, method=method, seed=seed)
-        for name, cast in casts.items()
-        for method in METHODS
-        if method not in AFTER_ANY
-    }
-    for name, cast in {
-        "trained reflects, base retries": (base, trained, base),
-        "base reflects, trained retries": (base, base, trained),
-    }.items():
-        controls[name] = evaluate_both(cast, *shared, method="reflect_retry", seed=seed)
-    return controls
+    named = {f"{name}, {m}": (cast, m) for name, cast in casts.items() for m in METHODS if m not in AFTER_ANY}
+    named["trained reflects, base retries"] = ((base, trained, base), "reflect_retry")
+    named["base reflects, trained retries"] = ((base, base, trained), "reflect_retry")
+    return named
+
+
+def compare_after_failure(base, trained, *shared, seed: int = 0) -> dict:
+    """Figures of the `controls`."""
+    named = controls(base, trained).items()
+    return {name: evaluate_both(cast, *shared, method=method, seed=seed) for name, (cast, method) in named}
 
 
 def side_by_side(base, trained, *shared, count: int = 20) -> str:

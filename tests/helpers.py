@@ -47,7 +47,7 @@ def refusal(script, capsys, *flags) -> str:
 # Processes that have all modules already: a fraction of a second each.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["score", "rrr", "helpers", "torch._dynamo", "matplotlib.pyplot"])
+FORKS.set_forkserver_preload(["score", "rrr", "baselines", "helpers", "torch._dynamo", "matplotlib.pyplot"])
 
 
 def start(function, *arguments, world=0, log="/dev/null") -> list:
@@ -87,12 +87,13 @@ def finish(processes, seconds=240) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-# Smallest runs of both scripts, of four steps; two of score.py's are Stage I.
+# Smallest runs of each script: four steps, of which score.py's first two are Stage I.
 FEW = {
     "score": ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--stage1_steps", "2",
               "--stage2_steps", "2", "--reference", "stage1", "--kl_target", "0.001"],
     "rrr": ["--steps", "4", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
             "--max_reflection_tokens", "6"],
+    "baselines": ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--steps", "4", "--plus"],
 }  # fmt: skip
 
 

@@ -1,0 +1,350 @@
+"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, about six hours on two cores.
+
+    python bench/reproduce.py --quick              # under 30 minutes: fewer methods, seeds and steps, no tuning
+    python bench/reproduce.py --only tune,main     # some of the experiments below
+    python bench/reproduce.py --render             # tables and pictures again, from the CSVs alone
+
+All methods have equal budgets: as many steps of 256 rows (or 320 attempts), for samples and gradients alike. The
+learning rate of each is chosen on validation, from the same grid and with a seed of its own; then its test figures are
+taken once a run. Runs go on where they were stopped, several at a time with one thread each. Writes CSVs, tables and
+pictures into results/reproduce (report.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import report  # noqa: E402
+from flags import exit_on_bad_input, flag, parse_args  # noqa: E402
+
+TWO = "score.py --stage1_steps {stage1} --stage2_steps {stage2}"
+ONE = "score.py --stage1_steps 0 --stage2_steps {steps}"
+METHODS = {  # {stage1}: 3/16 of the {steps}, as 60 of 320
+    "SCoRe": TWO,
+    "multi-turn RL": f"{ONE} --alpha 0",
+    "single-turn RL": f"{ONE} --single_turn --group_size 20",
+    "Pair-SFT": "baselines.py --method pair_sft --steps {steps}",
+    "Pair-SFT, D+": "baselines.py --method pair_sft --plus --steps {steps}",
+    "STaR": "baselines.py --method star --steps {steps}",
+    "STaR, D+": "baselines.py --method star --plus --steps {steps}",
+    "no Stage I": ONE,
+    "no bonus": f"{TWO} --alpha 0",
+    "Stage I": "score.py --stage1_steps {stage1} --stage2_steps 0 --save_every {stage1}",
+    "Stage I, then STaR": "baselines.py --method star --plus --steps {stage2}",
+    "gamma 1": f"{TWO} --gamma 1",
+    "alpha 1": f"{TWO} --alpha 1",
+    "alpha 3": f"{TWO} --alpha 3",
+    "alpha 30": f"{TWO} --alpha 30",
+    "normalised per turn": f"{TWO} --normalise per_turn",
+    "flat second attempts": f"{TWO} --group_size 10 --second_attempts 1",
+    "reference Stage I": f"{TWO} --reference stage1",
+    "beta1 0.0125": f"{TWO} --beta1 0.0125",
+    "beta1 0.2": f"{TWO} --beta1 0.2",
+    "beta1 0.8": f"{TWO} --beta1 0.8",
+    "RRR": "rrr.py --steps {steps}",
+    "RRR, loose": "rrr.py --steps {steps} --anchor 0.2",
+    "RRR, loose, retry rewarded": "rrr.py --steps {steps} --anchor 0.2 --reward_on retry",
+    "RRR, loose, both rewarded": "rrr.py --steps {steps} --anchor 0.2 --reward_on both",
+}
+UNTRAINED = {"base": "self_correct", "Self-Refine": "self_refine", "base, RRR": "reflect_retry"}
+AFTER = {"Stage I, then STaR": "Stage I"}  # which method's result is this one's base
+GRID = (1.5e-5, 5e-5, 1.5e-4, 5e-4)
+TUNED = ("SCoRe", "multi-turn RL", "single-turn RL", "Pair-SFT", "Pair-SFT, D+", "STaR", "STaR, D+", "no Stage I",
+         "no bonus", "RRR")  # fmt: skip
+LIKE = {"Stage I, then STaR": "STaR, D+"} | {name: "RRR" for name in METHODS if name.startswith("RRR, ")}
+TUNING_SEED = 100  # of no final run
+COMMITTED = ROOT / "results" / "reproduce"
+
+
+class Experiment(NamedTuple):
+    methods: tuple
+    steps: tuple = (320,)
+    seeds: int = 5
+    base: str = "tiny"
+    more: bool = False  # also the curves that take longer
+
+
+MAIN = ("SCoRe", "multi-turn RL", "single-turn RL", "Pair-SFT", "Pair-SFT, D+", "STaR", "STaR, D+")
+EXPERIMENTS = {  # in order of value
+    "main": Experiment(("base", "Self-Refine", *MAIN), more=True),
+    "ablations": Experiment(("no Stage I", "no bonus", "Stage I, then STaR")),
+    "long": Experiment((*MAIN[:2], "no Stage I", "no bonus"), (640,)),
+    "rrr": Experiment(("base, RRR", "RRR"), (250,)),
+    "ours": Experiment(("gamma 1", "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts",
+                        "reference Stage I")),
+    "beta1": Experiment(("beta1 0.0125", "beta1 0.2", "beta1 0.8")),
+    "short": Experiment((*MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I", "no bonus"), (160,)),
+    "long_others": Experiment(("single-turn RL", "Pair-SFT, D+", "STaR, D+"), (640,), 3),
+    "rewarded": Experiment(("RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"), (250,), 3),
+    "before_rl": Experiment(("base", *MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I"), base="pretrained"),
+}  # fmt: skip
+QUICK = {
+    "main": Experiment(("base", "Self-Refine", "SCoRe", "multi-turn RL", "Pair-SFT, D+", "STaR, D+"), (160,), 2),
+    "rrr": Experiment(("base, RRR", "RRR"), (100,), 1),
+}
+STEP_COST = {"score.py": 1.0, "baselines.py": 1.4, "rrr.py": 3.0}  # about, in steps of score.py
+COST = {"run": 60, "more": 150, "rrr.py": 200}  # the rest of a run, in the same
+
+
+@dataclass
+class Config:
+    only: str | None = flag(None, f"experiments, with commas between: tune, noise, {', '.join(EXPERIMENTS)}")
+    quick: bool = flag(False, "in runs/quick: a small part of it, with the learning rates that were chosen before")
+    render: bool = flag(False, "only tables and pictures, from the CSVs")
+    list: bool = flag(False, "only say what there is to do, and about how much of it")
+    jobs: int = flag(2, "runs at a time, with a thread each")
+    pretrained: str = flag(
+        "runs/tiny/pretrained", "the base before single-turn RL, for before_rl: `python tiny.py --output runs/tiny/new`"
+    )
+
+    @property
+    def runs(self) -> Path:
+        return ROOT / "runs" / ("quick" if self.quick else "reproduce")
+
+    @property
+    def results(self) -> Path:
+        return self.runs / "results" if self.quick else COMMITTED
+
+
+class Run(NamedTuple):
+    base: str
+    method: str
+    steps: int
+    seed: int
+    lr: float
+    more: bool = False
+    tuning: bool = False  # judged on validation, not on test
+
+    def directory(self, config) -> Path:
+        name = f"{self.method}-{self.steps}-{self.lr:g}-{self.seed}".replace(", ", ",").replace(" ", "_")
+        return config.runs / self.base / name
+
+    @property
+    def script(self) -> str:
+        return METHODS[self.method].split()[0] if self.method in METHODS else ""
+
+    @property
+    def done(self) -> str:
+        """The file that says that nothing is left to do."""
+        return "results.json" if self.tuning else "test.json"
+
+    @property
+    def cost(self) -> float:
+        extra = COST["more"] * self.more + (0 if self.tuning else COST.get(self.script, 0))
+        return self.steps * STEP_COST.get(self.script, 0) + COST["run"] + extra
+
+
+def base_model(name: str, config) -> str:
+    return str(ROOT / "models" / "tiny") if name == "tiny" else str((ROOT / config.pretrained).resolve())
+
+
+def command_of(run: Run, config) -> list[str]:
+    stage1 = run.steps * 3 // 16
+    sizes = {"steps": run.steps, "stage1": stage1, "stage2": run.steps - stage1}
+    before = earlier(run, config)
+    model = str(before.directory(config) / "checkpoint") if before else base_model(run.base, config)
+    command = [sys.executable, *METHODS[run.method].format(**sizes).split(), "--model", model, "--lr", f"{run.lr:g}"]
+    command += [] if run.tuning else ["--final_problems", "300"]  # of validation: only test is looked at in the end
+    return [*command, "--seed", str(run.seed), "--output_dir", str(run.directory(config))]
+
+
+def earlier(run: Run, config) -> Run | None:
+    """The run that this one starts from."""
+    if run.method not in AFTER:
+        return None
+    method = AFTER[run.method]
+    return run._replace(method=method, lr=learning_rate(method, config), more=False, tuning=True)
+
+
+def launch(command: list[str], log: Path) -> None:
+    with open(log, "a") as file:
+        settings = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, check=True, stdout=file, stderr=file, env=settings)
+
+
+def complete(run: Run, config) -> None:
+    """Trains and measures, as far as that isn't done yet."""
+    directory = run.directory(config)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    log = directory.with_name(directory.name + ".log")
+    if before := earlier(run, config):
+        complete(before, config)
+    if run.script and not (directory / "results.json").exists():
+        resume = ["--resume"] if (directory / "config.json").exists() else []
+        launch(command_of(run, config) + resume, log)
+    if not (directory / run.done).exists():
+        directory.mkdir(exist_ok=True)
+        base = base_model(run.base, config)
+        method = UNTRAINED.get(run.method) or ("reflect_retry" if run.script == "rrr.py" else "self_correct")
+        flags = ["--base", base, "--model", str(directory / "checkpoint") if run.script else base, "--method", method]
+        flags += ["--more", str(run.more), "--output", str(directory / run.done)]
+        launch([sys.executable, "bench/measure.py", *flags], log)
+
+
+def complete_all(runs: list[Run], config, label: str) -> list[str]:
+    """All of them, several at a time; the names of those that failed."""
+    todo = [run for run in runs if not (run.directory(config) / run.done).exists()]
+    failed, total = [], round(sum(run.cost for run in todo))
+    with tqdm(total=total, desc=label, unit="step") as bar, ThreadPoolExecutor(config.jobs) as pool:
+        jobs = {pool.submit(complete, run, config): run for run in todo}
+        try:
+            for job in as_completed(jobs):
+                name = str(jobs[job].directory(config))
+                if job.exception():
+                    failed.append(name)
+                    tqdm.write(f"failed, see {name}.log: {job.exception()}", file=sys.stderr)
+                bar.update(round(jobs[job].cost))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def tuning_runs() -> list[Run]:
+    steps = {"RRR": 250}
+    return [Run("tiny", m, steps.get(m, 320), TUNING_SEED, lr, tuning=True) for m in TUNED for lr in GRID]
+
+
+def score_of(results: dict, method: str) -> float:
+    """What a learning rate is chosen by: mean of greedy and T = 1 on validation, of what the method trains."""
+    key = {"single-turn RL": "acc_t1", "RRR": "retry_given_failure"}.get(method, "acc_t2")
+    return sum(results["trained"][mode][key] for mode in ("greedy", "sampled")) / 2
+
+
+def write_tuning(config) -> None:
+    """tuning.csv: everything that was tried, and which was chosen."""
+    tried = {run: json.loads((run.directory(config) / run.done).read_text()) for run in tuning_runs()
+             if (run.directory(config) / run.done).exists()}  # fmt: skip
+    rows = []
+    for run, results in tried.items():
+        scores = {other.lr: score_of(r, run.method) for other, r in tried.items() if other.method == run.method}
+        chosen = len(scores) == len(GRID) and scores[run.lr] == max(scores.values())
+        figures = [results["trained"][m][k] for m in ("greedy", "sampled") for k in ("acc_t1", "acc_t2")]
+        rows.append([run.method, f"{run.lr:g}", f"{scores[run.lr]:.5f}", int(chosen), *(f"{x:.5f}" for x in figures)])
+    header = ("method", "lr", "score", "chosen", "greedy_acc_t1", "greedy_acc_t2", "sampled_acc_t1", "sampled_acc_t2")
+    report.write_csv(config.results / "tuning.csv", header, rows)
+
+
+def learning_rate(method: str, config) -> float:
+    """The chosen one: of the method, or of the one that it varies."""
+    name = method if method in TUNED else LIKE.get(method, "SCoRe")
+    for path in (config.results, COMMITTED):
+        for row in report.read_csv(path / "tuning.csv"):
+            if row["method"] == name and row["chosen"] == "1":
+                return float(row["lr"])
+    return 5e-4 if name == "RRR" else 1.5e-4  # not tuned yet: the scripts' defaults
+
+
+def final_runs(experiments: dict[str, Experiment], config) -> list[Run]:
+    """Each once, though several experiments may want it."""
+    runs = {}
+    for e in experiments.values():
+        for seed in range(e.seeds):
+            for method in e.methods:
+                for steps in e.steps if method in METHODS else e.steps[:1]:
+                    if method in METHODS:
+                        run = Run(e.base, method, steps, seed, learning_rate(method, config), e.more)
+                    else:  # the same for every seed and number of steps
+                        run = Run(e.base, method, 0, 0, 0.0, e.more and method == "base")
+                    key = run._replace(more=False)
+                    runs[key] = run if run.more or key not in runs else runs[key]
+    return [*runs.values()]
+
+
+def write_results(experiments: dict[str, Experiment], config) -> None:
+    """Everything that is known of the runs that are done, as CSVs."""
+    figures, curves, more, problems = [], [], [], []
+    for run in final_runs(experiments, config):
+        directory = run.directory(config)
+        if not (directory / "test.json").exists():
+            continue
+        identity = [run.base, run.method, run.steps, run.seed, f"{run.lr:g}"]
+        found = json.loads((directory / "test.json").read_text())
+        steps = read_metrics(directory)
+        seconds = sum(row["seconds_rollout"] + row["seconds_update"] for row in steps)
+        for row, modes in found["figures"].items():
+            for mode, values in modes.items():
+                cells = [f"{values[key]:.5g}" if key in values else "" for key in report.FIGURES]
+                figures.append([*identity, row, mode, f"{seconds:.0f}", *cells])
+        for row, modes in found["bits"].items():
+            problems += [[*identity, row, mode, key, x] for mode, kept in modes.items() for key, x in kept.items()]
+        more += [[*identity, kind, x, f"{value:.5g}"] for kind, x, value in found["more"]]
+        curves += [[*identity, *cells] for cells in report.thinned(steps)]
+    report.write_csv(
+        config.results / "figures.csv", [*report.IDENTITY, "row", "mode", "seconds", *report.FIGURES], figures
+    )
+    report.write_csv(config.results / "problems.csv", [*report.IDENTITY, "row", "mode", "key", "bits"], problems)
+    report.write_csv(config.results / "more.csv", [*report.IDENTITY, "kind", "x", "value"], more)
+    report.write_csv(config.results / "curves.csv", [*report.IDENTITY, *report.CURVES], curves)
+
+
+def read_metrics(directory: Path) -> list[dict]:
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_noise(config) -> None:
+    """noise.csv: at the base, and at one trained model if there is one."""
+    trained = Run("tiny", "SCoRe", 320, 0, learning_rate("SCoRe", config)).directory(config) / "checkpoint"
+    rows = []
+    for name, model in {"base": base_model("tiny", config), "SCoRe": str(trained)}.items():
+        output = config.runs / f"noise-{name}.json"
+        if Path(model).exists() and not output.exists():
+            config.runs.mkdir(parents=True, exist_ok=True)
+            flags = ["--noise", "True", "--model", model, "--output", str(output)]
+            launch([sys.executable, "bench/measure.py", *flags], output.with_suffix(".log"))
+        rows += [{"model": name, **row} for row in json.loads(output.read_text())] if output.exists() else []
+    report.write_csv(config.results / "noise.csv", [*rows[0]], [[f"{x}" for x in row.values()] for row in rows])
+
+
+def chosen_experiments(config) -> tuple[dict, set]:
+    """({name: Experiment}, other things to do); a name that there isn't is a ValueError."""
+    table = QUICK if config.quick else EXPERIMENTS
+    names = config.only.split(",") if config.only else [*table] + ["tune", "noise"] * (not config.quick)
+    unknown = [name for name in names if name not in (*table, "tune", "noise")]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]}: choose from tune, noise, {', '.join(table)}")
+    chosen = {name: table[name] for name in table if name in names}
+    if "before_rl" in chosen and not Path(base_model("pretrained", config)).exists():
+        how = f"--pretrained {config.pretrained} is not there: `python tiny.py --output runs/tiny/new` makes it"
+        if config.only:
+            raise ValueError(f"before_rl: {how}")
+        print(f"before_rl is left out: {how}")
+        del chosen["before_rl"]
+    return chosen, {*names} - {*table}
+
+
+def main(config: Config) -> None:
+    with exit_on_bad_input():
+        chosen, others = chosen_experiments(config)
+    if config.list:
+        planned = {"tune": tuning_runs()} if "tune" in others else {}
+        for name, runs in (planned | {name: final_runs({name: e}, config) for name, e in chosen.items()}).items():
+            print(f"{name}: {len(runs)} runs, as much as {sum(run.cost for run in runs):.0f} steps of score.py")
+        return
+    failed = []
+    if not config.render:
+        if "tune" in others:
+            failed += complete_all(tuning_runs(), config, "learning rates")
+            write_tuning(config)
+        failed += complete_all(final_runs(chosen, config), config, "runs")
+        if "noise" in others:
+            write_noise(config)
+        write_results(QUICK if config.quick else EXPERIMENTS, config)
+    report.render(config.results)
+    if failed:
+        sys.exit(f"{len(failed)} runs failed: call it again to go on")
+
+
+if __name__ == "__main__":
+    main(parse_args(Config))

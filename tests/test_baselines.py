@@ -1,0 +1,190 @@
+"""Pair-SFT and STaR: what is kept, what is imitated, with which gradient, at which budget; and whole runs."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import baselines
+import helpers
+import policy
+import score
+import training
+from chat import first_turn_ids
+from tasks import TASKS
+
+FEW = ["--problems", "2", "--group_size", "2", "--second_attempts", "2"]
+
+
+def train_here(model_dir, out, *flags):
+    return helpers.train_here(baselines, model_dir, out, *FEW, *flags)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return helpers.save_random_model(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="module")
+def loaded(model_dir):
+    model, tokenizer = policy.load_model(model_dir)
+    task = TASKS["tiny"]
+    chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in task.generate("train", 0)[:2]]
+    return baselines.Sampler(model, tokenizer), tokenizer, task, chosen
+
+
+def trace(number, r1, r2):
+    return {"problem": [0, 0], "parts": [[9], [10 + number], [8], [20 + number]], "right": [r1, r2]}
+
+
+def attempts(traces):
+    return [(t["parts"][1][0] - 10, t["parts"][3][0] - 20) for t in traces]
+
+
+@pytest.mark.parametrize("method, plus, kept", [
+    ("star", False, [(0, 0)]),
+    ("star", True, [(0, 0), (1, 1)]),
+    ("pair_sft", False, [(0, 0), (2, 1), (4, 0)]),  # 2 and 4 are wrong twice: others' right answers, in turn
+    ("pair_sft", True, [(0, 0), (2, 1), (4, 0), (1, 1)]),
+])  # fmt: skip
+def test_what_is_kept_of_a_problem(method, plus, kept):
+    traces = [trace(0, 0, 1), trace(1, 1, 1), trace(2, 0, 0), trace(3, 1, 0), trace(4, 0, 0)]
+    chosen = baselines.choose(traces, baselines.Config(method=method, plus=plus))
+    assert attempts(chosen) == kept
+    assert all(t["right"][1] == 1 for t in chosen)
+
+
+def test_a_problem_without_a_right_second_attempt_has_no_pairs():
+    for method in ("star", "pair_sft"):
+        assert baselines.choose([trace(0, 0, 0), trace(1, 1, 0)], baselines.Config(method=method, plus=True)) == []
+
+
+def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
+    sampler, tokenizer, task, chosen = loaded
+    sizes = {"problems": 2, "group_size": 2, "second_attempts": 2, "max_new_tokens": 5, "seed": 3}
+    found = baselines.roll_out(sampler, tokenizer, task, chosen, 4, baselines.Config(**sizes))
+    rollout, r1, r2 = score.roll_out(sampler, None, tokenizer, task, chosen, 4, score.Config(**sizes))
+    rows = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
+    assert [[i for part in t["parts"] for i in part] for t in found] == rows
+    assert [t["right"][1] for t in found] == r2.flatten().tolist()
+    assert [t["right"][0] for t in found] == r1.repeat_interleave(2).tolist()
+    assert [t["problem"] for t in found] == [[4, 0]] * 4 + [[4, 1]] * 4
+    again = baselines.make_rollout(found, sampler)
+    for name in ("ids", "action_mask", "turn", "lengths", "stopped"):
+        assert torch.equal(getattr(again, name), getattr(rollout, name)), name
+
+
+@pytest.mark.parametrize("method, imitated", [("pair_sft", (3,)), ("star", (1, 3))])
+def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, imitated, loaded, model_dir):
+    sampler, tokenizer, task, chosen = loaded
+    config = baselines.Config(method=method, problems=2, group_size=2, second_attempts=2, max_new_tokens=5)
+    traces = baselines.roll_out(sampler, tokenizer, task, chosen, 0, config)
+    batch = baselines.make_batch(traces, sampler, {}, config)
+    assert not batch.kl_coef.any()
+    if method == "pair_sft":
+        assert not batch.advantages[batch.rollout.turn == 0].any()
+    scorer = policy.make_scorer(policy.load_model(model_dir)[0], config)
+    scores, _ = policy.accumulate_gradients(scorer, batch, config)
+
+    plain = AutoModelForCausalLM.from_pretrained(model_dir)
+    labels = torch.full_like(batch.rollout.ids, -100)
+    for row, t in enumerate(traces):
+        spoken = [i if kind in imitated else -100 for kind, part in enumerate(t["parts"]) for i in part]
+        labels[row, : len(spoken)] = torch.tensor(spoken)
+    loss = plain(input_ids=batch.rollout.ids, labels=labels).loss
+    loss.backward()
+    mean = -(scores.logprobs * batch.advantages).sum() / batch.denominator
+    torch.testing.assert_close(mean, loss.detach())
+    for (name, ours), theirs in zip(scorer.model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("method, starts", [("pair_sft", [0, 7]), ("star", [0, 2, 4, 7])])
+def test_rounds_share_the_steps_and_sample_as_much_as_score(method, starts, model_dir, tmp_path):
+    config = baselines.Config(method=method, steps=7)
+    assert config.starts == starts
+    assert [baselines.round_of(step, config) for step in starts[:-1]] == [*range(len(starts) - 1)]
+    assert baselines.round_of(6, config) == len(starts) - 2
+    rows = train_here(model_dir, tmp_path / "run", "--method", method, "--plus", "--steps", "7")
+    assert [row["stage"] for row in rows] == [baselines.round_of(step, config) + 1 for step in range(7)]
+    assert sum(row.get("sampled", 0) for row in rows) == 7 * 8  # 8 rows a step, as score.py's
+    assert all(("acc_t1" in row) == (row["step"] in starts) for row in rows)
+    files = sorted((tmp_path / "run").glob("traces_*.jsonl"))
+    assert len(files) == len(starts) - 1
+    for path, row in zip(files, (row for row in rows if "kept" in row)):
+        figures, *kept = map(json.loads, path.read_text().splitlines())
+        assert len(kept) == row["kept"] > 0 and {t["right"][1] for t in kept} == {1}
+
+
+def test_every_step_trains_on_as_many_rows_as_it_samples(loaded, model_dir, tmp_path, monkeypatch):
+    seen, made = [], baselines.make_batch
+    monkeypatch.setattr(
+        baselines, "make_batch", lambda traces, *rest: (seen.append(len(traces)), made(traces, *rest))[1]
+    )
+    train_here(model_dir, tmp_path / "run", "--plus", "--steps", "3")
+    assert seen == [8, 8, 8]
+
+
+def test_each_round_of_star_samples_from_the_model_that_the_last_one_left(model_dir, tmp_path):
+    first = {}
+    for lr in ("1e-3", "0.0"):
+        train_here(model_dir, tmp_path / lr, "--plus", "--steps", "6", "--lr", lr)
+        first[lr] = [(tmp_path / lr / f"traces_{turn}.jsonl").read_text() for turn in (1, 2)]
+    assert first["1e-3"][0] == first["0.0"][0] and first["1e-3"][1] != first["0.0"][1]
+
+
+@pytest.mark.parametrize("last", [1, 2, 4])  # in the first round, before the second, and in the last
+def test_a_resumed_run_equals_an_uninterrupted_one(last, model_dir, tmp_path, monkeypatch):
+    flags = ("--method", "star", "--plus", "--steps", "6", "--lr", "1e-3")
+    whole = train_here(model_dir, tmp_path / "whole", *flags)
+    logged = training.log
+
+    def stop_after(run, row, text):
+        logged(run, row, text)
+        if row["step"] == last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "log", stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(model_dir, tmp_path / "cut", *flags)
+    monkeypatch.undo()
+    resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
+    assert helpers.without_times(resumed) == helpers.without_times(whole)
+    assert (tmp_path / "cut" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
+
+
+def test_two_ranks_end_in_the_results_of_one(model_dir, tmp_path):
+    for world in (0, 2):
+        assert set(helpers.run("baselines", model_dir, tmp_path / f"{world}", world=world)) == {0}
+    one, two = (json.loads((tmp_path / f"{world}" / "results.json").read_text()) for world in (0, 2))
+    assert one == two
+    assert (tmp_path / "0" / "traces_1.jsonl").read_text() == (tmp_path / "2" / "traces_1.jsonl").read_text()
+
+
+def test_where_nothing_can_be_imitated_training_stops_and_says_so(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(baselines, "choose", lambda traces, config: [])
+    with pytest.raises(SystemExit) as exit_:
+        train_here(model_dir, tmp_path / "run", "--steps", "2", "--rounds", "1")
+    assert exit_.value.code == 1
+    assert "round 1: of 16 traces none can be imitated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--method", "dpo"], "argument --method: invalid choice: 'dpo'"),
+    (["--rounds", "4", "--steps", "3"], "--rounds 4: there are only --steps 3"),
+    (["--temperature", "0"], "--temperature"),
+    (["--epochs", "2"], "--epochs is for policy gradients alone"),
+    (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--task", "mbpp_r", "--data", "x.jsonl"], "x.jsonl"),
+])  # fmt: skip
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
+    said = helpers.refusal(baselines, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()
+
+
+def test_first_attempts_that_the_data_gives_are_refused(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2"))
+    said = helpers.refusal(baselines, capsys, "--model", model_dir, "--output_dir", tmp_path / "run")
+    assert "first attempts are not the model's own" in said and not (tmp_path / "run").exists()

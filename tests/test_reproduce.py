@@ -1,0 +1,273 @@
+"""The reproduction: what it plans, how it goes on, chooses and compares, and that its smallest size runs."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import baselines
+import helpers
+import measure
+import report
+import reproduce
+import rrr
+import score
+from flags import parse_args
+
+SCRIPTS = {"score.py": score, "baselines.py": baselines, "rrr.py": rrr}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.Config, "runs", tmp_path / "runs")
+    monkeypatch.setattr(reproduce.Config, "results", tmp_path / "results")
+    monkeypatch.setattr(reproduce, "COMMITTED", tmp_path / "none")
+    return reproduce.Config()
+
+
+def runs_of(experiments, config):
+    return reproduce.final_runs(experiments, config)
+
+
+@pytest.mark.parametrize("steps", [160, 320, 640])
+def test_every_command_parses_and_has_the_budget(steps, config):
+    for method in reproduce.METHODS:
+        command = reproduce.command_of(reproduce.Run("tiny", method, steps, 3, 1e-4), config)
+        script = SCRIPTS[command[1]]
+        flags = parse_args(script.Config, command[2:])
+        script.check(flags)
+        assert flags.seed == 3 and flags.lr == 1e-4
+        if script is rrr:
+            assert flags.steps == steps
+            continue
+        total = flags.steps if script is baselines else flags.stage1_steps + flags.stage2_steps
+        stage1 = steps * 3 // 16
+        assert total == {"Stage I": stage1, "Stage I, then STaR": steps - stage1}.get(method, steps)
+        attempts = flags.problems * flags.group_size
+        if not getattr(flags, "single_turn", False):
+            attempts += flags.problems * flags.group_size * flags.second_attempts
+        assert attempts == 320, method  # sampled a step
+
+
+def test_every_experiment_has_methods_that_there_are_and_runs_are_shared(config):
+    for table in (reproduce.EXPERIMENTS, reproduce.QUICK):
+        for e in table.values():
+            assert {*e.methods} <= {*reproduce.METHODS, *reproduce.UNTRAINED}
+        runs = runs_of(table, config)
+        directories = [run.directory(config) for run in runs]
+        assert len({*directories}) == len(directories)
+    twice = {"a": reproduce.Experiment(("SCoRe",)), "b": reproduce.Experiment(("SCoRe",), more=True)}
+    assert [run.more for run in runs_of(twice, config)] == [True] * 5
+
+
+def test_claims_and_tables_are_about_runs_that_are_made():
+    planned = {(m, n) for e in reproduce.EXPERIMENTS.values() for m in e.methods for n in e.steps}
+    for _, one, other, _, steps in report.CLAIMS:
+        for method in (one, other):
+            assert method is None or (method, steps) in planned, method
+    assert {*report.TABLE1, *report.TABLE2} <= {m for m, _ in planned}
+    known = {*measure.controls("base", "trained"), ""}
+    for _, *sides, _ in report.RRR_CLAIMS:
+        assert all(row in known and (method, 250) in planned for method, row in sides)
+
+
+def fake_launch(command, log):
+    """Instead of training or measuring: the file that would be there afterwards."""
+    out = command[command.index("--output_dir" if "--output_dir" in command else "--output") + 1]
+    if "--output_dir" in command:
+        path = reproduce.Path(out) / "results.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lr = float(command[command.index("--lr") + 1])
+        modes = {mode: {k: 1 - abs(lr - 1.5e-4) for k in ("acc_t1", "acc_t2", "retry_given_failure")}
+                 for mode in ("greedy", "sampled")}  # fmt: skip
+        path.write_text(json.dumps({"trained": modes}))
+        (path.parent / "metrics.jsonl").write_text(
+            '{"stage": 2, "step": 0, "acc_t1": 0.5, "seconds_rollout": 1, "seconds_update": 1}\n'
+        )
+    else:
+        figures = {"greedy": {"acc_t1": 0.5, "acc_t1_se": 0.1}, "sampled": {"acc_t1": 0.25, "acc_t1_se": 0.1}}
+        bits = {mode: {key: measure.bits([1, 0, 1]) for key in ("acc_t1", "acc_t2")} for mode in figures}
+        content = {"figures": {"": figures}, "bits": {"": bits}, "more": []}
+        reproduce.Path(out).write_text(json.dumps(content))
+    launched.append(command)
+
+
+launched = []
+
+
+def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch, capsys):
+    launched.clear()
+    monkeypatch.setattr(reproduce, "launch", fake_launch)
+    monkeypatch.setattr(reproduce, "TUNED", ("SCoRe", "RRR"))
+    small = {"main": reproduce.Experiment(("base", "SCoRe", "Stage I, then STaR"), seeds=2)}
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", small)
+    config.only = "tune,main"
+    reproduce.main(config)
+    assert not any("bench/measure.py" in c for c in launched[:8])  # a learning rate is chosen without the test split
+    assert all(c[c.index("--seed") + 1] == "100" for c in launched[:8])
+    assert sum("bench/measure.py" in c for c in launched) == 5  # the base, and two runs of two methods
+    assert len(launched) == 8 + 5 + 4 + 2  # and Stage I of both seeds
+    stage1 = [c for c in launched if "--save_every" in c]
+    star = [c for c in launched if "star" in c]
+    assert {c[c.index("--model") + 1] for c in star} == {c[c.index("--output_dir") + 1] + "/checkpoint" for c in stage1}
+    tried = report.read_csv(config.results / "tuning.csv")
+    assert [(r["method"], r["lr"]) for r in tried if r["chosen"] == "1"] == [("SCoRe", "0.00015"), ("RRR", "0.00015")]
+    assert reproduce.learning_rate("alpha 3", config) == 1.5e-4
+    assert len(report.read_csv(config.results / "figures.csv")) == 2 * 5
+
+    before = len(launched)
+    reproduce.main(config)
+    assert len(launched) == before  # nothing is left to do
+    files = {path.name: path.read_bytes() for path in config.results.glob("*.[cm]*")}
+    config.render = True
+    reproduce.main(config)
+    assert {path.name: path.read_bytes() for path in config.results.glob("*.[cm]*")} == files
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(config, monkeypatch, capsys):
+    def fail_once(command, log):
+        if "--seed" in command and command[command.index("--seed") + 1] == "1":
+            raise RuntimeError("broken")
+        fake_launch(command, log)
+
+    monkeypatch.setattr(reproduce, "launch", fail_once)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=3)})
+    config.only = "main"
+    with pytest.raises(SystemExit, match="1 runs failed: call it again"):
+        reproduce.main(config)
+    assert [r["seed"] for r in report.read_csv(config.results / "figures.csv")] == ["0", "0", "2", "2"]
+    assert "SCoRe-320-0.00015-1.log: broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("only, message", [("mian", "--only mian: choose from"), ("before_rl", "tiny.py")])
+def test_bad_input_is_one_line_and_exit_code_2(only, message, capsys, tmp_path):
+    said = helpers.refusal(reproduce, capsys, "--only", only, "--pretrained", tmp_path / "none")
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("df, expected", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (60, 2.000)])
+def test_quantiles_of_students_t(df, expected):
+    assert report.quantile(df) == pytest.approx(expected, abs=0.01)
+
+
+def test_effects_where_only_seeds_or_only_problems_differ_are_those_of_one_sample():
+    seeds = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    mean, low, high = report.effect(np.repeat(seeds[:, None], 1000, axis=1))
+    half = 2.776 * seeds.std(ddof=1) / 5**0.5
+    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-2)
+    problems = np.random.default_rng(0).normal(size=1000)
+    mean, low, high = report.effect(np.repeat(problems[None], 5, axis=0))
+    half = 1.96 * problems.std(ddof=1) / 1000**0.5
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-3)
+    assert report.effect(np.zeros((3, 10))) == (0, 0, 0)
+    alone = report.effect(problems[None])
+    assert alone == pytest.approx((mean, mean - half, mean + half), abs=1e-3)
+
+
+def test_intervals_of_effects_cover_the_truth_nineteen_times_of_twenty():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        crossed = 0.6 * rng.normal(size=(20, 1)) + rng.normal(size=(1, 60)) + rng.normal(size=(20, 60))
+        _, low, high = report.effect(0.5 + crossed)
+        covered += low < 0.5 < high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_bits_come_back_and_effects_are_paired():
+    rows = []
+    for seed, second in enumerate(([1, 1, 1, 0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1])):
+        identity = {"base": "tiny", "method": "SCoRe", "steps": "320", "seed": str(seed), "row": "", "mode": "greedy"}
+        rows += [identity | {"key": "acc_t1", "bits": measure.bits([1, 0, 0, 0, 0, 0, 0, 0, 1])}]
+        rows += [identity | {"key": "acc_t2", "bits": measure.bits(second)}]
+    delta = report.outcomes(rows, "delta", method="SCoRe")
+    assert delta["0"].tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0]
+    found = {claim: rest for _, claim, *rest in report.effects(rows)}
+    assert [*found] == ["Delta is above 0: SCoRe"]
+    steps, mode, seeds, mean, low, high = found["Delta is above 0: SCoRe"]
+    assert (steps, mode, seeds, mean) == (320, "greedy", 2, pytest.approx(100 * 1.5 / 9)) and low < mean < high
+
+
+def test_the_noise_of_a_gradient_is_without_the_noise_of_its_mean():
+    rng = np.random.default_rng(0)
+    gradients = measure.torch.tensor(3 + 2 * rng.normal(size=(400, 50)))
+    found = measure.noise_of(gradients)
+    assert found["variance"] == pytest.approx(50 * 4, rel=0.05) and found["signal"] == pytest.approx(50 * 9, rel=0.05)
+    assert found["batches"] == pytest.approx(found["variance"] / found["signal"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return helpers.save_random_model(tmp_path_factory.mktemp("reproduce") / "model")
+
+
+def test_a_model_is_measured_with_all_curves(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "VOTERS", 4)
+    monkeypatch.setattr(measure, "VOTED", 3)
+    monkeypatch.setattr(measure, "ATTEMPTS", 3)
+    output = tmp_path / "test.json"
+    measure.main(measure.Config(model=model, base=model, more=True, limit=5, output=str(output)))
+    found = json.loads(output.read_text())
+    assert found["figures"][""]["sampled"]["n"] == 5
+    kinds = [kind for kind, _, _ in found["more"]]
+    assert kinds.count("attempts") == 3 and kinds.count("vote_parallel") == kinds.count("vote_corrected") == 2
+    assert sum(value for kind, _, value in found["more"] if kind == "edit_ratio") == pytest.approx(1)
+    assert report.unpacked(found["bits"][""]["sampled"]["vote_parallel_4"]).shape == (3,)
+    assert report.unpacked(found["bits"][""]["greedy"]["acc_t2"]).shape == (5,)
+
+
+def test_the_controls_of_rrr_are_measured_once_for_the_base_and_once_for_each_model(model, tmp_path):
+    other = helpers.save_random_model(tmp_path / "other")
+    rows = {}
+    for name in (model, other):
+        output = tmp_path / "test.json"
+        measure.main(measure.Config(model=name, base=model, method="reflect_retry", limit=3, output=str(output)))
+        rows[name] = [row for row in json.loads(output.read_text())["figures"] if row]
+    assert all(row.startswith("base,") for row in rows[model]) and len(rows[model]) == 4
+    assert not any(row.startswith("base,") for row in rows[other]) and len(rows[other]) == 6
+
+
+def test_noise_is_measured_for_every_design(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "DESIGNS", {"nested": (2, 2, 2), "flat": (2, 3, 1)})
+    monkeypatch.setattr(score, "grade", lambda tokenizer, task, rollout, turn, rows: (
+        None, (rollout.ids.sum(1) % 2).float()))  # fmt: skip
+    output = tmp_path / "noise.json"
+    measure.main(measure.Config(model=model, noise=True, batches=3, output=str(output)))
+    rows = json.loads(output.read_text())
+    assert [(row["design"], row["alpha"]) for row in rows] == [(d, a) for a in (0, 10) for d in ("nested", "flat")]
+    assert all(row["variance"] > 0 for row in rows)
+
+
+def test_pictures_and_tables_are_drawn_from_the_csvs_alone(tmp_path):
+    identities = [["tiny", m, n, s, "0.0001"] for m, n in (("base", 0), ("SCoRe", 320), ("RRR", 250))
+                  for s in range(2 if n else 1)]  # fmt: skip
+    curve = ["1", "9", *["0.5"] * (len(report.MEANS) + len(report.LAST))]
+    contents = {
+        "figures": ([*report.IDENTITY, "row", "mode", "seconds", *report.FIGURES],
+                    [[*i, "", mode, "10", *["0.5"] * len(report.FIGURES)] for i in identities
+                     for mode in ("greedy", "sampled")]),
+        "curves": ([*report.IDENTITY, *report.CURVES],
+                   [[*i, *[s, str(t)], *curve[2:]] for i in identities for s, t in (("1", 9), ("2", 19))]),
+        "more": ([*report.IDENTITY, "kind", "x", "value"],
+                 [[*i, kind, x, 0.5] for i in identities for x in (1, 2)
+                  for kind in ("edit_ratio", "attempts", "vote_parallel", "vote_corrected")]),
+        "problems": ([*report.IDENTITY, "row", "mode", "key", "bits"],
+                     [[*i, "", "greedy", key, measure.bits([0, 1, 1])] for i in identities
+                      for key in ("acc_t1", "acc_t2")]),
+    }  # fmt: skip
+    for name, (header, rows) in contents.items():
+        report.write_csv(tmp_path / f"{name}.csv", header, rows)
+    report.render(tmp_path)
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {"training", "rollouts", "edits", "attempts", "votes", "frontier", "rrr"}
+    text = (tmp_path / "tables.md").read_text()
+    assert "| SCoRe | 320 | 2 | greedy | 50.0 ± 50.0 |" in text and "SCoRe raises first attempts" in text
+    assert next(csv.reader(open(tmp_path / "curves.csv"))) == [*report.IDENTITY, *report.CURVES]
+
+
+def test_a_runs_metrics_are_thinned_to_means_and_last_evaluations():
+    steps = [{"stage": 1, "step": t, "acc_t1": t / 10, "eval_acc_t2": t} for t in range(10)]
+    (row,) = report.thinned([*steps[:9], steps[9] | {"eval_acc_t2": 0.75}])
+    found = dict(zip(report.CURVES, row))
+    assert (found["stage"], found["step"], found["acc_t1"], found["eval_acc_t2"]) == (1, 9, "0.45", "0.75")
+    assert found["kl_t1"] == ""

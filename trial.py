@@ -4,8 +4,9 @@ In a worker the program's functions are proxies. The guest gets code and argumen
 types, which are compared in the worker alone: it never sees an expected value and never says "passed". It is forked
 before the worker reads anything, so its memory has none of it either.
 
-Left out: callbacks (functions of the tests that are passed to the program), and changes that a program makes inside of
-nested arguments. Stdlib only: it runs as a script, with `python -I -S`.
+Left out, so that an honest program fails that needs it: callbacks (functions of the tests that are passed to the
+program), changes that it makes inside of nested arguments, comparing or adding its own objects, their truth, `with` and
+`await` of them, and tests that read what it prints. Stdlib only: it runs as a script, with `python -I -S`.
 """
 
 import ast

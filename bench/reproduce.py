@@ -184,9 +184,9 @@ def complete(run: Run, config) -> None:
         launch(command_of(run, config) + resume, log)
     if not (directory / run.done).exists():
         directory.mkdir(exist_ok=True)
-        base = base_model(run.base, config)
+        base, trained = base_model(run.base, config), str(directory / "checkpoint")
         method = UNTRAINED.get(run.method) or ("reflect_retry" if run.script == "rrr.py" else "self_correct")
-        flags = ["--base", base, "--model", str(directory / "checkpoint") if run.script else base, "--method", method]
+        flags = ["--base", base, "--model", trained if run.script else base, "--method", method]
         flags += ["--more", str(run.more), "--output", str(directory / run.done)]
         launch([sys.executable, "bench/measure.py", *flags], log)
 
@@ -211,8 +211,7 @@ def complete_all(runs: list[Run], config, label: str) -> list[str]:
 
 
 def tuning_runs() -> list[Run]:
-    steps = {"RRR": 250}
-    return [Run("tiny", m, steps.get(m, 320), TUNING_SEED, lr, tuning=True) for m in TUNED for lr in GRID]
+    return [Run("tiny", m, 250 if m == "RRR" else 320, TUNING_SEED, lr, tuning=True) for m in TUNED for lr in GRID]
 
 
 def score_of(results: dict, method: str) -> float:
@@ -335,7 +334,7 @@ def main(config: Config) -> None:
     failed = []
     if not config.render:
         if "tune" in others:
-            failed += complete_all(tuning_runs(), config, "learning rates")
+            failed = complete_all(tuning_runs(), config, "learning rates")
             write_tuning(config)
         failed += complete_all(final_runs(chosen, config), config, "runs")
         if "noise" in others:

@@ -18,6 +18,8 @@ from transformers import AttentionInterface
 from attention import attention_is, check_layer
 from loss import Scores, token_scores
 
+STEM = 64  # tokens that all rows begin with (few-shot examples, say), from which on their attention is computed once
+
 
 class PrefixTree(NamedTuple):
     """The distinct prefixes of B rows, each a node that is encoded once; R distinct rows, N nodes.
@@ -26,7 +28,8 @@ class PrefixTree(NamedTuple):
     parent:         (N,) int64, the node of the prefix without its last token; its own index at position 0
     node:           (R, T) int64, the node at each place of a distinct row; 0 in the padding on the right
     row:            (B,) int64, which distinct row a row is
-    place:          (N,) int64, one place of `node`, flattened, where the node stands
+    stem:           how many tokens all rows begin with, nodes 0, 1, ...; 0 if that is under STEM
+    place:          (N - stem,) int64, one place of `node[:, stem:]`, flattened, where each further node stands
     """
 
     ids: Tensor
@@ -34,6 +37,7 @@ class PrefixTree(NamedTuple):
     parent: Tensor
     node: Tensor
     row: Tensor
+    stem: int
     place: Tensor
 
 
@@ -49,35 +53,51 @@ def prefix_tree(ids: Tensor, real: Tensor) -> PrefixTree:
     first = torch.arange(len(rows), device=ids.device)[:, None] * new
     node = number.gather(0, first.cummax(0).values).masked_fill(rows < 0, 0)  # (R, T)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(rows)[new]
-    place = new.flatten().nonzero()[:, 0]
-    parent = node.flatten()[place - (positions > 0).long()]
-    return PrefixTree(rows[new][None], positions[None], parent, node, row, place)
+    parent = node.flatten()[new.flatten().nonzero()[:, 0] - (positions > 0).long()]
+    stem = int(shared[1:].sum(1).min()) if len(rows) > 1 else 0
+    stem = stem if stem >= STEM else 0
+    place = new[:, stem:].flatten().nonzero()[:, 0]
+    return PrefixTree(rows[new][None], positions[None], parent, node, row, stem, place)
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
     """Over a PrefixTree: query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N, heads, D).
 
-    Only here are rows whole again: every node is copied to where it stands. All else in a layer is done once a node.
+    Only here are rows whole again: every node beyond the stem is copied to where it stands. All else in a layer is done
+    once a node.
     """
     check_layer(module, attention_mask, sliding_window, kwargs)
-    tree = kwargs["position_ids"].tree
-    R, T = tree.node.shape
+    tree, stem = kwargs["position_ids"].tree, kwargs["position_ids"].tree.stem
 
-    def spread_out(x: Tensor) -> Tensor:  # (1, heads, N, D) -> (R, heads, T, D)
-        flat = x[0].transpose(0, 1).flatten(1).index_select(0, tree.node.flatten())
-        return flat.view(R, T, *x.shape[1::2]).transpose(1, 2)
+    def spread_out(x: Tensor, node: Tensor) -> Tensor:  # (1, heads, N, D) -> (R, heads, columns of node, D)
+        flat = x[0].transpose(0, 1).flatten(1).index_select(0, node.flatten())
+        return flat.view(*node.shape, *x.shape[1::2]).transpose(1, 2)
 
-    mask = None  # causal, which also keeps the padding on the right out of sight
-    if sliding_window is not None:
+    attend = partial(_causal, scale=scaling, window=sliding_window)
+    rows = attend(spread_out(query, tree.node[:, stem:]), spread_out(key, tree.node), spread_out(value, tree.node))
+    out = rows.flatten(0, 1).index_select(0, tree.place)[None]  # (1, N - stem, heads, D)
+    if stem:
+        out = torch.cat([attend(*(x[:, :, :stem] for x in (query, key, value))), out], 1)
+    return out, None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """query (n, heads, Q, D) of the last Q of T positions, key and value (n, kv_heads, T, D) -> (n, Q, heads, D).
+
+    Padding on the right is out of sight by itself.
+    """
+    Q, T = query.shape[2], key.shape[2]
+    mask = None
+    if Q < T or window is not None:
         t = torch.arange(T, device=query.device)
-        mask = (t <= t[:, None]) & (t > t[:, None] - sliding_window)
+        mask = t <= t[T - Q :, None]  # (Q, T)
+        if window is not None:
+            mask &= t > t[T - Q :, None] - window
     grouped = query.device.type == "cpu" or (mask is None and query.dtype.itemsize == 2)  # else the slow kernel's case
     if not grouped:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    rows = [spread_out(x) for x in (query, key, value)]
-    options = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling, "enable_gqa": grouped}
-    out = F.scaled_dot_product_attention(*rows, **options).transpose(1, 2)  # (R, T, heads, D)
-    return out.flatten(0, 1).index_select(0, tree.place)[None], None
+    options = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": grouped}
+    return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
 
 AttentionInterface.register("prefix_tree", tree_attention)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as tf
 
+import scorer as scorer_module
 from conftest import TINY, VOCAB, build
 from loss import Scores
 from scorer import Scorer, prefix_tree
@@ -18,9 +19,13 @@ def random_rows(B=40, T=11, vocabulary=3, seed=0):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_tree_has_every_distinct_prefix_once_and_leads_back_to_every_row(seed):
-    ids, lengths, real = random_rows(seed=seed)
+def test_the_tree_has_every_distinct_prefix_once_and_leads_back_to_every_row(seed, monkeypatch):
+    monkeypatch.setattr(scorer_module, "STEM", 3)
+    ids, lengths, _ = random_rows(seed=seed)
+    ids[:, :seed], lengths = ids[0, :seed], lengths.clamp(min=seed)
+    real = torch.arange(ids.shape[1]) < lengths[:, None]
     tree = prefix_tree(ids, real)
+    assert tree.stem == (seed if seed >= 3 else 0)
     rows = [tuple(row[:n]) for row, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
     prefixes = {row[: i + 1] for row in rows for i in range(len(row))}
     spelt = []
@@ -33,7 +38,7 @@ def test_the_tree_has_every_distinct_prefix_once_and_leads_back_to_every_row(see
     assert sorted(spelt) == sorted(prefixes)
     for b, row in enumerate(rows):
         assert [spelt[n] for n in tree.node[tree.row[b], : len(row)]] == [row[: i + 1] for i in range(len(row))]
-    assert torch.equal(tree.node.flatten()[tree.place], torch.arange(len(spelt)))
+    assert torch.equal(tree.node[:, tree.stem :].flatten()[tree.place], torch.arange(tree.stem, len(spelt)))
 
 
 def plain_scores(model, reference, ids, mask, temperature):
@@ -45,13 +50,17 @@ def plain_scores(model, reference, ids, mask, temperature):
     return Scores(*(torch.nn.functional.pad(x, (1, 0)) * mask for x in scores))
 
 
+@pytest.mark.parametrize("stem", [0, 6])
 @pytest.mark.parametrize("name", TINY)
-def test_scores_and_gradients_equal_those_of_whole_rows(name):
+def test_scores_and_gradients_equal_those_of_whole_rows(name, stem, monkeypatch):
+    monkeypatch.setattr(scorer_module, "STEM", 3)
     config_class, options = TINY[name]
     options = {k: v for k, v in options.items() if k != "final_logit_softcapping"}  # `load_model` refuses it
     model, reference = (build(config_class, **options, initializer_range=r) for r in (0.2, 0.1))
     ids, lengths, real = random_rows(B=12, T=14, vocabulary=VOCAB if name == "llama_mha" else 3)
+    ids[:, :stem], real[:, :stem] = ids[0, :stem], True  # what all rows begin with
     mask = real & (torch.arange(14) % 5 > 1)
+    assert prefix_tree(ids, real).stem >= stem
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
     results = []
     ways = [Scorer(model, reference, chunk=7, checkpointing=c) for c in (False, True)]

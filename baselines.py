@@ -5,7 +5,7 @@
 
 A round: sample two attempts at training problems, keep what the verdicts choose, train on it. Pair-SFT has one round,
 and imitates the second attempt of (wrong, right) pairs; STaR has three, each with the model that the last one left, and
-imitates both attempts of traces that went from wrong to right. `--plus` adds those that went from right to right (D+).
+imitates what is right in traces that went from wrong to right. `--plus` adds those that went from right to right (D+).
 
 Imitation is policy gradient with other advantages: 1 on every token to imitate, 0 elsewhere, no baseline and no KL.
 So the shared loss has the gradient of cross-entropy, and all else is shared with score.py too, which samples as many
@@ -32,7 +32,6 @@ from sampler import Rollout, Sampler
 from training import check_run, contents_of, open_run, report, saving, stop, train, watcher
 
 ROUNDS = {"pair_sft": 1, "star": 3}
-IMITATED = {"pair_sft": [0.0, 1.0], "star": [1.0, 1.0]}  # the advantage of the first and of the second attempt
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 
 
@@ -46,6 +45,12 @@ class Config(TrainConfig):
     problems: int = flag(16, "P, problems that are sampled for every training step")
     group_size: int = flag(4, "G, first attempts a problem")
     second_attempts: int = flag(4, "K, second attempts of each first one; a step trains on P * G * K rows")
+
+    judged_by = "eval_acc_t2"  # a batch of old samples has no reward
+
+    @property
+    def last_stage(self) -> int:
+        return len(self.starts) - 1
 
     @property
     def starts(self) -> list[int]:
@@ -91,12 +96,13 @@ def choose(traces: list[dict], config) -> list[dict]:
 
     STaR:     wrong, then right.
     Pair-SFT: every wrong first attempt with a right second attempt at the same problem, its own where that is right,
-              else one of another trace. Such pairs are synthetic, and many more.
+              else one of another trace that was wrong at first: what follows a right attempt may just repeat it. Such
+              pairs are synthetic, and many more.
     D+:       both also take right, then right.
     """
     wrong, plus = ([t for t in traces if t["right"][0] == r1] for r1 in (0, 1))
     fixed, plus = [t for t in wrong if t["right"][1]], [t for t in plus if t["right"][1]]
-    kept = fixed if config.method == "star" else pair(wrong, fixed + plus)
+    kept = fixed if config.method == "star" else pair(wrong, fixed)
     return kept + plus * config.plus
 
 
@@ -152,16 +158,18 @@ def make_rollout(traces: list[dict], sampler) -> Rollout:
     return Rollout(*(tensor.to(sampler.model.device) for tensor in tensors), cache=None)
 
 
-def advantages_of(rollout: Rollout, config) -> Tensor:
-    """(B, T): 1 on every token to imitate."""
-    return spread(torch.tensor(IMITATED[config.method]).expand(len(rollout.ids), 2), rollout)
+def advantages_of(traces: list[dict], rollout: Rollout, config) -> Tensor:
+    """(B, T): 1 on every token to imitate: those of second attempts, and in STaR also of first ones that are right."""
+    per_turn = [[float(config.method == "star" and trace["right"][0]), 1.0] for trace in traces]
+    return spread(torch.tensor(per_turn).view(-1, 2), rollout)
 
 
 def make_batch(traces: list[dict], sampler, figures: dict, config) -> Batch:
     """This rank's share of some traces; the loss is the mean over all tokens that are imitated, of all ranks."""
     mine = share(len(traces))
-    rollout = make_rollout(traces[mine.start : mine.stop], sampler)
-    advantages = advantages_of(rollout, config)
+    traces = traces[mine.start : mine.stop]
+    rollout = make_rollout(traces, sampler)
+    advantages = advantages_of(traces, rollout, config)
     denominator = sum(exchange(float(advantages.sum())))
     return Batch(rollout, advantages, torch.zeros_like(advantages), denominator, figures)
 

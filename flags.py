@@ -76,7 +76,8 @@ class TrainConfig(TaskConfig):
     final_problems: int | None = flag(None, "validation problems of the final table; default: all")
     probe: int = flag(64, "training problems tried first: where all fail or none, training stops; 0: no probe")
 
-    last_stage = 1  # no flag: the stage in which the best checkpoint is looked for
+    last_stage = 1  # no flag: the stage in which the best checkpoint is looked for,
+    judged_by = "reward"  # and the figure of a step by which
 
 
 def first_of_node() -> bool:

@@ -215,8 +215,8 @@ def train(config, run: Path, scorer: Scorer, sampler, tokenizer, steps, make_bat
 
     `evaluate_now(step) -> (dict, transcripts)` joins the metrics every `eval_every` steps. `state` is the algorithm's
     own memory between steps; it is saved and resumed with the rest, and holds the last step's figures under "last".
-    The model kept in run/checkpoint is the one after the `save_every` steps with the highest mean training reward,
-    counting steps of `config.last_stage` only. SIGTERM: a saved state, and exit code 143.
+    The model kept in run/checkpoint is the one after the `save_every` steps with the highest mean of `config.judged_by`
+    (RL: the training reward), counting steps of `config.last_stage` only. SIGTERM: a saved state, and exit code 143.
     """
     optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     save = partial(save_memory, config, run, scorer, optimizer)
@@ -284,18 +284,18 @@ def end_step(config, run: Path, memory: dict, text: str, progress) -> None:
     if memory["bad"] == config.max_skipped:
         fault = f"not finite in {memory['bad']} steps in a row: {row['not_finite']}"
         stop(f"step {row['step']}: {fault}; none of them changed the weights, and {newest(run)}")
-    if row["stage"] == config.last_stage and "reward" in row and not row["skipped"]:
-        memory["window"].append(row["reward"])
+    if row["stage"] == config.last_stage and config.judged_by in row and not row["skipped"]:
+        memory["window"].append(row[config.judged_by])
     memory |= {"step": row["step"] + 1, "row": None}
 
 
 def close_window(memory: dict, last: bool) -> bool:
-    """Whether the model is the best so far, by the mean reward of the steps since the last saved state."""
+    """Whether the model is the best so far, by the mean of the steps since the last saved state."""
     window, memory["window"] = memory["window"], []
     if window and (memory["best"] is None or sum(window) / len(window) > memory["best"]):
         memory["best"] = sum(window) / len(window)
         return True
-    return last and memory["best"] is None  # no step had a reward: the last model has to do
+    return last and memory["best"] is None  # no step says how good it is: the last model has to do
 
 
 def memory_mib() -> float:

@@ -65,7 +65,7 @@ def more_of(sampler, talks: list[dict], shared) -> tuple[list, dict]:
     counts = np.histogram(ratios, EDIT_BINS)[0] / len(ratios)
     rows = [["edit_ratio", round(float(x), 3), float(n)] for x, n in zip(EDIT_BINS, counts)]
     tokenizer, task, problems, prompts, config = shared
-    long = score.Config(max_new_tokens=15)  # so that ten fit into the context
+    long = score.Config(max_new_tokens=14)  # so that ten fit into the context; a whole attempt has 13
     long.attempts = ATTEMPTS
     figures, _ = evaluate(sampler, tokenizer, task, problems, prompts, long, 1.0)
     rows += [["attempts", t, figures[f"acc_t{t}"]] for t in range(1, ATTEMPTS + 1)]

@@ -51,8 +51,8 @@ CLAIMS = [  # what is claimed, of the first against the second or None: (claim, 
     ("RL costs well-formed attempts", "base", "SCoRe", "well_formed", 320),
 ]  # fmt: skip
 RRR_CLAIMS = [  # (claim, (method, row), (method, row), figure)
-    ("RRR raises retries after its own failures", ("RRR", ""), ("base, RRR", ""), "acc_t2"),
-    ("RRR leaves first attempts as they were or better", ("RRR", ""), ("base, RRR", ""), "acc_t1"),
+    ("RRR raises what is right after one retry", ("RRR", ""), ("base, RRR", ""), "acc_t2"),
+    ("RRR raises first attempts", ("RRR", ""), ("base, RRR", ""), "acc_t1"),
     ("trained reflections help the base's retries", ("RRR", "trained reflects, base retries"),
      ("base, RRR", "base, reflect_retry"), "retry"),
     ("the trained model retries better after the base's reflections", ("RRR", "base reflects, trained retries"),
@@ -61,6 +61,12 @@ RRR_CLAIMS = [  # (claim, (method, row), (method, row), figure)
      ("RRR", "trained, fresh_attempt"), "retry"),
     ("a retry after a reflection beats a blind one", ("RRR", "trained, reflect_retry"),
      ("RRR", "trained, blind_retry"), "retry"),
+    ("the anchor keeps first attempts better", ("RRR", ""), ("RRR, loose", ""), "acc_t1"),
+    *((f"rewarding reflections alone beats rewarding {what}: {key}", ("RRR, loose", ""),
+       (f"RRR, loose, {what} rewarded", ""), key) for what in ("retry", "both") for key in ("acc_t1", "acc_t2")),
+    *((f"rewarding reflections alone beats rewarding {what}: retries after the base's failures",
+       ("RRR, loose", "trained, reflect_retry"), (f"RRR, loose, {what} rewarded", "trained, reflect_retry"), "retry")
+      for what in ("retry", "both")),
 ]  # fmt: skip
 
 
@@ -158,24 +164,25 @@ def unpacked(text: str) -> np.ndarray:
 
 
 def outcomes(problems: list[dict], key: str, **where) -> dict[str, np.ndarray]:
-    """{seed: value of every problem}."""
+    """{seed: value of every problem}; a model that is not trained has no seed: ""."""
     if key in DIFFERENCES:
         first, second = (outcomes(problems, k, **where) for k in DIFFERENCES[key])
         return {seed: second[seed] - first[seed] for seed in first}
-    return {row["seed"]: unpacked(row["bits"]) for row in of(problems, key=key, **where)}
+    rows = of(problems, key=key, **where)
+    return {"" if row["steps"] == "0" else row["seed"]: unpacked(row["bits"]) for row in rows}
 
 
 def compare(a: dict, b: dict | None, where=None) -> tuple[int, tuple] | None:
-    """(seeds, `effect`) of two methods' outcomes, paired by seed; one that is not trained has one for all seeds.
+    """(seeds, `effect`) of two methods' outcomes, paired by seed; one that is not trained is the same for all seeds.
 
-    b None: nothing. where: which problems; default: all.
+    b None: nothing. where: which problems; default: all. None if there is nothing to compare, or just one seed.
     """
     b = {seed: np.zeros_like(values) for seed, values in a.items()} if b is None else b
-    seeds = sorted({*a} & {*b} if min(len(a), len(b)) > 1 else {*a} | {*b})
-    if not a or not b or not seeds:
+    both, either = {*a} & {*b}, {*a} | {*b}
+    seeds = sorted(both if "" in both or "" not in either else either - {""})
+    if not seeds or len(seeds) == 1 and "" not in seeds:
         return None
-    pick = lambda x, seed: x[seed] if seed in x else next(iter(x.values()))  # noqa: E731
-    differences = np.array([pick(a, seed) - pick(b, seed) for seed in seeds])
+    differences = np.array([a.get(seed, a.get("")) - b.get(seed, b.get("")) for seed in seeds])
     return len(seeds), effect(differences if where is None else differences[:, where])
 
 
@@ -197,6 +204,25 @@ def effects(problems: list[dict]) -> list[tuple]:
             wrong = next(iter(first.values())) == 0 if key == "retry" and first else None
             found.append(("tiny", claim, "", mode, compare(*sides, wrong)))
     return [(*head, result[0], *(100 * x for x in result[1])) for *head, result in found if result]
+
+
+def takeoff_table(curves: list[dict], base: str, gain: float = 0.05) -> str:
+    """When each seed's Delta on validation is first above `gain`: who escapes the collapse, and how soon."""
+    lines = [f"| Delta above {100 * gain:g} points first after step | steps | each seed |", "|---|---|---|"]
+    for method in TABLE2[:5]:
+        rows = of(curves, base=base, method=method)
+        for steps in sorted({int(row["steps"]) for row in rows}):
+            seeds = {}
+            for row in of(rows, steps=steps):
+                seeds.setdefault(row["seed"], []).append((row["step"], eval_delta(row)))
+            first = [next((s for s, delta in seen if delta != "" and delta > gain), "never") for seen in seeds.values()]
+            lines.append(f"| {method} | {steps} | {', '.join(first)} |")
+    return "\n".join(lines)
+
+
+def plain_table(rows: list[dict]) -> str:
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"] if rows else []
+    return "\n".join(lines + ["| " + " | ".join(row.values()) + " |" for row in rows])
 
 
 def effects_table(rows: list[tuple]) -> str:
@@ -330,7 +356,9 @@ def render(results: Path) -> None:
     tables["RRR, own failures"] = table(figures, names, retries, row="")
     for row in dict.fromkeys(row["row"] for row in figures if row["row"]):
         tables[f"after the base's failures: {row}"] = table(figures, names, retries[1:4:2], row=row)
+    tables |= {f"take-off ({base})": takeoff_table(curves, base) for base in dict.fromkeys(r["base"] for r in curves)}
     tables["effects"] = effects_table(effects(problems))
+    tables |= {name: plain_table(read_csv(results / f"{name}.csv")) for name in ("noise", "tuning")}
     text = "\n\n".join(f"## {name}\n\n{content}" for name, content in tables.items()) + "\n"
     results.mkdir(parents=True, exist_ok=True)
     (results / "tables.md").write_text(text)

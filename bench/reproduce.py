@@ -7,7 +7,7 @@
 All methods have equal budgets: as many steps of 256 rows (or 320 attempts), for samples and gradients alike. The
 learning rate of each is chosen on validation, from the same grid and with a seed of its own; then its test figures are
 taken once a run. Runs go on where they were stopped, several at a time with one thread each. Writes CSVs, tables and
-pictures into results/reproduce (report.py).
+pictures into results/reproduce (report.py), after every experiment; what its CSVs have of runs that are gone is kept.
 """
 
 import json
@@ -215,33 +215,57 @@ def tuning_runs() -> list[Run]:
 
 
 def score_of(results: dict, method: str) -> float:
-    """What a learning rate is chosen by: mean of greedy and T = 1 on validation, of what the method trains."""
+    """What a learning rate is chosen by: mean of greedy and T = 1 on validation, of what the method trains. For RRR on
+    the base's failures, since one's own are easier after training that spoils first attempts."""
     key = {"single-turn RL": "acc_t1", "RRR": "retry_given_failure"}.get(method, "acc_t2")
-    return sum(results["trained"][mode][key] for mode in ("greedy", "sampled")) / 2
+    found = results["controls"]["trained, reflect_retry"] if method == "RRR" else results["trained"]
+    return sum(found[mode][key] for mode in ("greedy", "sampled")) / 2
 
 
-def write_tuning(config) -> None:
-    """tuning.csv: everything that was tried, and which was chosen."""
-    tried = {run: json.loads((run.directory(config) / run.done).read_text()) for run in tuning_runs()
-             if (run.directory(config) / run.done).exists()}  # fmt: skip
-    rows = []
-    for run, results in tried.items():
-        scores = {other.lr: score_of(r, run.method) for other, r in tried.items() if other.method == run.method}
-        chosen = len(scores) == len(GRID) and scores[run.lr] == max(scores.values())
-        figures = [results["trained"][m][k] for m in ("greedy", "sampled") for k in ("acc_t1", "acc_t2")]
-        rows.append([run.method, f"{run.lr:g}", f"{scores[run.lr]:.5f}", int(chosen), *(f"{x:.5f}" for x in figures)])
+def write_tuning(config, failed: list[str]) -> None:
+    """tuning.csv: everything that was tried, and which was chosen. One that failed has a score of -inf."""
+    old = {(row["method"], row["lr"]): [*row.values()] for row in report.read_csv(config.results / "tuning.csv")}
+    rows = {}
+    for run in tuning_runs():
+        path, key = run.directory(config) / run.done, (run.method, f"{run.lr:g}")
+        if path.exists():
+            results = json.loads(path.read_text())
+            figures = [results["trained"][m][k] for m in ("greedy", "sampled") for k in ("acc_t1", "acc_t2")]
+            rows[key] = [*key, f"{score_of(results, run.method):.5f}", "", *(f"{x:.5f}" for x in figures)]
+        elif str(run.directory(config)) in failed:
+            rows[key] = [*key, "-inf", "", "", "", "", ""]
+        elif key in old:
+            rows[key] = old[key]
+    for row in rows.values():
+        scores = [float(other[2]) for other in rows.values() if other[0] == row[0]]
+        row[3] = int(len(scores) == len(GRID) and float(row[2]) == max(scores))
     header = ("method", "lr", "score", "chosen", "greedy_acc_t1", "greedy_acc_t2", "sampled_acc_t1", "sampled_acc_t2")
-    report.write_csv(config.results / "tuning.csv", header, rows)
+    report.write_csv(config.results / "tuning.csv", header, rows.values())
+
+
+def tuned_as(method: str) -> str:
+    """The method whose learning rate this one takes: its own, or that of the one that it varies."""
+    return method if method in TUNED else LIKE.get(method, "SCoRe")
+
+
+def chosen_rate(method: str, config) -> float | None:
+    for path in (config.results, COMMITTED):
+        for row in report.read_csv(path / "tuning.csv"):
+            if row["method"] == tuned_as(method) and row["chosen"] == "1":
+                return float(row["lr"])
+    return None
 
 
 def learning_rate(method: str, config) -> float:
-    """The chosen one: of the method, or of the one that it varies."""
-    name = method if method in TUNED else LIKE.get(method, "SCoRe")
-    for path in (config.results, COMMITTED):
-        for row in report.read_csv(path / "tuning.csv"):
-            if row["method"] == name and row["chosen"] == "1":
-                return float(row["lr"])
-    return 5e-4 if name == "RRR" else 1.5e-4  # not tuned yet: the scripts' defaults
+    """The chosen one; the script's default where none is chosen yet."""
+    return chosen_rate(method, config) or (5e-4 if tuned_as(method) == "RRR" else 1.5e-4)
+
+
+def require_rates(experiments: dict[str, Experiment], config) -> None:
+    methods = {tuned_as(m) for e in experiments.values() for m in e.methods if m in METHODS}
+    missing = sorted(m for m in methods if chosen_rate(m, config) is None)
+    if missing and not config.quick:
+        raise ValueError(f"no learning rate is chosen yet for {', '.join(missing)}: --only tune does it")
 
 
 def final_runs(experiments: dict[str, Experiment], config) -> list[Run]:
@@ -263,11 +287,12 @@ def final_runs(experiments: dict[str, Experiment], config) -> list[Run]:
 def write_results(experiments: dict[str, Experiment], config) -> None:
     """Everything that is known of the runs that are done, as CSVs."""
     figures, curves, more, problems = [], [], [], []
-    for run in final_runs(experiments, config):
+    planned = final_runs(experiments, config)
+    for run in planned:
         directory = run.directory(config)
         if not (directory / "test.json").exists():
             continue
-        identity = [run.base, run.method, run.steps, run.seed, f"{run.lr:g}"]
+        identity = identity_of(run)
         found = json.loads((directory / "test.json").read_text())
         steps = read_metrics(directory)
         seconds = sum(row["seconds_rollout"] + row["seconds_update"] for row in steps)
@@ -279,12 +304,25 @@ def write_results(experiments: dict[str, Experiment], config) -> None:
             problems += [[*identity, row, mode, key, x] for mode, kept in modes.items() for key, x in kept.items()]
         more += [[*identity, kind, x, f"{value:.5g}"] for kind, x, value in found["more"]]
         curves += [[*identity, *cells] for cells in report.thinned(steps)]
-    report.write_csv(
-        config.results / "figures.csv", [*report.IDENTITY, "row", "mode", "seconds", *report.FIGURES], figures
-    )
-    report.write_csv(config.results / "problems.csv", [*report.IDENTITY, "row", "mode", "key", "bits"], problems)
-    report.write_csv(config.results / "more.csv", [*report.IDENTITY, "kind", "x", "value"], more)
-    report.write_csv(config.results / "curves.csv", [*report.IDENTITY, *report.CURVES], curves)
+    merge(config.results / "figures.csv", ["row", "mode", "seconds", *report.FIGURES], figures, planned)
+    merge(config.results / "problems.csv", ["row", "mode", "key", "bits"], problems, planned)
+    merge(config.results / "more.csv", ["kind", "x", "value"], more, planned)
+    merge(config.results / "curves.csv", [*report.CURVES], curves, planned)
+
+
+def identity_of(run: Run) -> list[str]:
+    return [run.base, run.method, str(run.steps), str(run.seed), f"{run.lr:g}"]
+
+
+def merge(path: Path, columns: list, fresh: list[list], planned: list[Run]) -> None:
+    """Writes rows in the order of the plan; of runs that `fresh` has not, those that were there before."""
+    header, size, found = [*report.IDENTITY, *columns], len(report.IDENTITY), {}
+    for rows in (([row.get(key, "") for key in header] for row in report.read_csv(path)), fresh):
+        newer = {}
+        for row in rows:
+            newer.setdefault(tuple(row[:size]), []).append(row)
+        found |= newer
+    report.write_csv(path, header, [row for run in planned for row in found.get(tuple(identity_of(run)), [])])
 
 
 def read_metrics(directory: Path) -> list[dict]:
@@ -293,7 +331,7 @@ def read_metrics(directory: Path) -> list[dict]:
 
 
 def write_noise(config) -> None:
-    """noise.csv: at the base, and at one trained model if there is one."""
+    """noise.csv: at the base, and at one trained model."""
     trained = Run("tiny", "SCoRe", 320, 0, learning_rate("SCoRe", config)).directory(config) / "checkpoint"
     rows = []
     for name, model in {"base": base_model("tiny", config), "SCoRe": str(trained)}.items():
@@ -335,11 +373,16 @@ def main(config: Config) -> None:
     if not config.render:
         if "tune" in others:
             failed = complete_all(tuning_runs(), config, "learning rates")
-            write_tuning(config)
-        failed += complete_all(final_runs(chosen, config), config, "runs")
+            write_tuning(config, failed)
+        with exit_on_bad_input():
+            require_rates(chosen, config)
+        for name, experiment in chosen.items():
+            try:
+                failed += complete_all(final_runs({name: experiment}, config), config, name)
+            finally:
+                write_results(QUICK if config.quick else EXPERIMENTS, config)
         if "noise" in others:
             write_noise(config)
-        write_results(QUICK if config.quick else EXPERIMENTS, config)
     report.render(config.results)
     if failed:
         sys.exit(f"{len(failed)} runs failed: call it again to go on")

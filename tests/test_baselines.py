@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import baselines
+import checkpoint
 import helpers
 import policy
 import score
@@ -44,19 +45,21 @@ def attempts(traces):
 
 
 @pytest.mark.parametrize("method, plus, kept", [
-    ("star", False, [(0, 0)]),
-    ("star", True, [(0, 0), (1, 1)]),
-    ("pair_sft", False, [(0, 0), (2, 1), (4, 0)]),  # 2 and 4 are wrong twice: others' right answers, in turn
-    ("pair_sft", True, [(0, 0), (2, 1), (4, 0), (1, 1)]),
+    ("star", False, [(0, 0), (5, 5)]),
+    ("star", True, [(0, 0), (5, 5), (1, 1)]),
+    ("pair_sft", False, [(0, 0), (2, 5), (4, 0), (5, 5)]),  # 2 and 4 are wrong twice: others' corrections, in turn
+    ("pair_sft", True, [(0, 0), (2, 5), (4, 0), (5, 5), (1, 1)]),
 ])  # fmt: skip
 def test_what_is_kept_of_a_problem(method, plus, kept):
-    traces = [trace(0, 0, 1), trace(1, 1, 1), trace(2, 0, 0), trace(3, 1, 0), trace(4, 0, 0)]
+    traces = [trace(0, 0, 1), trace(1, 1, 1), trace(2, 0, 0), trace(3, 1, 0), trace(4, 0, 0), trace(5, 0, 1)]
     chosen = baselines.choose(traces, baselines.Config(method=method, plus=plus))
     assert attempts(chosen) == kept
     assert all(t["right"][1] == 1 for t in chosen)
 
 
-def test_a_problem_without_a_right_second_attempt_has_no_pairs():
+def test_a_problem_without_a_correction_has_no_pairs():
+    repeats = [trace(0, 0, 0), trace(1, 1, 1)]
+    assert attempts(baselines.choose(repeats, baselines.Config(method="pair_sft"))) == []
     for method in ("star", "pair_sft"):
         assert baselines.choose([trace(0, 0, 0), trace(1, 1, 0)], baselines.Config(method=method, plus=True)) == []
 
@@ -76,11 +79,12 @@ def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
         assert torch.equal(getattr(again, name), getattr(rollout, name)), name
 
 
-@pytest.mark.parametrize("method, imitated", [("pair_sft", (3,)), ("star", (1, 3))])
-def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, imitated, loaded, model_dir):
+@pytest.mark.parametrize("method", ["pair_sft", "star"])
+def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loaded, model_dir):
     sampler, tokenizer, task, chosen = loaded
     config = baselines.Config(method=method, problems=2, group_size=2, second_attempts=2, max_new_tokens=5)
     traces = baselines.roll_out(sampler, tokenizer, task, chosen, 0, config)
+    traces = [t | {"right": [i % 2, 1]} for i, t in enumerate(traces)]
     batch = baselines.make_batch(traces, sampler, {}, config)
     assert not batch.kl_coef.any()
     if method == "pair_sft":
@@ -91,6 +95,7 @@ def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, imita
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
     labels = torch.full_like(batch.rollout.ids, -100)
     for row, t in enumerate(traces):
+        imitated = (1, 3) if method == "star" and t["right"][0] else (3,)  # STaR: what is right of both attempts
         spoken = [i if kind in imitated else -100 for kind, part in enumerate(t["parts"]) for i in part]
         labels[row, : len(spoken)] = torch.tensor(spoken)
     loss = plain(input_ids=batch.rollout.ids, labels=labels).loss
@@ -161,6 +166,16 @@ def test_two_ranks_end_in_the_results_of_one(model_dir, tmp_path):
     one, two = (json.loads((tmp_path / f"{world}" / "results.json").read_text()) for world in (0, 2))
     assert one == two
     assert (tmp_path / "0" / "traces_1.jsonl").read_text() == (tmp_path / "2" / "traces_1.jsonl").read_text()
+
+
+def test_the_model_kept_is_the_one_with_the_best_second_attempts_of_the_last_round(model_dir, tmp_path, monkeypatch):
+    watched, saved = [0.9, 0.1, 0.5, 0.4], []  # after steps 2 and 4, in the first round, and 6 and 8, in the second
+    monkeypatch.setattr(baselines, "watcher", lambda *rest: lambda step: ({"eval_acc_t2": watched.pop(0)}, ""))
+    save_model = checkpoint.save_model
+    monkeypatch.setattr(checkpoint, "save_model", lambda *a: (saved.append(len(watched)), save_model(*a)))
+    flags = ("--plus", "--rounds", "2", "--steps", "8", "--eval_every", "2", "--save_every", "2")
+    train_here(model_dir, tmp_path / "run", *flags)
+    assert saved == [1]  # after step 6
 
 
 def test_where_nothing_can_be_imitated_training_stops_and_says_so(model_dir, tmp_path, capsys, monkeypatch):

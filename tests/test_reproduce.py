@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def fake_launch(command, log):
         lr = float(command[command.index("--lr") + 1])
         modes = {mode: {k: 1 - abs(lr - 1.5e-4) for k in ("acc_t1", "acc_t2", "retry_given_failure")}
                  for mode in ("greedy", "sampled")}  # fmt: skip
-        path.write_text(json.dumps({"trained": modes}))
+        path.write_text(json.dumps({"trained": modes, "controls": {"trained, reflect_retry": modes}}))
         (path.parent / "metrics.jsonl").write_text(
             '{"stage": 2, "step": 0, "acc_t1": 0.5, "seconds_rollout": 1, "seconds_update": 1}\n'
         )
@@ -115,6 +116,7 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
     assert [(r["method"], r["lr"]) for r in tried if r["chosen"] == "1"] == [("SCoRe", "0.00015"), ("RRR", "0.00015")]
     assert reproduce.learning_rate("alpha 3", config) == 1.5e-4
     assert len(report.read_csv(config.results / "figures.csv")) == 2 * 5
+    assert "## take-off (tiny)" in (config.results / "tables.md").read_text()
 
     before = len(launched)
     reproduce.main(config)
@@ -123,6 +125,41 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
     config.render = True
     reproduce.main(config)
     assert {path.name: path.read_bytes() for path in config.results.glob("*.[cm]*")} == files
+
+    config.render = False
+    for run in (config.runs / "tiny").glob("SCoRe-320-0.00015-[01]"):  # of another session: its rows are kept
+        shutil.rmtree(run)
+    monkeypatch.setattr(reproduce, "complete_all", lambda *rest: [])
+    reproduce.main(config)
+    assert {path.name: path.read_bytes() for path in config.results.glob("*.[cm]*")} == files
+
+
+def test_without_a_chosen_rate_nothing_is_trained_and_a_run_that_failed_was_tried(config, monkeypatch, capsys):
+    launched.clear()
+    monkeypatch.setattr(reproduce, "TUNED", ("SCoRe",))
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=1)})
+    config.only = "main"
+    with pytest.raises(SystemExit):
+        reproduce.main(config)
+    assert "no learning rate is chosen yet for SCoRe: --only tune" in capsys.readouterr().err and not launched
+
+    def collapse(command, log):
+        if "--lr" in command and command[command.index("--lr") + 1] == "0.0005":
+            raise RuntimeError("nothing can be imitated")
+        fake_launch(command, log)
+
+    monkeypatch.setattr(reproduce, "launch", collapse)
+    config.only = "tune,main"
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        reproduce.main(config)
+    tried = {row["lr"]: row for row in report.read_csv(config.results / "tuning.csv")}
+    assert tried["0.0005"]["score"] == "-inf" and tried["0.00015"]["chosen"] == "1"
+    assert len(report.read_csv(config.results / "figures.csv")) == 2
+
+
+def test_rrr_is_tuned_on_the_failures_of_the_base():
+    controls = {"trained, reflect_retry": {mode: {"retry_given_failure": 0.25} for mode in ("greedy", "sampled")}}
+    assert reproduce.score_of({"trained": {}, "controls": controls}, "RRR") == 0.25
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(config, monkeypatch, capsys):
@@ -133,6 +170,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(config, monkeypatch, cap
 
     monkeypatch.setattr(reproduce, "launch", fail_once)
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=3)})
+    monkeypatch.setattr(reproduce, "chosen_rate", lambda method, config: 1.5e-4)
     config.only = "main"
     with pytest.raises(SystemExit, match="1 runs failed: call it again"):
         reproduce.main(config)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from plan import CLAIMS, RRR_CLAIMS, TABLE1, TABLE2
+
 IDENTITY = ("base", "method", "steps", "seed", "lr")
 KEYS = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "edit_ratio", "well_formed", "tokens",
         "retry_given_failure", "well_formed_retry", "reflection_tokens")  # fmt: skip
@@ -15,59 +17,7 @@ CURVES = ("stage", "step", *MEANS, *LAST)
 BIN, ROWS = 10, 256
 COUNTS = ("tokens", "reflection_tokens", "seconds")  # not shares
 
-TABLE1 = ("base", "Self-Refine", "STaR", "STaR, D+", "Pair-SFT", "Pair-SFT, D+", "single-turn RL", "multi-turn RL",
-          "SCoRe")  # fmt: skip
-TABLE2 = ("SCoRe", "single-turn RL", "no Stage I", "no bonus", "multi-turn RL", "Stage I, then STaR", "gamma 1",
-          "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts", "reference Stage I",
-          "beta1 0.0125", "beta1 0.2", "beta1 0.8")  # fmt: skip
 DIFFERENCES = {"delta": ("acc_t1", "acc_t2"), "vote_gain": ("vote_parallel_32", "vote_corrected_32")}
-CLAIMS = [  # what is claimed, of the first against the second or None: (claim, method, method, figure, steps)
-    *((f"Delta is above 0: {m}", m, None, "delta", 320) for m in TABLE1),
-    *((f"32 answers: half of them corrections beats all in parallel: {m}", m, None, "vote_gain", 320)
-      for m in ("base", "multi-turn RL", "SCoRe")),
-    *(("SCoRe's second attempts are better than multi-turn RL's", "SCoRe", "multi-turn RL", "acc_t2", n)
-      for n in (160, 320, 640)),
-    *(("SCoRe's Delta is larger than multi-turn RL's", "SCoRe", "multi-turn RL", "delta", n) for n in (160, 320, 640)),
-    *((f"Stage I helps: {key}", "SCoRe", "no Stage I", key, n) for key in ("acc_t2", "delta") for n in (160, 320, 640)),
-    *((f"the bonus helps after Stage I: {key}", "SCoRe", "no bonus", key, n)
-      for key in ("acc_t2", "delta") for n in (160, 320, 640)),
-    *((f"a weight of 1 + alpha on turn 2 helps without Stage I: {key}", "no Stage I", "multi-turn RL", key, n)
-      for key in ("acc_t2", "delta") for n in (160, 320, 640)),
-    ("RL in Stage II beats STaR", "SCoRe", "Stage I, then STaR", "acc_t2", 320),
-    *((f"SCoRe's Delta is larger than that of {m}", "SCoRe", m, "delta", 320) for m in TABLE1[:7]),
-    *((f"SCoRe's second attempts are better than those of {m}", "SCoRe", m, "acc_t2", 320) for m in TABLE1[:7]),
-    ("SCoRe raises first attempts", "SCoRe", "base", "acc_t1", 320),
-    ("single-turn RL lowers Delta", "base", "single-turn RL", "delta", 320),
-    ("right-to-right traces help STaR", "STaR, D+", "STaR", "delta", 320),
-    ("right-to-right traces help Pair-SFT", "Pair-SFT, D+", "Pair-SFT", "delta", 320),
-    ("gamma = 1 makes first attempts worse (sandbagging)", "SCoRe", "gamma 1", "acc_t1", 320),
-    ("alpha 10 beats alpha 1", "SCoRe", "alpha 1", "delta", 320),
-    ("alpha 10 beats alpha 3", "SCoRe", "alpha 3", "delta", 320),
-    ("alpha 30 beats alpha 10", "alpha 30", "SCoRe", "delta", 320),
-    ("joint normalisation beats per turn", "SCoRe", "normalised per turn", "delta", 320),
-    ("nested second attempts beat flat ones", "SCoRe", "flat second attempts", "acc_t2", 320),
-    ("the base as reference beats Stage I's result", "SCoRe", "reference Stage I", "acc_t2", 320),
-    ("a larger beta1 keeps attempts well-formed", "beta1 0.2", "SCoRe", "well_formed", 320),
-    ("RL costs well-formed attempts", "base", "SCoRe", "well_formed", 320),
-]  # fmt: skip
-RRR_CLAIMS = [  # (claim, (method, row), (method, row), figure)
-    ("RRR raises what is right after one retry", ("RRR", ""), ("base, RRR", ""), "acc_t2"),
-    ("RRR raises first attempts", ("RRR", ""), ("base, RRR", ""), "acc_t1"),
-    ("trained reflections help the base's retries", ("RRR", "trained reflects, base retries"),
-     ("base, RRR", "base, reflect_retry"), "retry"),
-    ("the trained model retries better after the base's reflections", ("RRR", "base reflects, trained retries"),
-     ("base, RRR", "base, reflect_retry"), "retry"),
-    ("a retry after a reflection beats a fresh attempt", ("RRR", "trained, reflect_retry"),
-     ("RRR", "trained, fresh_attempt"), "retry"),
-    ("a retry after a reflection beats a blind one", ("RRR", "trained, reflect_retry"),
-     ("RRR", "trained, blind_retry"), "retry"),
-    ("the anchor keeps first attempts better", ("RRR", ""), ("RRR, loose", ""), "acc_t1"),
-    *((f"rewarding reflections alone beats rewarding {what}: {key}", ("RRR, loose", ""),
-       (f"RRR, loose, {what} rewarded", ""), key) for what in ("retry", "both") for key in ("acc_t1", "acc_t2")),
-    *((f"rewarding reflections alone beats rewarding {what}: retries after the base's failures",
-       ("RRR, loose", "trained, reflect_retry"), (f"RRR, loose, {what} rewarded", "trained, reflect_retry"), "retry")
-      for what in ("retry", "both")),
-]  # fmt: skip
 
 
 def read_csv(path: Path) -> list[dict]:

@@ -1,7 +1,7 @@
 """Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, about six hours on two cores.
 
     python bench/reproduce.py --quick              # under 30 minutes: fewer methods, seeds and steps, no tuning
-    python bench/reproduce.py --only tune,main     # some of the experiments below
+    python bench/reproduce.py --only tune,main     # some of the experiments in plan.py
     python bench/reproduce.py --render             # tables and pictures again, from the CSVs alone
 
 All methods have equal budgets: as many steps of 256 rows (or 320 attempts), for samples and gradients alike. The
@@ -26,74 +26,22 @@ sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402
 from flags import exit_on_bad_input, flag, parse_args  # noqa: E402
+from plan import (  # noqa: E402
+    AFTER,
+    COST,
+    EXPERIMENTS,
+    GRID,
+    LIKE,
+    METHODS,
+    QUICK,
+    STEP_COST,
+    TUNED,
+    TUNING_SEED,
+    UNTRAINED,
+    Experiment,
+)
 
-TWO = "score.py --stage1_steps {stage1} --stage2_steps {stage2}"
-ONE = "score.py --stage1_steps 0 --stage2_steps {steps}"
-METHODS = {  # {stage1}: 3/16 of the {steps}, as 60 of 320
-    "SCoRe": TWO,
-    "multi-turn RL": f"{ONE} --alpha 0",
-    "single-turn RL": f"{ONE} --single_turn --group_size 20",
-    "Pair-SFT": "baselines.py --method pair_sft --steps {steps}",
-    "Pair-SFT, D+": "baselines.py --method pair_sft --plus --steps {steps}",
-    "STaR": "baselines.py --method star --steps {steps}",
-    "STaR, D+": "baselines.py --method star --plus --steps {steps}",
-    "no Stage I": ONE,
-    "no bonus": f"{TWO} --alpha 0",
-    "Stage I": "score.py --stage1_steps {stage1} --stage2_steps 0 --save_every {stage1}",
-    "Stage I, then STaR": "baselines.py --method star --plus --steps {stage2}",
-    "gamma 1": f"{TWO} --gamma 1",
-    "alpha 1": f"{TWO} --alpha 1",
-    "alpha 3": f"{TWO} --alpha 3",
-    "alpha 30": f"{TWO} --alpha 30",
-    "normalised per turn": f"{TWO} --normalise per_turn",
-    "flat second attempts": f"{TWO} --group_size 10 --second_attempts 1",
-    "reference Stage I": f"{TWO} --reference stage1",
-    "beta1 0.0125": f"{TWO} --beta1 0.0125",
-    "beta1 0.2": f"{TWO} --beta1 0.2",
-    "beta1 0.8": f"{TWO} --beta1 0.8",
-    "RRR": "rrr.py --steps {steps}",
-    "RRR, loose": "rrr.py --steps {steps} --anchor 0.2",
-    "RRR, loose, retry rewarded": "rrr.py --steps {steps} --anchor 0.2 --reward_on retry",
-    "RRR, loose, both rewarded": "rrr.py --steps {steps} --anchor 0.2 --reward_on both",
-}
-UNTRAINED = {"base": "self_correct", "Self-Refine": "self_refine", "base, RRR": "reflect_retry"}
-AFTER = {"Stage I, then STaR": "Stage I"}  # which method's result is this one's base
-GRID = (1.5e-5, 5e-5, 1.5e-4, 5e-4)
-TUNED = ("SCoRe", "multi-turn RL", "single-turn RL", "Pair-SFT", "Pair-SFT, D+", "STaR", "STaR, D+", "no Stage I",
-         "no bonus", "RRR")  # fmt: skip
-LIKE = {"Stage I, then STaR": "STaR, D+"} | {name: "RRR" for name in METHODS if name.startswith("RRR, ")}
-TUNING_SEED = 100  # of no final run
 COMMITTED = ROOT / "results" / "reproduce"
-
-
-class Experiment(NamedTuple):
-    methods: tuple
-    steps: tuple = (320,)
-    seeds: int = 5
-    base: str = "tiny"
-    more: bool = False  # also the curves that take longer
-
-
-MAIN = ("SCoRe", "multi-turn RL", "single-turn RL", "Pair-SFT", "Pair-SFT, D+", "STaR", "STaR, D+")
-EXPERIMENTS = {  # in order of value
-    "main": Experiment(("base", "Self-Refine", *MAIN), more=True),
-    "ablations": Experiment(("no Stage I", "no bonus", "Stage I, then STaR")),
-    "long": Experiment((*MAIN[:2], "no Stage I", "no bonus"), (640,)),
-    "rrr": Experiment(("base, RRR", "RRR"), (250,)),
-    "ours": Experiment(("gamma 1", "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts",
-                        "reference Stage I")),
-    "beta1": Experiment(("beta1 0.0125", "beta1 0.2", "beta1 0.8")),
-    "short": Experiment((*MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I", "no bonus"), (160,)),
-    "long_others": Experiment(("single-turn RL", "Pair-SFT, D+", "STaR, D+"), (640,), 3),
-    "rewarded": Experiment(("RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"), (250,), 3),
-    "before_rl": Experiment(("base", *MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I"), base="pretrained"),
-}  # fmt: skip
-QUICK = {
-    "main": Experiment(("base", "Self-Refine", "SCoRe", "multi-turn RL", "Pair-SFT, D+", "STaR, D+"), (160,), 2),
-    "rrr": Experiment(("base, RRR", "RRR"), (100,), 1),
-}
-STEP_COST = {"score.py": 1.0, "baselines.py": 1.4, "rrr.py": 3.0}  # about, in steps of score.py
-COST = {"run": 60, "more": 150, "rrr.py": 200}  # the rest of a run, in the same
 
 
 @dataclass

@@ -48,6 +48,7 @@ COMMITTED = ROOT / "results" / "reproduce"
 class Config:
     only: str | None = flag(None, f"experiments, with commas between: tune, noise, {', '.join(EXPERIMENTS)}")
     quick: bool = flag(False, "in runs/quick: a small part of it, with the learning rates that were chosen before")
+    missing: bool = flag(False, "only what the CSVs have no figures of, though the runs themselves may be gone")
     render: bool = flag(False, "only tables and pictures, from the CSVs")
     list: bool = flag(False, "only say what there is to do, and about how much of it")
     jobs: int = flag(2, "runs at a time, with a thread each")
@@ -262,6 +263,10 @@ def identity_of(run: Run) -> list[str]:
     return [run.base, run.method, str(run.steps), str(run.seed), f"{run.lr:g}"]
 
 
+def known_identities(config) -> set[tuple]:
+    return {tuple(row[key] for key in report.IDENTITY) for row in report.read_csv(config.results / "figures.csv")}
+
+
 def merge(path: Path, columns: list, fresh: list[list], planned: list[Run]) -> None:
     """Writes rows in the order of the plan; of runs that `fresh` has not, those that were there before."""
     header, size, found = [*report.IDENTITY, *columns], len(report.IDENTITY), {}
@@ -326,7 +331,9 @@ def main(config: Config) -> None:
             require_rates(chosen, config)
         for name, experiment in chosen.items():
             try:
-                failed += complete_all(final_runs({name: experiment}, config), config, name)
+                runs = final_runs({name: experiment}, config)
+                known = known_identities(config) if config.missing else set()
+                failed += complete_all([r for r in runs if tuple(identity_of(r)) not in known], config, name)
             finally:
                 write_results(QUICK if config.quick else EXPERIMENTS, config)
         if "noise" in others:

@@ -66,8 +66,8 @@ QUICK = {
     "main": Experiment(("base", "Self-Refine", "SCoRe", "multi-turn RL", "Pair-SFT, D+", "STaR, D+"), (160,), 2),
     "rrr": Experiment(("base, RRR", "RRR"), (100,), 1),
 }
-STEP_COST = {"score.py": 1.0, "baselines.py": 1.4, "rrr.py": 3.0}  # about, in steps of score.py
-COST = {"run": 60, "more": 150, "rrr.py": 200}  # the rest of a run, in the same
+STEP_COST = {"score.py": 1.0, "baselines.py": 2.8, "rrr.py": 3.0}  # about, in steps of score.py: 0.3 s
+COST = {"run": 110, "more": 150, "rrr.py": 200}  # the rest of a run, in the same
 
 TABLE1 = ("base", "Self-Refine", "STaR", "STaR, D+", "Pair-SFT", "Pair-SFT, D+", "single-turn RL", "multi-turn RL",
           "SCoRe")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, about six hours on two cores.
+"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, about seven hours on two cores.
 
     python bench/reproduce.py --quick              # under 30 minutes: fewer methods, seeds and steps, no tuning
     python bench/reproduce.py --only tune,main     # some of the experiments in plan.py
@@ -263,8 +263,11 @@ def identity_of(run: Run) -> list[str]:
     return [run.base, run.method, str(run.steps), str(run.seed), f"{run.lr:g}"]
 
 
-def known_identities(config) -> set[tuple]:
-    return {tuple(row[key] for key in report.IDENTITY) for row in report.read_csv(config.results / "figures.csv")}
+def is_known(run: Run, config) -> bool:
+    """With --missing: whether the CSVs have it."""
+    name, keys = ("tuning.csv", ("method", "lr")) if run.tuning else ("figures.csv", report.IDENTITY)
+    identity = dict(zip(report.IDENTITY, identity_of(run), strict=True))
+    return config.missing and bool(report.of(report.read_csv(config.results / name), **{k: identity[k] for k in keys}))
 
 
 def merge(path: Path, columns: list, fresh: list[list], planned: list[Run]) -> None:
@@ -325,15 +328,14 @@ def main(config: Config) -> None:
     failed = []
     if not config.render:
         if "tune" in others:
-            failed = complete_all(tuning_runs(), config, "learning rates")
+            failed = complete_all([r for r in tuning_runs() if not is_known(r, config)], config, "learning rates")
             write_tuning(config, failed)
         with exit_on_bad_input():
             require_rates(chosen, config)
         for name, experiment in chosen.items():
             try:
-                runs = final_runs({name: experiment}, config)
-                known = known_identities(config) if config.missing else set()
-                failed += complete_all([r for r in runs if tuple(identity_of(r)) not in known], config, name)
+                runs = [r for r in final_runs({name: experiment}, config) if not is_known(r, config)]
+                failed += complete_all(runs, config, name)
             finally:
                 write_results(QUICK if config.quick else EXPERIMENTS, config)
         if "noise" in others:

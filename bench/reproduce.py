@@ -31,6 +31,7 @@ from plan import (  # noqa: E402
     COST,
     EXPERIMENTS,
     GRID,
+    LADDER,
     LIKE,
     METHODS,
     QUICK,
@@ -159,10 +160,6 @@ def complete_all(runs: list[Run], config, label: str) -> list[str]:
     return failed
 
 
-def tuning_runs() -> list[Run]:
-    return [Run("tiny", m, 250 if m == "RRR" else 320, TUNING_SEED, lr, tuning=True) for m in TUNED for lr in GRID]
-
-
 def score_of(results: dict, method: str) -> float:
     """What a learning rate is chosen by: mean of greedy and T = 1 on validation, of what the method trains. For RRR on
     the base's failures, since one's own are easier after training that spoils first attempts."""
@@ -171,25 +168,56 @@ def score_of(results: dict, method: str) -> float:
     return sum(found[mode][key] for mode in ("greedy", "sampled")) / 2
 
 
-def write_tuning(config, failed: list[str]) -> None:
-    """tuning.csv: everything that was tried, and which was chosen. One that failed has a score of -inf."""
-    old = {(row["method"], row["lr"]): [*row.values()] for row in report.read_csv(config.results / "tuning.csv")}
-    rows = {}
-    for run in tuning_runs():
-        path, key = run.directory(config) / run.done, (run.method, f"{run.lr:g}")
+def rates_due(scores: dict[float, float]) -> list[float]:
+    """What is still to be tried: the grid, then the neighbours of the best."""
+    due = [lr for lr in GRID if lr not in scores]
+    at = LADDER.index(max(scores, key=scores.get, default=GRID[0]))
+    return due or [lr for lr in LADDER[max(at - 1, 0) : at + 2] if lr not in scores]
+
+
+def tuning_run(method: str, lr: float) -> Run:
+    return Run("tiny", method, 250 if method == "RRR" else 320, TUNING_SEED, lr, tuning=True)
+
+
+def tuning_rows(config, method: str, failed: list[str]) -> dict[float, list]:
+    """{rate: row of tuning.csv}, of all that was tried. A run that failed has a score of -inf."""
+    old = report.of(report.read_csv(config.results / "tuning.csv"), method=method) if config.missing else []
+    rows = {float(row["lr"]): [*row.values()] for row in old}
+    for run in (tuning_run(method, lr) for lr in LADDER):
+        path, cells = run.directory(config) / run.done, ["-inf", "", "", "", "", ""]
         if path.exists():
             results = json.loads(path.read_text())
             figures = [results["trained"][m][k] for m in ("greedy", "sampled") for k in ("acc_t1", "acc_t2")]
-            rows[key] = [*key, f"{score_of(results, run.method):.5f}", "", *(f"{x:.5f}" for x in figures)]
-        elif str(run.directory(config)) in failed:
-            rows[key] = [*key, "-inf", "", "", "", "", ""]
-        elif key in old:
-            rows[key] = old[key]
-    for row in rows.values():
-        scores = [float(other[2]) for other in rows.values() if other[0] == row[0]]
-        row[3] = int(len(scores) == len(GRID) and float(row[2]) == max(scores))
+            cells = [f"{score_of(results, method):.5f}", "", *(f"{x:.5f}" for x in figures)]
+        if path.exists() or str(run.directory(config)) in failed:
+            rows[run.lr] = [method, f"{run.lr:g}", *cells]
+    scores = {lr: float(row[2]) for lr, row in rows.items()}
+    for lr, row in rows.items():
+        row[3] = int(not rates_due(scores) and lr == max(scores, key=scores.get))
+    return dict(sorted(rows.items()))
+
+
+def tuning_runs(config, failed: list[str]) -> list[Run]:
+    """Those that are due by what is known."""
+    rows = {method: tuning_rows(config, method, failed) for method in TUNED}
+    return [
+        tuning_run(method, lr)
+        for method in TUNED
+        for lr in rates_due({lr: float(row[2]) for lr, row in rows[method].items()})
+    ]
+
+
+def tune(config) -> list[str]:
+    """Writes tuning.csv: everything that was tried, and which was chosen; returns the names of runs that failed."""
+    failed = []
     header = ("method", "lr", "score", "chosen", "greedy_acc_t1", "greedy_acc_t2", "sampled_acc_t1", "sampled_acc_t2")
-    report.write_csv(config.results / "tuning.csv", header, rows.values())
+    while due := tuning_runs(config, failed):
+        try:
+            failed += complete_all(due, config, "learning rates")
+        finally:
+            rows = [row for method in TUNED for row in tuning_rows(config, method, failed).values()]
+            report.write_csv(config.results / "tuning.csv", header, rows)
+    return failed
 
 
 def tuned_as(method: str) -> str:
@@ -265,9 +293,8 @@ def identity_of(run: Run) -> list[str]:
 
 def is_known(run: Run, config) -> bool:
     """With --missing: whether the CSVs have it."""
-    name, keys = ("tuning.csv", ("method", "lr")) if run.tuning else ("figures.csv", report.IDENTITY)
     identity = dict(zip(report.IDENTITY, identity_of(run), strict=True))
-    return config.missing and bool(report.of(report.read_csv(config.results / name), **{k: identity[k] for k in keys}))
+    return config.missing and bool(report.of(report.read_csv(config.results / "figures.csv"), **identity))
 
 
 def merge(path: Path, columns: list, fresh: list[list], planned: list[Run]) -> None:
@@ -321,15 +348,14 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         chosen, others = chosen_experiments(config)
     if config.list:
-        planned = {"tune": tuning_runs()} if "tune" in others else {}
+        planned = {"tune": tuning_runs(config, [])} if "tune" in others else {}
         for name, runs in (planned | {name: final_runs({name: e}, config) for name, e in chosen.items()}).items():
             print(f"{name}: {len(runs)} runs, as much as {sum(run.cost for run in runs):.0f} steps of score.py")
         return
     failed = []
     if not config.render:
         if "tune" in others:
-            failed = complete_all([r for r in tuning_runs() if not is_known(r, config)], config, "learning rates")
-            write_tuning(config, failed)
+            failed = tune(config)
         with exit_on_bad_input():
             require_rates(chosen, config)
         for name, experiment in chosen.items():

@@ -158,6 +158,16 @@ def test_without_a_chosen_rate_nothing_is_trained_and_a_run_that_failed_was_trie
     assert len(report.read_csv(config.results / "figures.csv")) == 2
 
 
+def test_a_best_rate_at_the_edge_has_the_next_one_tried_too():
+    grid = dict.fromkeys(reproduce.GRID, 0.5)
+    assert reproduce.rates_due({}) == [*reproduce.GRID]
+    assert reproduce.rates_due(grid | {5e-5: 0.6}) == []
+    assert reproduce.rates_due(grid | {1.5e-5: 0.6}) == [5e-6]
+    assert reproduce.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.55}) == []
+    assert reproduce.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.65, 1.5e-6: 0.7}) == []  # the end of the ladder
+    assert reproduce.rates_due(grid | {5e-4: 0.6}) == [1.5e-3]
+
+
 def test_rrr_is_tuned_on_the_failures_of_the_base():
     controls = {"trained, reflect_retry": {mode: {"retry_given_failure": 0.25} for mode in ("greedy", "sampled")}}
     assert reproduce.score_of({"trained": {}, "controls": controls}, "RRR") == 0.25

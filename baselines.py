@@ -28,7 +28,8 @@ from evaluate import evaluate_both, first_attempts, grade, prepare, probe
 from flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import spread
 from policy import Batch, compute_dtype, load_model, make_scorer, pick_problems, row_seeds, unzip
-from sampler import Rollout, Sampler
+from rollout import Rollout
+from sampler import Sampler
 from training import check_run, contents_of, open_run, report, saving, stop, train, watcher
 
 ROUNDS = {"pair_sft": 1, "star": 3}

@@ -145,6 +145,21 @@ def format_transcripts(talks: list[dict], count: int = 4) -> str:
     return "\n".join(lines)
 
 
+def format_reflections(earlier: list[dict], later: list[dict], count: int) -> str:
+    """Two models' reflections on the same failures, and the retries after them, as text."""
+    lines = []
+    for before, after in zip(earlier, later, strict=True):
+        if before["said"] and len(lines) < 6 * count:
+            lines += [json.dumps(before["problem"]), f"  wrong: {before['attempts'][0]['text']}"]
+            for name, talk in (("before", before), ("after", after)):
+                retry = talk["attempts"][1]
+                lines += [
+                    f"  {name}: {talk['said'][0]}",
+                    f"    {'right' if retry['right'] else 'wrong'}: {retry['text']}",
+                ]
+    return "\n".join(lines) + "\n"
+
+
 def plot_curves(run: Path, smooth: int = 10) -> None:
     """`curves.png` of a run, from metrics.jsonl: what it got right, step by step."""
     import matplotlib

@@ -12,15 +12,14 @@ decoding steps are replayed as graphs.
 
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from attention import KVCache, attention_is, require
 from draws import child_seeds, sample, uniform
 from fused import fusable, fuse
+from rollout import Rollout
 
 SHARED = 64  # tokens that all prompts begin with, from which on they are fed once
 
@@ -36,38 +35,6 @@ def _sampling_mode(model):
     finally:
         for module in training:
             module.training = True
-
-
-@dataclass
-class Rollout:
-    """Token sequences of B rows over one or more turns; tensors are trimmed to T, the longest row."""
-
-    ids: torch.Tensor  # (B, T) int64, right-padded with the pad id
-    action_mask: torch.Tensor  # (B, T) bool, True = sampled, the stop token included
-    turn: torch.Tensor  # (B, T) int64, a turn's prompt and completion share its number; -1 = padding
-    logprobs: torch.Tensor  # (B, T) float32, of sampled tokens at the temperature used (greedy: 1), else 0
-    lengths: torch.Tensor  # (B,) int64
-    stopped: torch.Tensor  # (B, turns) bool, ended by a stop token rather than by max_new_tokens
-    parents: torch.Tensor  # (B,) int64, row of the rollout extended, or index of the prompt
-    seeds: torch.Tensor  # (B,) int64
-    cache: KVCache | None  # set it to None to free the memory; the rollout can't be extended then
-
-    def completion_ids(self, turn):
-        """The ids sampled in a turn (0-based), a list for each row, without the stop token."""
-        ids, sampled = self.ids.cpu(), (self.action_mask & (self.turn == turn)).cpu()
-        rows = [row[mask].tolist() for row, mask in zip(ids, sampled, strict=True)]
-        return [r[: len(r) - s] for r, s in zip(rows, self.stopped[:, turn].tolist(), strict=True)]
-
-    def last_ids(self):
-        """The last id of each row (B,), a stop token unless the row was cut off."""
-        return self.ids.gather(1, self.lengths[:, None] - 1)[:, 0].tolist()
-
-    def _take(self, index, width, pad_id, cache=None):
-        """Rows `index`, made `width` wide by padding or cutting, with another cache."""
-        tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "cache"}
-        for name, fill in (("ids", pad_id), ("action_mask", False), ("turn", -1), ("logprobs", 0.0)):
-            tensors[name] = F.pad(tensors[name], (0, width - tensors[name].shape[1]), value=fill)
-        return Rollout(**tensors, cache=cache)
 
 
 class State(NamedTuple):

@@ -14,7 +14,6 @@ import builtins
 import gc
 import importlib
 import io
-import itertools
 import os
 import select
 import signal
@@ -26,6 +25,7 @@ from contextlib import suppress
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which -I leaves out
 import jail  # noqa: E402
+from proxy import OPERATIONS, Proxy, target_of  # noqa: E402
 from wire import decode, encode, receive, send  # noqa: E402
 
 PRELOADED = (
@@ -41,83 +41,6 @@ ENCODINGS = (
     "utf_16_be utf_16_le utf_32 utf_32_be utf_32_le utf_8_sig"
 )
 HIDDEN = ("StopIteration", "StopAsyncIteration", "GeneratorExit")  # would end a test's loop as if all was well
-
-
-# What only a plain value may say of itself: a program's own object would answer for what the test expects.
-VERDICTS = {n for kind in (str, float, set) for n in dir(kind) if n.startswith("is") or n.endswith("with")}
-
-
-class _Proxy:
-    """Something of the guest's. It is equal to nothing but itself, and neither true nor false."""
-
-    def __init__(self, ask, target):
-        self.__dict__.update(_ask=ask, _target=target)
-
-    def __call__(self, *arguments, **named):
-        return self._ask("call", self._target, list(arguments), named)
-
-    def __getattr__(self, name):
-        if name.startswith("__") or name in VERDICTS:
-            raise AttributeError(name)
-        return self._ask("getattr", self._target, [name], {})
-
-    def __setattr__(self, name, value):
-        self._ask("setattr", self._target, [name, value], {})
-
-    def __getitem__(self, key):
-        return self._ask("getitem", self._target, [key], {})
-
-    def __setitem__(self, key, value):
-        self._ask("setitem", self._target, [key, value], {})
-
-    def __iter__(self):
-        iterator, size = self._ask("iter", self._target, [], {}), 1
-        while part := iterator._ask("take", iterator._target, [size], {}):
-            yield from part
-            size = min(2 * size, 1024)  # of what has no end, not much more than is wanted
-
-    def __next__(self):
-        return self._ask("next", self._target, [], {})
-
-    def __len__(self):
-        return self._ask("len", self._target, [], {})
-
-    def __str__(self):
-        return self._ask("str", self._target, [], {})
-
-    def __repr__(self):
-        return self._ask("repr", self._target, [], {})
-
-    def __instancecheck__(self, x):
-        return isinstance(x, _Proxy) and self._ask("instance", self._target, [x], {})
-
-    def __bool__(self):
-        raise TypeError("what the program returned is no plain value")
-
-
-def _target(x):
-    """What stands for a proxy, or for something built in, in an argument."""
-    if isinstance(x, _Proxy):
-        return x._target
-    if vars(builtins).get(getattr(x, "__name__", None)) is x:
-        return [x.__name__]
-    raise TypeError(f"{type(x).__name__} can't be handed to the program")
-
-
-OPERATIONS = {
-    "call": lambda x, *arguments, **named: x(*arguments, **named),
-    "getattr": getattr,
-    "setattr": setattr,
-    "getitem": lambda x, key: x[key],
-    "setitem": lambda x, key, value: x.__setitem__(key, value),
-    "iter": iter,
-    "take": lambda x, size: [*itertools.islice(x, size)],
-    "len": len,
-    "next": next,
-    "str": str,
-    "repr": repr,
-    "instance": lambda x, y: isinstance(y, x),
-}
 
 
 def _serve(control: socket.socket) -> None:
@@ -198,7 +121,7 @@ def _asker(guest: socket.socket, lost, finish):
     proxies = {}
 
     def ask(operation: str, target, arguments: list, named: dict):
-        before = [encode(x, _target) for x in (arguments, named)]
+        before = [encode(x, target_of) for x in (arguments, named)]
         try:
             send(guest, [operation, target, *before])
             reply = receive(guest)
@@ -207,7 +130,7 @@ def _asker(guest: socket.socket, lost, finish):
         except Exception:
             finish(False)
         try:
-            decoded = [decode(x, lambda t: proxies.setdefault(t, _Proxy(ask, t))) for x in reply]
+            decoded = [decode(x, lambda t: proxies.setdefault(t, Proxy(ask, t))) for x in reply]
             error, result, after = decoded
             after = dict(after or ())
         except Exception:
@@ -241,7 +164,7 @@ def _become(old, new) -> None:
 def _run(request: dict, ask) -> None:
     ask("exec", request["program"], [], {})
     tests, entry_point = request["tests"], request["entry_point"]
-    names = {name: _Proxy(ask, name) for name in _free_names(tests, entry_point)}
+    names = {name: Proxy(ask, name) for name in _free_names(tests, entry_point)}
     for name in names.keys() & _modules(tests):
         names[name] = importlib.import_module(name)
     for name in names.keys() & _caught(tests):
@@ -249,7 +172,7 @@ def _run(request: dict, ask) -> None:
     names["__name__"] = "__main__"
     exec(compile(tests, "tests", "exec"), names)
     if entry_point is not None:
-        names["check"](_Proxy(ask, entry_point))
+        names["check"](Proxy(ask, entry_point))
 
 
 SIMPLE_ERRORS = {

@@ -314,7 +314,7 @@ def read_metrics(directory: Path) -> list[dict]:
 
 
 def write_noise(config) -> None:
-    """noise.csv: at the base, and at one trained model."""
+    """noise.csv: at the base, and at one trained model if there is one."""
     trained = Run("tiny", "SCoRe", 320, 0, learning_rate("SCoRe", config)).directory(config) / "checkpoint"
     rows = []
     for name, model in {"base": base_model("tiny", config), "SCoRe": str(trained)}.items():

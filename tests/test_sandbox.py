@@ -397,7 +397,7 @@ def test_threads_get_their_own_verdicts():
 
 
 def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch, tmp_path):
-    for name in ("sandbox.py", "trial.py", "jail.py", "wire.py"):
+    for name in ("sandbox.py", "trial.py", "jail.py", "proxy.py", "wire.py"):
         (tmp_path / name).write_text(Path(jail.__file__).with_name(name).read_text())
     broken = tmp_path / "jail.py"
     call = "    prctl(PR_SET_SECCOMP"

@@ -1,5 +1,6 @@
 """What `reproduce.py` compares: methods, learning rates, experiments; and what is claimed of them, before any run."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 TWO = "score.py --stage1_steps {stage1} --stage2_steps {stage2}"
@@ -75,6 +76,35 @@ QUICK = {
 }
 STEP_COST = {"score.py": 1.0, "baselines.py": 2.8, "rrr.py": 3.0}  # about, in steps of score.py: 0.3 s
 COST = {"run": 110, "more": 150, "rrr.py": 200}  # the rest of a run, in the same
+
+
+class Run(NamedTuple):
+    base: str
+    method: str
+    steps: int
+    seed: int
+    lr: float
+    more: bool = False
+    tuning: bool = False  # judged on validation, not on test
+
+    def directory(self, config) -> Path:
+        name = f"{self.method}-{self.steps}-{self.lr:g}-{self.seed}".replace(", ", ",").replace(" ", "_")
+        return config.runs / self.base / name
+
+    @property
+    def script(self) -> str:
+        return METHODS[self.method].split()[0] if self.method in METHODS else ""
+
+    @property
+    def done(self) -> str:
+        """The file that says that nothing is left to do."""
+        return "results.json" if self.tuning else "test.json"
+
+    @property
+    def cost(self) -> float:
+        extra = COST["more"] * self.more + (0 if self.tuning else COST.get(self.script, 0))
+        return self.steps * STEP_COST.get(self.script, 0) + COST["run"] + extra
+
 
 TABLE1 = ("base", "Self-Refine", "STaR", "STaR, D+", "Pair-SFT", "Pair-SFT, D+", "single-turn RL", "multi-turn RL",
           "SCoRe")  # fmt: skip

@@ -255,7 +255,7 @@ def draw_rollouts(results: Path, curves: list[dict]) -> None:
     plot(results / "rollouts.png", panels, 1)
 
 
-def draw_more(results: Path, more: list[dict], figures: list[dict], curves: list[dict]) -> None:
+def draw_more(results: Path, more: list[dict], curves: list[dict]) -> None:
     def of_kind(kind, methods=TABLE1):
         return {m: lines_of(of(more, base="tiny", method=m, kind=kind), "x", "value") for m in methods}
 
@@ -270,12 +270,10 @@ def draw_more(results: Path, more: list[dict], figures: list[dict], curves: list
     betas = {"beta1 0.0125": 0.0125, "SCoRe": 0.05, "beta1 0.2": 0.2, "beta1 0.8": 0.8}
     frontier = {}
     for method, beta in betas.items():
-        runs = of(curves, base="tiny", method=method, steps=320)
-        last = {row["seed"]: float(row["kl_t1"]) + float(row["kl_t2"]) for row in runs if row["kl_t2"]}
-        rows = of(figures, base="tiny", method=method, steps=320, mode="sampled", row="")
-        both = [(last[r["seed"]], 100 * (float(r["acc_t1"]) + float(r["acc_t2"]))) for r in rows if r["seed"] in last]
-        frontier[f"beta1 = {beta}"] = [(np.array([x]), np.array([y])) for x, y in both]
-    shown = ("SCoRe, 320 steps", "KL of both attempts, nats", "Acc@t1 + Acc@t2, %", frontier, 0)
+        last = {row["seed"]: row for row in of(curves, base="tiny", method=method, steps=320)}.values()
+        points = [(float(r["kl_t1"]) + float(r["kl_t2"]), 100 * float(r["reward"])) for r in last if r["kl_t2"]]
+        frontier[f"beta1 = {beta}"] = [(np.array([x]), np.array([y])) for x, y in points]
+    shown = ("SCoRe, 320 steps", "KL of both attempts, nats", "their reward, last 10 steps, %", frontier, 0)
     plot(results / "frontier.png", [shown])
 
 
@@ -315,5 +313,5 @@ def render(results: Path) -> None:
     print(text)
     draw_training(results, curves)
     draw_rollouts(results, curves)
-    draw_more(results, more, figures, curves)
+    draw_more(results, more, curves)
     draw_rrr(results, curves)

@@ -12,12 +12,13 @@ pictures into results/reproduce (report.py), after every experiment; what its CS
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -26,23 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402
 from flags import exit_on_bad_input, flag, parse_args  # noqa: E402
-from plan import (  # noqa: E402
-    AFTER,
-    COST,
-    EXPERIMENTS,
-    GRID,
-    LADDER,
-    LIKE,
-    METHODS,
-    QUICK,
-    STEP_COST,
-    TUNED,
-    TUNING_SEED,
-    UNTRAINED,
-    Experiment,
-)
-
-COMMITTED = ROOT / "results" / "reproduce"
+from plan import AFTER, EXPERIMENTS, METHODS, QUICK, TUNED, UNTRAINED, Experiment, Run  # noqa: E402
+from rates import COMMITTED, learning_rate, require_rates, tuning_rows, tuning_runs  # noqa: E402
 
 
 @dataclass
@@ -64,34 +50,6 @@ class Config:
     @property
     def results(self) -> Path:
         return self.runs / "results" if self.quick else COMMITTED
-
-
-class Run(NamedTuple):
-    base: str
-    method: str
-    steps: int
-    seed: int
-    lr: float
-    more: bool = False
-    tuning: bool = False  # judged on validation, not on test
-
-    def directory(self, config) -> Path:
-        name = f"{self.method}-{self.steps}-{self.lr:g}-{self.seed}".replace(", ", ",").replace(" ", "_")
-        return config.runs / self.base / name
-
-    @property
-    def script(self) -> str:
-        return METHODS[self.method].split()[0] if self.method in METHODS else ""
-
-    @property
-    def done(self) -> str:
-        """The file that says that nothing is left to do."""
-        return "results.json" if self.tuning else "test.json"
-
-    @property
-    def cost(self) -> float:
-        extra = COST["more"] * self.more + (0 if self.tuning else COST.get(self.script, 0))
-        return self.steps * STEP_COST.get(self.script, 0) + COST["run"] + extra
 
 
 def base_model(name: str, config) -> str:
@@ -116,10 +74,18 @@ def earlier(run: Run, config) -> Run | None:
     return run._replace(method=method, lr=learning_rate(method, config), more=False, tuning=True)
 
 
+children = set()  # processes that are at work
+
+
 def launch(command: list[str], log: Path) -> None:
-    with open(log, "a") as file:
-        settings = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, check=True, stdout=file, stderr=file, env=settings)
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log, "a") as file:  # in a session of its own: Ctrl-C is for this process, which asks them to save
+        child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=settings, start_new_session=True)
+    children.add(child)
+    code = child.wait()
+    children.discard(child)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def complete(run: Run, config) -> None:
@@ -154,57 +120,14 @@ def complete_all(runs: list[Run], config, label: str) -> list[str]:
                     failed.append(name)
                     tqdm.write(f"failed, see {name}.log: {job.exception()}", file=sys.stderr)
                 bar.update(round(jobs[job].cost))
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # Ctrl-C, SIGTERM
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(job.done() for job in jobs):
+                while children:
+                    children.pop().terminate()  # it saves its state
+                time.sleep(0.1)
             raise
     return failed
-
-
-def score_of(results: dict, method: str) -> float:
-    """What a learning rate is chosen by: mean of greedy and T = 1 on validation, of what the method trains. For RRR on
-    the base's failures, since one's own are easier after training that spoils first attempts."""
-    key = {"single-turn RL": "acc_t1", "RRR": "retry_given_failure"}.get(method, "acc_t2")
-    found = results["controls"]["trained, reflect_retry"] if method == "RRR" else results["trained"]
-    return sum(found[mode][key] for mode in ("greedy", "sampled")) / 2
-
-
-def rates_due(scores: dict[float, float]) -> list[float]:
-    """What is still to be tried: the grid, then the neighbours of the best."""
-    due = [lr for lr in GRID if lr not in scores]
-    at = LADDER.index(max(scores, key=scores.get, default=GRID[0]))
-    return due or [lr for lr in LADDER[max(at - 1, 0) : at + 2] if lr not in scores]
-
-
-def tuning_run(method: str, lr: float) -> Run:
-    return Run("tiny", method, 250 if method == "RRR" else 320, TUNING_SEED, lr, tuning=True)
-
-
-def tuning_rows(config, method: str, failed: list[str]) -> dict[float, list]:
-    """{rate: row of tuning.csv}, of all that was tried. A run that failed has a score of -inf."""
-    old = report.of(report.read_csv(config.results / "tuning.csv"), method=method) if config.missing else []
-    rows = {float(row["lr"]): [*row.values()] for row in old}
-    for run in (tuning_run(method, lr) for lr in LADDER):
-        path, cells = run.directory(config) / run.done, ["-inf", "", "", "", "", ""]
-        if path.exists():
-            results = json.loads(path.read_text())
-            figures = [results["trained"][m][k] for m in ("greedy", "sampled") for k in ("acc_t1", "acc_t2")]
-            cells = [f"{score_of(results, method):.5f}", "", *(f"{x:.5f}" for x in figures)]
-        if path.exists() or str(run.directory(config)) in failed:
-            rows[run.lr] = [method, f"{run.lr:g}", *cells]
-    scores = {lr: float(row[2]) for lr, row in rows.items()}
-    for lr, row in rows.items():
-        row[3] = int(not rates_due(scores) and lr == max(scores, key=scores.get))
-    return dict(sorted(rows.items()))
-
-
-def tuning_runs(config, failed: list[str]) -> list[Run]:
-    """Those that are due by what is known."""
-    rows = {method: tuning_rows(config, method, failed) for method in TUNED}
-    return [
-        tuning_run(method, lr)
-        for method in TUNED
-        for lr in rates_due({lr: float(row[2]) for lr, row in rows[method].items()})
-    ]
 
 
 def tune(config) -> list[str]:
@@ -218,31 +141,6 @@ def tune(config) -> list[str]:
             rows = [row for method in TUNED for row in tuning_rows(config, method, failed).values()]
             report.write_csv(config.results / "tuning.csv", header, rows)
     return failed
-
-
-def tuned_as(method: str) -> str:
-    """The method whose learning rate this one takes: its own, or that of the one that it varies."""
-    return method if method in TUNED else LIKE.get(method, "SCoRe")
-
-
-def chosen_rate(method: str, config) -> float | None:
-    for path in (config.results, COMMITTED):
-        for row in report.read_csv(path / "tuning.csv"):
-            if row["method"] == tuned_as(method) and row["chosen"] == "1":
-                return float(row["lr"])
-    return None
-
-
-def learning_rate(method: str, config) -> float:
-    """The chosen one; the script's default where none is chosen yet."""
-    return chosen_rate(method, config) or (5e-4 if tuned_as(method) == "RRR" else 1.5e-4)
-
-
-def require_rates(experiments: dict[str, Experiment], config) -> None:
-    methods = {tuned_as(m) for e in experiments.values() for m in e.methods if m in METHODS}
-    missing = sorted(m for m in methods if chosen_rate(m, config) is None)
-    if missing and not config.quick:
-        raise ValueError(f"no learning rate is chosen yet for {', '.join(missing)}: --only tune does it")
 
 
 def final_runs(experiments: dict[str, Experiment], config) -> list[Run]:
@@ -372,4 +270,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main(parse_args(Config))

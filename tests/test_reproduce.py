@@ -3,6 +3,10 @@
 import csv
 import json
 import shutil
+import signal
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import pytest
 import baselines
 import helpers
 import measure
+import rates
 import report
 import reproduce
 import rrr
@@ -23,8 +28,13 @@ SCRIPTS = {"score.py": score, "baselines.py": baselines, "rrr.py": rrr}
 def config(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce.Config, "runs", tmp_path / "runs")
     monkeypatch.setattr(reproduce.Config, "results", tmp_path / "results")
-    monkeypatch.setattr(reproduce, "COMMITTED", tmp_path / "none")
+    monkeypatch.setattr(rates, "COMMITTED", tmp_path / "none")
     return reproduce.Config()
+
+
+def set_tuned(monkeypatch, *methods):
+    for module in (rates, reproduce):
+        monkeypatch.setattr(module, "TUNED", methods)
 
 
 def runs_of(experiments, config):
@@ -100,7 +110,7 @@ launched = []
 def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch, capsys):
     launched.clear()
     monkeypatch.setattr(reproduce, "launch", fake_launch)
-    monkeypatch.setattr(reproduce, "TUNED", ("SCoRe", "RRR"))
+    set_tuned(monkeypatch, "SCoRe", "RRR")
     small = {"main": reproduce.Experiment(("base", "SCoRe", "Stage I, then STaR"), seeds=2)}
     monkeypatch.setattr(reproduce, "EXPERIMENTS", small)
     config.only = "tune,main"
@@ -137,7 +147,7 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
 
 def test_without_a_chosen_rate_nothing_is_trained_and_a_run_that_failed_was_tried(config, monkeypatch, capsys):
     launched.clear()
-    monkeypatch.setattr(reproduce, "TUNED", ("SCoRe",))
+    set_tuned(monkeypatch, "SCoRe")
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=1)})
     config.only = "main"
     with pytest.raises(SystemExit):
@@ -159,18 +169,18 @@ def test_without_a_chosen_rate_nothing_is_trained_and_a_run_that_failed_was_trie
 
 
 def test_a_best_rate_at_the_edge_has_the_next_one_tried_too():
-    grid = dict.fromkeys(reproduce.GRID, 0.5)
-    assert reproduce.rates_due({}) == [*reproduce.GRID]
-    assert reproduce.rates_due(grid | {5e-5: 0.6}) == []
-    assert reproduce.rates_due(grid | {1.5e-5: 0.6}) == [5e-6]
-    assert reproduce.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.55}) == []
-    assert reproduce.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.65, 1.5e-6: 0.7}) == []  # the end of the ladder
-    assert reproduce.rates_due(grid | {5e-4: 0.6}) == [1.5e-3]
+    grid = dict.fromkeys(rates.GRID, 0.5)
+    assert rates.rates_due({}) == [*rates.GRID]
+    assert rates.rates_due(grid | {5e-5: 0.6}) == []
+    assert rates.rates_due(grid | {1.5e-5: 0.6}) == [5e-6]
+    assert rates.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.55}) == []
+    assert rates.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.65, 1.5e-6: 0.7}) == []  # the end of the ladder
+    assert rates.rates_due(grid | {5e-4: 0.6}) == [1.5e-3]
 
 
 def test_rrr_is_tuned_on_the_failures_of_the_base():
     controls = {"trained, reflect_retry": {mode: {"retry_given_failure": 0.25} for mode in ("greedy", "sampled")}}
-    assert reproduce.score_of({"trained": {}, "controls": controls}, "RRR") == 0.25
+    assert rates.score_of({"trained": {}, "controls": controls}, "RRR") == 0.25
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(config, monkeypatch, capsys):
@@ -181,12 +191,33 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(config, monkeypatch, cap
 
     monkeypatch.setattr(reproduce, "launch", fail_once)
     monkeypatch.setattr(reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=3)})
-    monkeypatch.setattr(reproduce, "chosen_rate", lambda method, config: 1.5e-4)
+    monkeypatch.setattr(rates, "chosen_rate", lambda method, config: 1.5e-4)
     config.only = "main"
     with pytest.raises(SystemExit, match="1 runs failed: call it again"):
         reproduce.main(config)
     assert [r["seed"] for r in report.read_csv(config.results / "figures.csv")] == ["0", "0", "2", "2"]
     assert "SCoRe-320-0.00015-1.log: broken" in capsys.readouterr().err
+
+
+def test_when_it_is_stopped_its_runs_are_told_to_save_and_no_other_begins(config, monkeypatch, tmp_path):
+    log, saved = tmp_path / "log", tmp_path / "saved"
+    script = (
+        "import signal, sys, time\n"
+        "def save(*_): open(sys.argv[1], 'a').write('x'); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(saved)]
+    monkeypatch.setattr(reproduce, "complete", lambda run, config: reproduce.launch(command, log))
+
+    def interrupt():
+        while not log.exists() or log.read_text().count("ready") < 2:
+            time.sleep(0.05)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.complete_all([reproduce.Run("tiny", "SCoRe", 320, seed, 1e-4) for seed in range(4)], config, "")
+    assert saved.read_text() == "xx" and log.read_text().count("ready") == 2
 
 
 @pytest.mark.parametrize("only, message", [("mian", "--only mian: choose from"), ("before_rl", "tiny.py")])

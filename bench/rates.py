@@ -10,11 +10,9 @@ COMMITTED = Path(__file__).parent.parent / "results" / "reproduce"
 
 
 def score_of(results: dict, method: str) -> float:
-    """What a learning rate is chosen by: mean of greedy and T = 1 on validation, of what the method trains. For RRR on
-    the base's failures, since one's own are easier after training that spoils first attempts."""
-    key = {"single-turn RL": "acc_t1", "RRR": "retry_given_failure"}.get(method, "acc_t2")
-    found = results["controls"]["trained, reflect_retry"] if method == "RRR" else results["trained"]
-    return sum(found[mode][key] for mode in ("greedy", "sampled")) / 2
+    """What a learning rate is chosen by: Acc@t2 on validation, mean of greedy and T = 1; plain RL trains Acc@t1."""
+    key = "acc_t1" if method == "single-turn RL" else "acc_t2"
+    return sum(results["trained"][mode][key] for mode in ("greedy", "sampled")) / 2
 
 
 def rates_due(scores: dict[float, float]) -> list[float]:

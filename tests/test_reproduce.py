@@ -90,9 +90,9 @@ def fake_launch(command, log):
         path = reproduce.Path(out) / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         lr = float(command[command.index("--lr") + 1])
-        modes = {mode: {k: 1 - abs(lr - 1.5e-4) for k in ("acc_t1", "acc_t2", "retry_given_failure")}
+        modes = {mode: {k: 1 - abs(lr - 1.5e-4) for k in ("acc_t1", "acc_t2")}
                  for mode in ("greedy", "sampled")}  # fmt: skip
-        path.write_text(json.dumps({"trained": modes, "controls": {"trained, reflect_retry": modes}}))
+        path.write_text(json.dumps({"trained": modes}))
         (path.parent / "metrics.jsonl").write_text(
             '{"stage": 2, "step": 0, "acc_t1": 0.5, "seconds_rollout": 1, "seconds_update": 1}\n'
         )
@@ -178,9 +178,10 @@ def test_a_best_rate_at_the_edge_has_the_next_one_tried_too():
     assert rates.rates_due(grid | {5e-4: 0.6}) == [1.5e-3]
 
 
-def test_rrr_is_tuned_on_the_failures_of_the_base():
-    controls = {"trained, reflect_retry": {mode: {"retry_given_failure": 0.25} for mode in ("greedy", "sampled")}}
-    assert rates.score_of({"trained": {}, "controls": controls}, "RRR") == 0.25
+def test_a_rate_is_judged_by_what_the_method_trains():
+    results = {"trained": {"greedy": {"acc_t1": 0.5, "acc_t2": 0.6}, "sampled": {"acc_t1": 0.3, "acc_t2": 0.5}}}
+    assert rates.score_of(results, "single-turn RL") == pytest.approx(0.4)
+    assert rates.score_of(results, "RRR") == pytest.approx(0.55)
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(config, monkeypatch, capsys):

@@ -7,9 +7,9 @@ A round: sample two attempts at training problems, keep what the verdicts choose
 and imitates the second attempt of (wrong, right) pairs; STaR has three, each with the model that the last one left, and
 imitates what is right in traces that went from wrong to right. `--plus` adds those that went from right to right (D+).
 
-Imitation is policy gradient with other advantages: 1 on every token to imitate, 0 elsewhere, no baseline and no KL.
-So the shared loss has the gradient of cross-entropy, and all else is shared with score.py too, which samples as many
-attempts from as many problems, and trains on as many rows in as many steps.
+Imitation is policy gradient with other advantages: 1 on every token to imitate, 0 elsewhere, no baseline and no KL, so
+no reference either. So the shared loss has the gradient of cross-entropy, and all else is shared with score.py too,
+which samples as many attempts from as many problems, and trains on as many rows in as many steps.
 """
 
 import json
@@ -196,7 +196,7 @@ def main(config: Config) -> None:
         if not config.resume:
             probe(sampler, tokenizer, task, splits["train"], config, "self_correct")
         run = open_run(config, contents_of(sampler.model, tokenizer, **splits))
-        scorer = make_scorer(sampler.model, config)
+        scorer = make_scorer(sampler.model, config, reference=False)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     results = {"base": evaluate_both(sampler, *shared)}
     rounds = {}  # the data of the one that is under way

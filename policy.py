@@ -122,18 +122,18 @@ def materialise(module: nn.Module, device, buffer_device=None) -> None:
             setattr(part, name, buffer.to(buffer_device or device))
 
 
-def make_scorer(model, config) -> Scorer:
-    """The policy to be trained, which starts as the whole `model`, and its frozen reference.
+def make_scorer(model, config, reference: bool = True) -> Scorer:
+    """The policy to be trained, which starts as the whole `model`, and unless told otherwise its frozen reference.
 
     With torchrun both are spread over the ranks, in float32, and `model` keeps being a copy of the whole policy to
     sample from: it is given up for each update, and gathered again after it.
     """
     if not distributed.together():
-        return Scorer(model, copy.deepcopy(model), checkpointing=config.checkpointing)
+        return Scorer(model, copy.deepcopy(model) if reference else None, checkpointing=config.checkpointing)
     distributed.drop_weights(model)
     source, _ = read_model(config.model)  # again, since `model` may be rounded
-    scorer = Scorer(skeleton(source), skeleton(source), checkpointing=config.checkpointing)
-    models, device = [scorer.model, scorer.reference], distributed.device()
+    models, device = [skeleton(source) for _ in range(1 + reference)], distributed.device()
+    scorer = Scorer(*models, checkpointing=config.checkpointing)
     distributed.shard(scorer, models, compute_dtype(config), config.hsdp, config.cpu_offload)
     materialise(scorer, "cpu" if config.cpu_offload else device, device)
     distributed.send(source, *models)

@@ -153,7 +153,7 @@ def cut_logs(run: Path, sizes: dict) -> None:
             os.truncate(path, sizes.get(path.name, 0))
 
 
-def token_metrics(batch: Batch, scores: Scores) -> dict:
+def token_metrics(batch: Batch, scores: Scores, with_kl: bool) -> dict:
     """Figures that mean the same for every algorithm; kl_* are nats an attempt, the others of a sampled token.
 
     ratio_error: the largest |log pi - log pi_sampler|: 0 up to rounding while sampler and scorer agree.
@@ -161,8 +161,8 @@ def token_metrics(batch: Batch, scores: Scores) -> dict:
     """
     rollout, sampled = batch.rollout, batch.rollout.action_mask
     shown = rollout.turn[sampled if batch.held is None else sampled | batch.held].unique().tolist()
-    mine = {f"kl_t{turn + 1}": float(scores.kl.double()[rollout.turn == turn].sum()) for turn in shown}
-    mine |= {
+    kl = {f"kl_t{turn + 1}": float(scores.kl.double()[rollout.turn == turn].sum()) for turn in shown}
+    mine = (kl if with_kl else {}) | {
         "entropy": float(scores.entropy[sampled].double().sum()),
         "zero_advantage": int((batch.advantages[sampled] == 0).sum()),
         "truncated": int((~rollout.stopped).sum()),
@@ -190,7 +190,8 @@ def train_step(config, scorer, sampler, optimizer, step: int, steps: int, make_b
     sampled = time.perf_counter()
     with given_up(scorer, sampler.model):
         scores, norm, wrong = update(scorer, optimizer, batch, config)
-    row = {"stage": batch.figures["stage"], "step": step} | batch.figures | token_metrics(batch, scores)
+    tokens = token_metrics(batch, scores, with_kl=scorer.reference is not None)
+    row = {"stage": batch.figures["stage"], "step": step} | batch.figures | tokens
     row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": int(bool(wrong))}
     row |= {"seconds_rollout": sampled - started, "seconds_update": time.perf_counter() - sampled}
     row["memory_mib"] = max(exchange(memory_mib()))

@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loade
     assert not batch.kl_coef.any()
     if method == "pair_sft":
         assert not batch.advantages[batch.rollout.turn == 0].any()
-    scorer = policy.make_scorer(policy.load_model(model_dir)[0], config)
+    scorer = policy.make_scorer(policy.load_model(model_dir)[0], config, reference=False)
     scores, _ = policy.accumulate_gradients(scorer, batch, config)
 
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -115,7 +115,7 @@ def test_rounds_share_the_steps_and_sample_as_much_as_score(method, starts, mode
     rows = train_here(model_dir, tmp_path / "run", "--method", method, "--plus", "--steps", "7")
     assert [row["stage"] for row in rows] == [baselines.round_of(step, config) + 1 for step in range(7)]
     assert sum(row.get("sampled", 0) for row in rows) == 7 * 8  # 8 rows a step, as score.py's
-    assert all(("acc_t1" in row) == (row["step"] in starts) for row in rows)
+    assert all(("acc_t1" in row) == (row["step"] in starts) and "kl_t1" not in row for row in rows)
     files = sorted((tmp_path / "run").glob("traces_*.jsonl"))
     assert len(files) == len(starts) - 1
     for path, row in zip(files, (row for row in rows if "kept" in row)):

@@ -65,16 +65,16 @@ EXPERIMENTS = {  # in order of value
     "ours": Experiment(("gamma 1", "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts",
                         "reference Stage I")),
     "beta1": Experiment(("beta1 0.0125", "beta1 0.2", "beta1 0.8")),
-    "short": Experiment((*MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I", "no bonus"), (160,)),
-    "long_others": Experiment(("single-turn RL", "Pair-SFT, D+", "STaR, D+"), (640,), 3),
-    "rewarded": Experiment(("RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"), (250,), 3),
-    "before_rl": Experiment(("base", *MAIN[:3], "Pair-SFT, D+", "STaR, D+", "no Stage I"), base="pretrained"),
+    "short": Experiment((*MAIN[:3], "STaR, D+", "no Stage I", "no bonus"), (160,)),
+    "long_others": Experiment(("single-turn RL", "STaR, D+"), (640,)),
+    "rewarded": Experiment(("RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"), (250,)),
+    "before_rl": Experiment(("base", *MAIN[:3], "no Stage I"), base="pretrained"),
 }  # fmt: skip
 QUICK = {
     "main": Experiment(("base", "Self-Refine", "SCoRe", "multi-turn RL", "Pair-SFT, D+", "STaR, D+"), (160,), 2),
     "rrr": Experiment(("base, RRR", "RRR"), (100,), 1),
 }
-STEP_COST = {"score.py": 1.0, "baselines.py": 2.8, "rrr.py": 3.0}  # about, in steps of score.py: 0.3 s
+STEP_COST = {"score.py": 1.0, "baselines.py": 2.2, "rrr.py": 3.0}  # about, in steps of score.py: 0.3 s
 COST = {"run": 110, "more": 150, "rrr.py": 200}  # the rest of a run, in the same
 
 

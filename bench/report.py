@@ -194,7 +194,7 @@ def plot(path: Path, panels: list[tuple], columns: int = 0) -> None:
     panels = [panel for panel in panels if any(panel[3].values())]
     if not panels:
         return
-    columns = columns or len(panels)
+    columns = min(columns or len(panels), len(panels))
     height = -(-len(panels) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(4.8 * columns, 3.6 * height), squeeze=False, sharey="row")
     for axis in axes.flat[len(panels) :]:
@@ -213,7 +213,8 @@ def plot(path: Path, panels: list[tuple], columns: int = 0) -> None:
             axis.axvline(boundary, color="gray", linestyle=":", linewidth=1)
         axis.set(title=title, xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.2)
-        axis.legend(fontsize=7)
+        beside = {"bbox_to_anchor": (1, 1), "loc": "upper left"} if len(curves) > 5 else {}
+        axis.legend(fontsize=7, **beside)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, about seven hours on two cores.
+"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, about six hours on two cores.
 
     python bench/reproduce.py --quick              # under 30 minutes: fewer methods, seeds and steps, no tuning
     python bench/reproduce.py --only tune,main     # some of the experiments in plan.py
@@ -233,7 +233,7 @@ def chosen_experiments(config) -> tuple[dict, set]:
     if unknown:
         raise ValueError(f"--only {unknown[0]}: choose from tune, noise, {', '.join(table)}")
     chosen = {name: table[name] for name in table if name in names}
-    if "before_rl" in chosen and not Path(base_model("pretrained", config)).exists():
+    if "before_rl" in chosen and not config.render and not Path(base_model("pretrained", config)).exists():
         how = f"--pretrained {config.pretrained} is not there: `python tiny.py --output runs/tiny/new` makes it"
         if config.only:
             raise ValueError(f"before_rl: {how}")

@@ -35,13 +35,7 @@ METHODS = {  # {stage1}: 3/16 of the {steps}, as 60 of 320
 UNTRAINED = {"base": "self_correct", "Self-Refine": "self_refine", "base, RRR": "reflect_retry"}
 AFTER = {"Stage I, then STaR": "Stage I"}  # which method's result is this one's base
 GRID = (1.5e-5, 5e-5, 1.5e-4, 5e-4)
-LADDER = (
-    1.5e-6,
-    5e-6,
-    *GRID,
-    1.5e-3,
-    5e-3,
-)  # if the best rate is the lowest or highest tried, the next one is tried too
+LADDER = (1.5e-6, 5e-6, *GRID, 1.5e-3, 5e-3)  # where the best rate is the lowest or highest tried, the next one is too
 TUNED = ("SCoRe", "multi-turn RL", "single-turn RL", "Pair-SFT", "Pair-SFT, D+", "STaR", "STaR, D+", "no Stage I",
          "no bonus", "RRR")  # fmt: skip
 LIKE = {"Stage I, then STaR": "STaR, D+"} | {name: "RRR" for name in METHODS if name.startswith("RRR, ")}

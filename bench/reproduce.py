@@ -1,6 +1,6 @@
-"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, about six hours on two cores.
+"""Reruns the papers' argument on the embedded model: `python bench/reproduce.py`, by its costs six hours on two cores.
 
-    python bench/reproduce.py --quick              # under 30 minutes: fewer methods, seeds and steps, no tuning
+    python bench/reproduce.py --quick              # a small part: fewer methods, seeds and steps, no tuning
     python bench/reproduce.py --only tune,main     # some of the experiments in plan.py
     python bench/reproduce.py --render             # tables and pictures again, from the CSVs alone
 
@@ -262,7 +262,7 @@ def main(config: Config) -> None:
                 failed += complete_all(runs, config, name)
             finally:
                 write_results(QUICK if config.quick else EXPERIMENTS, config)
-        if "noise" in others:
+        if "noise" in others and not (config.missing and (config.results / "noise.csv").exists()):
             write_noise(config)
     report.render(config.results)
     if failed:

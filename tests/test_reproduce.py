@@ -215,7 +215,7 @@ def test_when_it_is_stopped_its_runs_are_told_to_save_and_no_other_begins(config
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         reproduce.complete_all([reproduce.Run("tiny", "SCoRe", 320, seed, 1e-4) for seed in range(4)], config, "")
     assert saved.read_text() == "xx" and log.read_text().count("ready") == 2

@@ -68,15 +68,19 @@ class KVCache:
 
     def update(self, key, value, layer_idx, *args, **kwargs):
         """Store key and value (n, kv_heads, Q, D); return these rows so far, (n, kv_heads, width, D)."""
-        if layer_idx not in self.layers:
-            self.layers[layer_idx] = self._empty(key, value)
-        for store, new in zip(self.layers[layer_idx], (key, value), strict=True):
+        stores = self.stores(layer_idx, key, value)
+        for store, new in zip(stores, (key, value), strict=True):
             store[self.spot] = new.transpose(1, 2)
-        return tuple(store[self.rows, :, : self.width] for store in self.layers[layer_idx])
+        return tuple(store[self.rows, :, : self.width] for store in stores)
+
+    def stores(self, layer_idx, key, value):
+        """The layer's keys and values, made when it first has a key and value (n, kv_heads, Q, D) to keep."""
+        if layer_idx not in self.layers:
+            self.layers[layer_idx] = [store.zero_() for store in self._empty(key, value)]
+        return self.layers[layer_idx]
 
     def _empty(self, key, value):
-        """Zeros, since 0 * NaN would leak through a masked slot."""
-        return [x.new_zeros(len(self.slots), x.shape[1], self.capacity, x.shape[3]) for x in (key, value)]
+        return [x.new_empty(len(self.slots), x.shape[1], self.capacity, x.shape[3]) for x in (key, value)]
 
     def get_seq_length(self, layer_idx=0):
         return 0  # models ask only to make up position ids, and ours are given
@@ -87,7 +91,8 @@ class KVCache:
         for layer, stores in self.layers.items():
             new.layers[layer] = new._empty(*stores)
             for store, copy in zip(stores, new.layers[layer], strict=True):
-                copy[:, :, :used] = store[slots, :, :used]
+                torch.index_select(store[:, :, :used], 0, slots, out=copy[:, :, :used])
+                copy[:, :, used:] = 0  # not left as it is, since 0 * NaN would leak through a masked slot
         return new
 
     def move(self, before, after, used):
@@ -113,7 +118,7 @@ def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, d
 
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
-    """Attention as it is written: on CPU, for a single position, faster than the kernel made for many.
+    """Attention as it is written: on CPU, for a single position, faster than torch's kernel made for many.
 
     The long side of a product comes first: keys times queries takes two thirds of the time of queries times keys.
     """

@@ -1,11 +1,12 @@
 """The forward pass of Llama-like models over the sampler's cache, written out for speed.
 
 Decoding is a sequence of small operations, and of transformers' modules each costs some time of its own. `fuse(model)`
-does without them, and on CPU with a copy of the weights that is packed once a turn, not once a step. The general path,
-the model's own forward, is its test twin: `Sampler` takes this one only for models that it knows and where both agree.
+does without them, and on CPU takes the C of kernels.py for the two that cost most. The general path, the model's own
+forward, is its test twin: `Sampler` takes this one only for models that it knows and where both agree.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import attend, ragged_mask
+from kernels import compiled, linear, one_query
 
-PACK_FROM = 2**17  # weights: oneDNN takes 50 us a call, however small
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 
@@ -49,42 +50,32 @@ def fusable(model) -> bool:
     return True
 
 
-def _packs(weight: Tensor) -> bool:
-    if not torch.backends.mkldnn.is_available() or weight.numel() < PACK_FROM:
-        return False
-    half = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32 or half
-
-
-def _linear(*layers: nn.Linear) -> Callable:
+def _linear(library, *layers: nn.Linear) -> Callable:
     """x -> the outputs of several linear layers that have the same input."""
-    if layers[0].weight.device.type != "cpu":  # no copy of the weights there: a captured graph has no overhead to save
+    if library is None:
         return lambda x: [F.linear(x, layer.weight, layer.bias) for layer in layers]
-    weight, sizes = torch.cat([layer.weight for layer in layers]), [layer.out_features for layer in layers]
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    if not _packs(weight):
-        return lambda x: F.linear(x, weight, bias).split(sizes, -1)
-    # oneDNN's packed layout: 1.5 to 2.3 times faster for 1 to 128 rows of SmolLM2-135M.
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 256)  # laid out for many rows, it is no worse for few
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "").split(sizes, -1)
+    joined = linear(library, torch.cat([layer.weight for layer in layers]), bias)
+    sizes = [layer.out_features for layer in layers]
+    return lambda x: joined(x).split(sizes, -1)
 
 
 def _norm(module) -> Callable:
     return lambda x: F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-def _layer(block) -> Layer:
+def _layer(library, block) -> Layer:
     attention, mlp = block.self_attn, block.mlp
     q_norm, k_norm = (_norm(m) if (m := getattr(attention, n, None)) else lambda x: x for n in ("q_norm", "k_norm"))
     return Layer(
         _norm(block.input_layernorm),
-        _linear(attention.q_proj, attention.k_proj, attention.v_proj),
+        _linear(library, attention.q_proj, attention.k_proj, attention.v_proj),
         q_norm,
         k_norm,
-        _linear(attention.o_proj),
+        _linear(library, attention.o_proj),
         _norm(block.post_attention_layernorm),
-        _linear(mlp.gate_proj, mlp.up_proj),
-        _linear(mlp.down_proj),
+        _linear(library, mlp.gate_proj, mlp.up_proj),
+        _linear(library, mlp.down_proj),
     )
 
 
@@ -93,26 +84,36 @@ def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
+def _attention(cache, cos, sin, mask, scale: float, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (n, Q, heads, D), k and v (n, Q, kv_heads, D), of these angles (n, Q, 1, D) -> (n, Q, heads * D)."""
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    key, value = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+    return attend(q.transpose(1, 2), key, value, mask, scale, cache.spans).flatten(2)
+
+
 @torch.no_grad()
 def fuse(model) -> Callable:
     """forward(cache, ids (n, Q), positions (n, Q)) -> logits of the last position (n, V), with the weights of now."""
     decoder, config = model.get_decoder(), model.config
-    layers, head, norm = [_layer(b) for b in decoder.layers], _linear(model.lm_head), _norm(decoder.norm)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    scale = decoder.layers[0].self_attn.scaling
+    first, group = decoder.layers[0].self_attn, config.num_attention_heads // config.num_key_value_heads
+    plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
+    library, scale = compiled(group, first.head_dim) if plain else None, first.scaling
+    layers = [_layer(library, block) for block in decoder.layers]
+    head, norm = _linear(library, model.lm_head), _norm(decoder.norm)
 
     def forward(cache, ids: Tensor, positions: Tensor) -> Tensor:
         n, Q = ids.shape
         x = decoder.embed_tokens(ids)  # (n, Q, H)
-        cos, sin = (t[:, :, None] for t in decoder.rotary_emb(x, positions))  # (n, Q, 1, D)
-        sin = torch.cat((-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]), -1)
-        mask = ragged_mask(positions, cache.width, heads // kv_heads, None, x.dtype)
+        cos, sin = decoder.rotary_emb(x, positions)  # (n, Q, D)
+        if library and Q == 1:
+            attention = partial(one_query, library, cache, cos, sin, positions, scale)
+        else:
+            left, right = sin[:, :, None].chunk(2, -1)
+            mask = ragged_mask(positions, cache.width, group, None, x.dtype)
+            attention = partial(_attention, cache, cos[:, :, None], torch.cat((-left, right), -1), mask, scale)
         for i, layer in enumerate(layers):
-            q, k, v = (t.view(n, Q, -1, cos.shape[-1]) for t in layer.qkv(layer.norm1(x)))  # (n, Q, heads, D)
-            q, k = _rotate(layer.q_norm(q), cos, sin), _rotate(layer.k_norm(k), cos, sin)
-            key, value = cache.update(k.transpose(1, 2), v.transpose(1, 2), i)
-            out = attend(q.transpose(1, 2), key, value, mask, scale, cache.spans).flatten(2)  # (n, Q, heads * D)
-            x = x + layer.out(out)[0]
+            q, k, v = (t.view(n, Q, -1, first.head_dim) for t in layer.qkv(layer.norm1(x)))  # (n, Q, heads, D)
+            x = x + layer.out(attention(i, layer.q_norm(q), layer.k_norm(k), v))[0]
             gate, up = layer.gate_up(layer.norm2(x))
             x = x + layer.down(F.silu(gate) * up)[0]
         return head(norm(x[:, -1]))[0]

@@ -9,11 +9,14 @@ import transformers as tf
 
 import fused
 import sampler as sampler_module
+from attention import ragged_mask
 from conftest import EOS, TINY, VOCAB, build
 from fused import fusable
+from kernels import compiled, linear, one_query
 from sampler import KVCache, Sampler, sample, uniform
 
 PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
+needs_compiler = pytest.mark.skipif(compiled(1, 8) is None, reason="needs a C compiler")
 TENSORS = ("ids", "action_mask", "turn", "logprobs", "lengths", "stopped", "parents", "seeds")
 
 
@@ -165,7 +168,12 @@ FUSED = ("llama", "llama_mha", "qwen2", "qwen3")
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_fused_path_is_taken_where_it_applies_and_samples_what_the_general_one_does(tiny, tokenizer, name):
+@pytest.mark.parametrize("compiler", [True, False])
+def test_the_fused_path_is_taken_where_it_applies_and_samples_what_the_general_one_does(
+    tiny, tokenizer, name, compiler, monkeypatch
+):
+    if not compiler:
+        monkeypatch.setattr(fused, "compiled", lambda *sizes: None)
     sampler = Sampler(tiny(name), tokenizer, max_batch=4, block=3, prefill_tokens=8)
     assert sampler.fused == (name in FUSED)
     quick = three_turns(sampler)
@@ -173,9 +181,7 @@ def test_the_fused_path_is_taken_where_it_applies_and_samples_what_the_general_o
     assert all(equal(a, b) for a, b in zip(quick, three_turns(sampler), strict=True))
 
 
-@pytest.mark.parametrize("pack_from", [0, 2**17])
-def test_the_fused_path_handles_biases_packed_weights_and_bfloat16(tokenizer, pack_from, monkeypatch):
-    monkeypatch.setattr(fused, "PACK_FROM", pack_from)
+def test_the_fused_path_handles_biases_and_bfloat16(tokenizer):
     for dtype in (torch.float32, torch.bfloat16):
         model = build(tf.LlamaConfig, attention_bias=True, mlp_bias=True, initializer_range=0.1)
         for name, parameter in model.named_parameters():
@@ -185,6 +191,52 @@ def test_the_fused_path_handles_biases_packed_weights_and_bfloat16(tokenizer, pa
         assert sampler.fused
         if dtype == torch.float32:
             check(model, three_turns(sampler)[2])
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.warns(UserWarning, match="slower, since kernels.c can't be compiled"):
+        assert compiled.__wrapped__(1, 8) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 130, 300])
+@pytest.mark.parametrize("N, K", [(1, 5), (48, 96), (121, 32), (200, 33)])
+def test_products_with_weights_in_c_are_those_in_torch(rows, N, K):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(K, rows).T, torch.randn(N, K), torch.randn(N)  # x is not contiguous
+    for b in (bias, None):
+        slow = F.linear(x.double(), weight.double(), None if b is None else b.double())
+        fast = linear(compiled(1, 8), weight, b)(x[:, None])[:, 0]
+        torch.testing.assert_close(fast, slow.float(), atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 24), (9, 3, 64), (6, 1, 10)])
+def test_attention_in_c_is_that_in_torch_and_reads_no_further_than_its_own_row(heads, kv_heads, size):
+    torch.manual_seed(0)
+    n, group, capacity, angle = 5, heads // kv_heads, 40, torch.rand(5, 1, size)
+    positions, stores = (
+        torch.tensor([[0], [39], [7], [17], [3]]),
+        [torch.randn(8, kv_heads, capacity, size) for _ in "kv"],
+    )
+    joined = torch.randn(n, 1, (heads + 2 * kv_heads) * size)  # of which queries, keys and values are views
+    new = [t.view(n, 1, -1, size) for t in joined.split([heads * size, kv_heads * size, kv_heads * size], -1)]
+    one, two = KVCache(8, capacity, "cpu"), KVCache(8, capacity, "cpu")
+    two.layers[0] = [store.double() for store in stores]
+    one.layers[0] = [store.clone() for store in stores]
+    for store in one.layers[0]:
+        store[2:7].masked_fill_((torch.arange(capacity) > positions)[:, None, :, None], torch.nan)
+    for cache in (one, two):
+        cache.aim(2, positions, [capacity])
+    cos, sin = angle.cos(), angle.sin()
+    fast = one_query(compiled(group, size), one, cos, sin, positions, 0.3, 0, *new)
+    signed = torch.cat([-sin[..., : size // 2], sin[..., size // 2 :]], -1)[:, :, None].double()
+    mask = ragged_mask(positions, capacity, group, None, torch.float64)
+    slow = fused._attention(two, cos[:, :, None].double(), signed, mask, 0.3, 0, *(t.double() for t in new))
+    torch.testing.assert_close(fast, slow.float(), atol=1e-5, rtol=1e-5)
+    for written, store in zip(one.layers[0], two.layers[0], strict=True):
+        torch.testing.assert_close(written.nan_to_num(7.0), store.float().where(~written.isnan(), 7.0))
 
 
 def test_the_fused_path_follows_the_weights_and_yields_to_hooks_and_changed_layers(tokenizer):

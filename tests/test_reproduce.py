@@ -216,8 +216,12 @@ def test_when_it_is_stopped_its_runs_are_told_to_save_and_no_other_begins(config
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        reproduce.complete_all([reproduce.Run("tiny", "SCoRe", 320, seed, 1e-4) for seed in range(4)], config, "")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.complete_all([reproduce.Run("tiny", "SCoRe", 320, seed, 1e-4) for seed in range(4)], config, "")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert saved.read_text() == "xx" and log.read_text().count("ready") == 2
 
 

@@ -131,8 +131,8 @@ CLAIMS = [  # what is claimed, of the first against the second or None: (claim, 
     ("joint normalisation beats per turn", "SCoRe", "normalised per turn", "delta", 320),
     ("nested second attempts beat flat ones", "SCoRe", "flat second attempts", "acc_t2", 320),
     ("the base as reference beats Stage I's result", "SCoRe", "reference Stage I", "acc_t2", 320),
-    ("a larger beta1 keeps attempts well-formed", "beta1 0.2", "SCoRe", "well_formed", 320),
-    ("RL costs well-formed attempts", "base", "SCoRe", "well_formed", 320),
+    ("a larger beta1 keeps both attempts well-formed", "beta1 0.2", "SCoRe", "well_formed", 320),
+    ("RL costs problems with both attempts well-formed", "base", "SCoRe", "well_formed", 320),
 ]  # fmt: skip
 RRR_CLAIMS = [  # (claim, (method, row), (method, row), figure)
     ("RRR raises what is right after one retry", ("RRR", ""), ("base, RRR", ""), "acc_t2"),

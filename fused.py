@@ -1,8 +1,8 @@
 """The forward pass of Llama-like models over the sampler's cache, written out for speed.
 
 Decoding is a sequence of small operations, and of transformers' modules each costs some time of its own. `fuse(model)`
-does without them, and on CPU takes the C of kernels.py for the two that cost most. The general path, the model's own
-forward, is its test twin: `Sampler` takes this one only for models that it knows and where both agree.
+does without them, and on CPU takes the C of cpu_kernels.py for the two that cost most. The general path, the model's
+own forward, is its test twin: `Sampler` takes this one only for models that it knows and where both agree.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import attend, ragged_mask
-from kernels import compiled, linear, one_query
+from cpu_kernels import compiled, linear, one_query
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")

@@ -11,8 +11,8 @@ import fused
 import sampler as sampler_module
 from attention import ragged_mask
 from conftest import EOS, TINY, VOCAB, build
+from cpu_kernels import compiled, linear, one_query
 from fused import fusable
-from kernels import compiled, linear, one_query
 from sampler import KVCache, Sampler, sample, uniform
 
 PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
@@ -193,9 +193,30 @@ def test_the_fused_path_handles_biases_and_bfloat16(tokenizer):
             check(model, three_turns(sampler)[2])
 
 
+@needs_compiler
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_the_c_is_used_and_no_longer_if_it_is_wrong(tokenizer, factor, monkeypatch):
+    real, called = fused.one_query, []
+    monkeypatch.setattr(fused, "one_query", lambda *a: called.append(1) or real(*a))
+    assert Sampler(build(tf.LlamaConfig), tokenizer).fused and called
+    monkeypatch.setattr(fused, "one_query", lambda *a: real(*a) * factor)
+    assert not Sampler(build(tf.LlamaConfig), tokenizer).fused
+
+
+def test_autocast_and_a_model_changed_between_turns_corrupt_no_memory(tokenizer):
+    model = build(tf.LlamaConfig)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert three_turns(Sampler(model, tokenizer))[2].logprobs.isfinite().all()
+    sampler = Sampler(model.bfloat16(), tokenizer)
+    rollout = sampler.generate(PROMPTS, max_new_tokens=4)
+    model.float()
+    with pytest.raises((ValueError, RuntimeError)):
+        sampler.extend(rollout, [[4]] * len(PROMPTS), max_new_tokens=4)
+
+
 def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.warns(UserWarning, match="slower, since kernels.c can't be compiled"):
+    with pytest.warns(UserWarning, match="slower, since cpu_kernels.c can't be compiled"):
         assert compiled.__wrapped__(1, 8) is None
 
 

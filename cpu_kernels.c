@@ -1,5 +1,6 @@
 // What a decoding step on CPU spends its time in: products with weights, and attention of one query a row over the
-// sampler's cache. Compiled by kernels.py, with HEAD, the size of a head, and GROUP, the query heads of one key-value head.
+// sampler's cache. Compiled by cpu_kernels.py, with HEAD, the size of a head, and GROUP, the query heads of one
+// key-value head.
 
 #include <math.h>
 #include <stdint.h>

@@ -7,19 +7,16 @@
 #include <string.h>
 
 #if defined __AVX512F__
-enum { WIDTH = 16, ROWS = 8 }; // floats of a vector register; rows at once, as many as leave all sums in registers
+enum { WIDTH = 16, ROWS = 8 }; // floats of a vector register; rows at once, whose sums shall stay in registers
 #elif defined __AVX__
 enum { WIDTH = 8, ROWS = 4 };
-#else
+#else // NEON has 32 registers; x86 without AVX spills
 enum { WIDTH = 4, ROWS = 8 };
 #endif
 enum { VECTORS = 3, PANEL = VECTORS * WIDTH, BLOCK = 128 };
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
-int64_t panel_width(void)
-{
-    return PANEL;
-}
+const int64_t panel_width = PANEL;
 
 // x (rows <= ROWS, K) times one panel (K, PANEL), plus bias (PANEL,), into `columns` columns of y, whose rows have N.
 static inline __attribute__((always_inline)) void tile(const float *x, const float *panel, const float *bias, float *y,
@@ -53,7 +50,8 @@ void linear(const float *x, const float *panels, const float *bias, float *y, in
             const int64_t end = first + BLOCK < M ? first + BLOCK : M, left = N - p * PANEL;
             const float *panel = panels + p * K * PANEL;
             for (int64_t r = first, pass = 0; r < end; r += ROWS, pass++) {
-                // What the processor does not foresee: a third of the next panel is fetched in each of three passes.
+                // What the processor does not foresee: each of the first three passes fetches a third of the next panel.
+                // Behind the last one this points beyond the weights, which a prefetch may.
                 const float *next = panel + (PANEL + pass % VECTORS * WIDTH) * K;
                 const int64_t rows = end - r;
                 float *out = y + r * N + p * PANEL;

@@ -1,8 +1,8 @@
 """cpu_kernels.c from Python: two operations of a decoding step on CPU, compiled on first use where there is a compiler.
 
-For a few rows torch's products with weights, even those of oneDNN's packed ones, wait for the memory first and compute
-then, and its batched products of one query reach half the bandwidth and read every row as far as the longest. Both are
-float32; without a compiler fused.py takes torch's, which are the tests' twins.
+For a few rows torch's products with weights, oneDNN's packed ones too, don't overlap reading and computing, and its
+batched products of one query reach half the bandwidth and read every row as far as the longest. Both are float32; for
+another type, and without a compiler, fused.py takes torch's, which are the tests' twins.
 """
 
 import ctypes
@@ -25,7 +25,6 @@ POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
 ARGUMENTS = {
     "linear": [POINTER] * 4 + [INTEGER] * 3,
     "attend": [POINTER] * 3 + [INTEGER] * 3 + [POINTER] * 7 + [INTEGER] * 3 + [ctypes.c_float],
-    "panel_width": [],
 }
 
 
@@ -52,13 +51,13 @@ def compiled(group: int, head: int):
         return None
     for name, types in ARGUMENTS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = types, INTEGER if name == "panel_width" else None
+        function.argtypes, function.restype = types, None
     return library
 
 
 def linear(library, weight: Tensor, bias: Tensor | None) -> Callable:
     """x (..., K) -> x times a copy of weight (N, K) as it is now, plus bias (N,): (..., N). All float32."""
-    (N, K), width = weight.shape, library.panel_width()
+    (N, K), width = weight.shape, INTEGER.in_dll(library, "panel_width").value
     pad = -N % width
     panels = F.pad(weight, (0, 0, 0, pad)).view(-1, width, K).transpose(1, 2).contiguous()
     bias = weight.new_zeros(N + pad) if bias is None else F.pad(bias, (0, pad))

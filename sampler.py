@@ -111,7 +111,7 @@ class Sampler:
 
     @contextmanager
     def _fast_path(self):
-        """For one turn, `_forward` takes the fused path if it applies: its packed weights are those of now."""
+        """For one turn, `_forward` takes the fused path if it applies: its copies of the weights are those of now."""
         self._fused = fuse(self.model) if self.fused and fusable(self.model) else None
         try:
             yield

@@ -24,16 +24,14 @@ import distributed
 from chat import follow_up_ids
 from checkpoint import write_text
 from distributed import exchange, on_first, rank, share
-from evaluate import evaluate_both, first_attempts, grade, prepare, probe
+from evaluate import before_and_after, evaluate_both, first_attempts, grade, prepare, probe
 from flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import spread
-from policy import Batch, compute_dtype, load_model, make_scorer, pick_problems, row_seeds, unzip
-from rollout import Rollout
-from sampler import Sampler
+from policy import Batch, make_scorer, pick_problems, row_seeds, unzip
+from rollout import Rollout, rollout_of
 from training import check_run, contents_of, open_run, report, saving, stop, train, watcher
 
 ROUNDS = {"pair_sft": 1, "star": 3}
-WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 
 
 @dataclass
@@ -142,23 +140,6 @@ def data_of_round(run: Path, turn: int, sample) -> tuple[dict, list[dict]]:
     return figures, kept
 
 
-def make_rollout(traces: list[dict], sampler) -> Rollout:
-    """Traces as rows; what they were sampled with doesn't matter to imitation: their `logprobs` are 0."""
-    rows = [[i for part in trace["parts"] for i in part] for trace in traces]
-    lengths = torch.tensor([*map(len, rows)], dtype=torch.long)
-    ids = torch.full((len(rows), max(map(len, rows), default=1)), sampler.pad_id)
-    mask, turns = torch.zeros_like(ids, dtype=torch.bool), torch.full_like(ids, -1)
-    for row, trace in enumerate(traces):
-        kinds = [kind for kind, part in enumerate(trace["parts"]) for _ in part]  # 0 to 3
-        ids[row, : lengths[row]] = torch.tensor(rows[row])
-        mask[row, : lengths[row]] = torch.tensor(kinds) % 2 == 1
-        turns[row, : lengths[row]] = torch.tensor(kinds) // 2
-    ends = torch.tensor([[trace["parts"][k][-1] for k in (1, 3)] for trace in traces], dtype=torch.long).view(-1, 2)
-    stopped, index = sampler.is_stop.cpu()[ends], torch.arange(len(rows))
-    tensors = (ids, mask, turns, torch.zeros(ids.shape), lengths, stopped, index, index)
-    return Rollout(*(tensor.to(sampler.model.device) for tensor in tensors), cache=None)
-
-
 def advantages_of(traces: list[dict], rollout: Rollout, config) -> Tensor:
     """(B, T): 1 on every token to imitate: those of second attempts, and in STaR also of first ones that are right."""
     per_turn = [[float(config.method == "star" and trace["right"][0]), 1.0] for trace in traces]
@@ -169,7 +150,8 @@ def make_batch(traces: list[dict], sampler, figures: dict, config) -> Batch:
     """This rank's share of some traces; the loss is the mean over all tokens that are imitated, of all ranks."""
     mine = share(len(traces))
     traces = traces[mine.start : mine.stop]
-    rollout = make_rollout(traces, sampler)
+    index = torch.arange(len(traces))
+    rollout = rollout_of([trace["parts"] for trace in traces], 2, index, index, sampler)
     advantages = advantages_of(traces, rollout, config)
     denominator = sum(exchange(float(advantages.sum())))
     return Batch(rollout, advantages, torch.zeros_like(advantages), denominator, figures)
@@ -198,7 +180,6 @@ def main(config: Config) -> None:
         run = open_run(config, contents_of(sampler.model, tokenizer, **splits))
         scorer = make_scorer(sampler.model, config, reference=False)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
-    results = {"base": evaluate_both(sampler, *shared)}
     rounds = {}  # the data of the one that is under way
 
     def step_batch(step: int, state: dict) -> Batch:
@@ -215,11 +196,10 @@ def main(config: Config) -> None:
         rows = config.problems * config.group_size * config.second_attempts
         return make_batch(pick_problems(kept, config.seed, step, rows), sampler, figures, config)
 
-    evaluate_now = watcher(sampler, *shared, "self_correct", WATCHED)
+    evaluate_now = watcher(sampler, *shared, "self_correct")
     train(config, run, scorer, sampler, tokenizer, config.steps, step_batch, evaluate_now, {})
-    trained = Sampler(load_model(str(run / "checkpoint"), dtype=compute_dtype(config))[0], tokenizer)
-    results["trained"] = evaluate_both(trained, *shared)
-    report(run, results, len(splits["validation"]))
+    models = before_and_after(run, tokenizer, config)
+    report(run, {name: evaluate_both(model, *shared) for name, model in models.items()}, len(splits["validation"]))
     distributed.finish()
 
 

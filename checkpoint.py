@@ -109,7 +109,7 @@ def tensors_of(scorer, optimizer) -> dict:
     return tensors
 
 
-def save_state(run: Path, scorer, optimizer, memory: dict, save_best, keep: int) -> Path:
+def save_state(run: Path, scorer, optimizer, memory: dict, save_best, keep: int) -> None:
     """Adds a state, and drops all but the `keep` newest. `save_best(path)` writes the model if it is the best by now;
     None: the best one is that of the state before."""
     step, here = memory["step"], run / "states"
@@ -138,7 +138,6 @@ def save_state(run: Path, scorer, optimizer, memory: dict, save_best, keep: int)
     alone = not distributed.together()
     dcp.save(tensors_of(scorer, optimizer), checkpoint_id=fresh / "tensors", no_dist=alone)
     distributed.on_first(end)
-    return path
 
 
 def load_state(path: Path, scorer, optimizer) -> dict:

@@ -1,8 +1,8 @@
 """Evaluation of several attempts: `python evaluate.py --model DIR --task NAME --method METHOD --output FILE.json`.
 
 The model answers, then answers again; --method says what comes between. All figures are the verifier's verdicts, never
-a shaped reward; figures.py says what each one is. As a library: what the training scripts share (`prepare`, `evaluate`,
-`report`, ...).
+a shaped reward; figures.py says what each one is. As a library: what the training scripts share (`prepare`, `probe`,
+`grade`, `evaluate`, ...).
 """
 
 import json
@@ -31,7 +31,7 @@ from figures import (
 from flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
 from methods import AFTER_ANY, METHODS, next_attempts
 from policy import compute_dtype, fingerprint, load_model, pick_problems, row_seeds
-from rollout import Rollout
+from rollout import Rollout, rollout_of
 from sampler import Sampler
 from tasks import Task, load_task
 from verifiers import verify_batch
@@ -71,6 +71,16 @@ def prepare(config, limits: dict[str, int | None]):
     return task, sampler, tokenizer, splits
 
 
+def load_sampler(name: str, tokenizer, config) -> Sampler:
+    return Sampler(load_model(name, dtype=compute_dtype(config))[0], tokenizer)
+
+
+def before_and_after(run: Path, tokenizer, config) -> dict[str, Sampler]:
+    """The models that a run's final table is about."""
+    paths = {"base": config.model, "trained": str(run / "checkpoint")}
+    return {name: load_sampler(path, tokenizer, config) for name, path in paths.items()}
+
+
 def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], config) -> list[list[int]]:
     """First prompts as ids. A conversation that might not fit the model's context is a ValueError."""
     stop = seam_ids(tokenizer, task.correct)[0]
@@ -98,9 +108,9 @@ def follow_tokens(tokenizer, task: Task, config) -> int:
         for message in (task.correct, task.reflect, task.retry, task.critique, task.rewrite)
     )
     between = max(correct, retry)
-    if hasattr(config, "max_reflection_tokens"):
+    if config.max_reflection_tokens:
         between = max(correct, reflect + retry, critique + rewrite) + config.max_reflection_tokens
-    return config.max_new_tokens + (getattr(config, "attempts", 2) - 1) * (between + config.max_new_tokens)
+    return config.max_new_tokens + (config.attempts - 1) * (between + config.max_new_tokens)
 
 
 def given_ids(tokenizer, task: Task, problem: dict) -> list[int]:
@@ -115,18 +125,8 @@ def first_attempts(sampler, tokenizer, task: Task, problems, prompts, group_size
     if task.given is None:
         return sampler.generate(prompts, group_size, seeds=seeds, **limits)
     given = [given_ids(tokenizer, task, problem) for problem in problems]
-    rows = [(prompt, answer) for prompt, answer in zip(prompts, given, strict=True) for _ in range(group_size)]
-    lengths = torch.tensor([len(prompt) + len(answer) for prompt, answer in rows], dtype=torch.long)
-    ids = torch.full((len(rows), max(lengths.tolist(), default=1)), sampler.pad_id)
-    spoken = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(rows):
-        ids[row, : lengths[row]] = torch.tensor(prompt + answer)
-        spoken[row, len(prompt) : lengths[row]] = True
-    turn = (torch.arange(ids.shape[1]) < lengths[:, None]).long() - 1
-    stopped = torch.ones(len(rows), 1, dtype=torch.bool)
-    parents = torch.arange(len(prompts)).repeat_interleave(group_size)
-    tensors = (ids, spoken, turn, torch.zeros(ids.shape), lengths, stopped, parents, torch.as_tensor(seeds))
-    return Rollout(*(tensor.to(sampler.model.device) for tensor in tensors), cache=None)
+    rows = [[prompt, answer] for prompt, answer in zip(prompts, given, strict=True) for _ in range(group_size)]
+    return rollout_of(rows, 1, torch.arange(len(prompts)).repeat_interleave(group_size), seeds, sampler)
 
 
 def probe(sampler, tokenizer, task: Task, split, config, method: str, keys=("acc_t1", "acc_t2")) -> None:
@@ -163,20 +163,17 @@ def grade(tokenizer, task: Task, rollout, turn: int, problems: list[dict]) -> tu
 def converse(cast, tokenizer, task: Task, asked, prompts, seeds, config, temperature, method, samples) -> list[dict]:
     """The conversations of `samples` rows a problem, as figures.py wants them. Rows that have ended leave."""
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": temperature}
-    total = getattr(config, "attempts", 2)
     rollout = first_attempts(cast[0], tokenizer, task, asked, prompts, samples, seeds, limits)
     problems = [problem for problem in asked for _ in range(samples)]
     maker, rows = cast[0], list(range(len(problems)))  # rows: which conversation a row of the rollout belongs to
     attempts = [[answer] for answer in answers_of(tokenizer, task, rollout, problems)]
     said = [[] for _ in rows]
-    for _ in range(total - 1):
+    for _ in range(config.attempts - 1):
         chosen = [i for i, row in enumerate(rows) if method in AFTER_ANY or not attempts[row][-1]["right"]]
         if not chosen:
             break
-        reflection_limit = getattr(config, "max_reflection_tokens", None)
-        rollout, between = next_attempts(
-            method, rollout, chosen, cast, maker, tokenizer, task, limits, reflection_limit
-        )
+        shared = (cast, maker, tokenizer, task, limits, config.max_reflection_tokens)
+        rollout, between = next_attempts(method, rollout, chosen, *shared)
         maker, rows = cast[2], [rows[i] for i in chosen]
         answers = answers_of(tokenizer, task, rollout, [problems[row] for row in rows])
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
@@ -187,24 +184,25 @@ def converse(cast, tokenizer, task: Task, asked, prompts, seeds, config, tempera
             "problem": problem,
             "attempts": [{key: y[key] for key in ("text", "answer", "right")} for y in ys],
             "said": [tokenizer.decode(i) for i in ids],
-            "values": values_of(ys, ids, total),
+            "values": values_of(ys, ids, config.attempts),
         }
         for problem, ys, ids in zip(problems, attempts, said, strict=True)
     ]
 
 
 def evaluate(
-    cast, tokenizer, task: Task, problems, prompts, config, temperature, method="self_correct", samples=1, seed=0, **io
-) -> tuple[dict, list[dict]]:
+    cast, tokenizer, task: Task, problems, prompts, config, temperature, method="self_correct", samples=1, seed=0,
+    done=(), keep=None,
+) -> tuple[dict, list[dict]]:  # fmt: skip
     """(figures, conversations) of some attempts at every problem, by one of METHODS.
 
     cast: one sampler, or the three that attempt, reflect and retry. config: max_new_tokens, max_reflection_tokens,
-    attempts. io: `done`, conversations there already, and `keep(talks)`, called with every piece of new ones. Ranks
-    share the problems of each piece, and all get all conversations.
+    attempts. done: conversations there already. keep: called with every piece of new ones. Ranks share the problems of
+    each piece, and all get all conversations.
     """
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
     seeds = row_seeds(len(problems) * samples, "evaluate", seed)
-    talks, keep = list(io.get("done", ())), io.get("keep", lambda talks: None)
+    talks = list(done)
     longest = max(map(len, prompts)) + follow_tokens(tokenizer, task, config)
     piece = max(1, CACHE_TOKENS // longest // samples) * world()  # problems
     starts = range(len(talks) // samples, len(problems), piece)
@@ -214,7 +212,8 @@ def evaluate(
         own = seeds[some.start * samples : some.stop * samples]
         shared = (problems[some], prompts[some], own, config, temperature, method, samples)
         new = [talk for part in exchange(converse(cast, tokenizer, task, *shared) if mine else []) for talk in part]
-        keep(new)
+        if keep:
+            keep(new)
         talks += new
     figures = summarize(talks, samples)
     return figures | (votes(talks, samples) if samples > 1 else {}), talks
@@ -231,10 +230,10 @@ def answers_of(tokenizer, task: Task, rollout, problems: list[dict]) -> list[dic
     ]
 
 
-def evaluate_both(*arguments, method: str = "self_correct", seed: int = 0) -> dict:
+def evaluate_both(*arguments, method: str = "self_correct") -> dict:
     """Figures under `greedy` and `sampled` (T = 1); arguments as of `evaluate`."""
     modes = {"greedy": 0.0, "sampled": 1.0}
-    return {name: evaluate(*arguments, T, method, seed=seed)[0] for name, T in modes.items()}
+    return {name: evaluate(*arguments, T, method)[0] for name, T in modes.items()}
 
 
 def controls(base, trained) -> dict[str, tuple]:
@@ -247,17 +246,17 @@ def controls(base, trained) -> dict[str, tuple]:
     return named
 
 
-def compare_after_failure(base, trained, *shared, seed: int = 0) -> dict:
+def compare_after_failure(base, trained, *shared) -> dict:
     """Figures of the `controls`."""
     named = controls(base, trained).items()
-    return {name: evaluate_both(cast, *shared, method=method, seed=seed) for name, (cast, method) in named}
+    return {name: evaluate_both(cast, *shared, method=method) for name, (cast, method) in named}
 
 
-def side_by_side(base, trained, *shared, count: int = 20) -> str:
+def side_by_side(base, trained, *shared) -> str:
     """Reflections on the same failures before and after training, at T = 1."""
     casts = {"before": (base, base, base), "after": (base, trained, trained)}
     talks = {name: evaluate(cast, *shared, 1.0, "reflect_retry")[1] for name, cast in casts.items()}
-    return format_reflections(talks["before"], talks["after"], count)
+    return format_reflections(talks["before"], talks["after"])
 
 
 def open_output(config: Config, sampler) -> list[dict]:
@@ -288,8 +287,10 @@ def keep(config: Config, talks: list[dict], mode: str = "a") -> None:
 def check(config: Config) -> None:
     if config.split not in SPLITS:
         raise ValueError(f"--split {config.split}: choose one of {', '.join(SPLITS)}")
-    if config.temperature < 0 or config.samples > 1 and not config.temperature:
-        raise ValueError("--temperature must be 0 (greedy, and one sample) or above")
+    if config.temperature < 0:
+        raise ValueError(f"--temperature {config.temperature:g}: must be 0 (greedy) or above")
+    if config.samples > 1 and not config.temperature:
+        raise ValueError(f"--samples {config.samples} would all be the same: give a --temperature above 0")
     if config.output and (Path(config.output).exists() or not Path(config.output).parent.is_dir()):
         raise ValueError(f"--output {config.output}: it exists, or its directory does not; name a new file")
     check_counts(config)
@@ -302,7 +303,7 @@ def main(config: Config) -> None:
         task, sampler, tokenizer, splits = prepare(config, {config.split: config.limit})
         reflector = sampler
         if config.reflector:
-            reflector = Sampler(load_model(config.reflector, dtype=compute_dtype(config))[0], tokenizer)
+            reflector = load_sampler(config.reflector, tokenizer, config)
         done = on_first(open_output, config, sampler) if config.output else []
     columns = zip(*splits[config.split], strict=True)
     arguments = (config, config.temperature, config.method, config.samples, config.seed)

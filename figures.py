@@ -145,8 +145,8 @@ def format_transcripts(talks: list[dict], count: int = 4) -> str:
     return "\n".join(lines)
 
 
-def format_reflections(earlier: list[dict], later: list[dict], count: int) -> str:
-    """Two models' reflections on the same failures, and the retries after them, as text."""
+def format_reflections(earlier: list[dict], later: list[dict], count: int = 20) -> str:
+    """Two models' reflections on the same few failures, and the retries after them, as text."""
     lines = []
     for before, after in zip(earlier, later, strict=True):
         if before["said"] and len(lines) < 6 * count:

@@ -76,8 +76,10 @@ class TrainConfig(TaskConfig):
     final_problems: int | None = flag(None, "validation problems of the final table; default: all")
     probe: int = flag(64, "training problems tried first: where all fail or none, training stops; 0: no probe")
 
-    last_stage = 1  # no flag: the stage in which the best checkpoint is looked for,
-    judged_by = "reward"  # and the figure of a step by which
+    # no flags: of evaluate.evaluate, where rrr.py has the second as a flag
+    attempts, max_reflection_tokens = 2, 0
+    # the stage in which the best checkpoint is looked for, and the figure of a step by which
+    last_stage, judged_by = 1, "reward"
 
 
 def first_of_node() -> bool:

@@ -1,6 +1,6 @@
 """What comes between two attempts: self-correction, Self-Refine, reflection and retry, and the controls."""
 
-from chat import follow_up_ids, seam_ids
+from chat import encode, follow_up_ids, seam_ids
 from policy import row_seeds
 
 METHODS = {
@@ -14,13 +14,17 @@ METHODS = {
 AFTER_ANY = ("self_correct", "self_refine")  # the others go on after a wrong answer only
 
 
-def go_on(sampler, maker, rollout, message: str, tokenizer, rows: list[int], limits: dict):
-    """`rows` of a rollout, answered by the user's `message`: from the cache if its `maker` goes on, else encoded."""
+def go_on(sampler, maker, rollout, message: str, tokenizer, rows: list[int], limits: dict, given=()):
+    """`rows` of a rollout, answered by the user's `message`: from the cache if its `maker` goes on, else encoded.
+
+    given: ids between the message and where the sampler begins.
+    """
     last = rollout.last_ids()
-    seams = follow_up_ids(tokenizer, message, [last[row] for row in rows])
+    seams = [[*seam, *given] for seam in follow_up_ids(tokenizer, message, [last[row] for row in rows])]
     if sampler is maker and rollout.cache is not None:
         return sampler.extend(rollout, seams, rows=rows, **limits)
-    prompts = [rollout.ids[row, : rollout.lengths[row]].tolist() + seam for row, seam in zip(rows, seams, strict=True)]
+    spoken = rollout.row_ids()
+    prompts = [spoken[row] + seam for row, seam in zip(rows, seams, strict=True)]
     return sampler.generate(prompts, seeds=rollout.seeds[rows], **limits)
 
 
@@ -38,12 +42,8 @@ def next_attempts(method, before, rows, cast, maker, tokenizer, task, limits, ma
         seeds = [row_seeds(1, "fresh", seed)[0] for seed in before.seeds[rows].tolist()]
         return retrier.generate(prompts, seeds=seeds, **limits), None
     if method == "generic_reflection":
-        text = tokenizer(task.generic_reflection, add_special_tokens=False).input_ids
-        last = before.last_ids()
-        between = follow_up_ids(tokenizer, task.reflect, [last[row] for row in rows])
-        spoken = [before.ids[row, : before.lengths[row]].tolist() for row in rows]
-        prompts = [a + b + text + seam_ids(tokenizer, task.retry) for a, b in zip(spoken, between, strict=True)]
-        return retrier.generate(prompts, seeds=before.seeds[rows], **limits), None
+        given = encode(tokenizer, task.generic_reflection) + seam_ids(tokenizer, task.retry)
+        return go_on(retrier, None, before, task.reflect, tokenizer, rows, limits, given), None
     ask, then = (task.critique, task.rewrite) if method == "self_refine" else (task.reflect, task.retry)
     said = go_on(reflector, maker, before, ask, tokenizer, rows, limits | {"max_new_tokens": max_reflection_tokens})
     retried = go_on(retrier, reflector, said, then, tokenizer, list(range(len(rows))), limits)

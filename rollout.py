@@ -28,6 +28,10 @@ class Rollout:
         rows = [row[mask].tolist() for row, mask in zip(ids, sampled, strict=True)]
         return [r[: len(r) - s] for r, s in zip(rows, self.stopped[:, turn].tolist(), strict=True)]
 
+    def row_ids(self):
+        """The ids of each row, without padding."""
+        return [ids[:length] for ids, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
+
     def last_ids(self):
         """The last id of each row (B,), a stop token unless the row was cut off."""
         return self.ids.gather(1, self.lengths[:, None] - 1)[:, 0].tolist()
@@ -38,3 +42,17 @@ class Rollout:
         for name, fill in (("ids", pad_id), ("action_mask", False), ("turn", -1), ("logprobs", 0.0)):
             tensors[name] = F.pad(tensors[name], (0, width - tensors[name].shape[1]), value=fill)
         return Rollout(**tensors, cache=cache)
+
+
+def rollout_of(rows: list[list[list[int]]], turns: int, parents, seeds, sampler) -> Rollout:
+    """Conversations that were not sampled here: each row's parts, told and spoken in turn, a spoken one with the token
+    that ends it. Their `logprobs` are 0, and there is no cache to go on from."""
+    lengths = torch.tensor([sum(map(len, parts)) for parts in rows], dtype=torch.long)
+    ids = torch.full((len(rows), max(lengths.tolist(), default=1)), sampler.pad_id)
+    kind = torch.full_like(ids, -2)  # of the part that a token is in: even if told, odd if spoken
+    for row, parts in enumerate(rows):
+        ids[row, : lengths[row]] = torch.tensor([i for part in parts for i in part])
+        kind[row, : lengths[row]] = torch.tensor([k for k, part in enumerate(parts) for _ in part])
+    ends = torch.tensor([[part[-1] for part in parts[1::2]] for parts in rows], dtype=torch.long).view(-1, turns)
+    tensors = (ids, kind % 2 == 1, kind // 2, torch.zeros(ids.shape), lengths, sampler.is_stop.cpu()[ends], parents)
+    return Rollout(*(tensor.to(sampler.model.device) for tensor in (*tensors, torch.as_tensor(seeds))), cache=None)

@@ -26,11 +26,19 @@ from chat import first_turn_ids, follow_up_ids, seam_ids
 from checkpoint import write_text
 from data import naming, read_rows, take
 from distributed import exchange, gather, on_first, own, rank, share
-from evaluate import compare_after_failure, evaluate_both, first_attempts, grade, prepare, probe, side_by_side
+from evaluate import (
+    before_and_after,
+    compare_after_failure,
+    evaluate_both,
+    first_attempts,
+    grade,
+    prepare,
+    probe,
+    side_by_side,
+)
 from flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
-from policy import Batch, compute_dtype, fingerprint, load_model, make_scorer, pick_problems, row_seeds, unzip
-from sampler import Sampler
+from policy import Batch, fingerprint, make_scorer, pick_problems, row_seeds, unzip
 from training import check_run, contents_of, open_run, report, train, watcher
 
 PIECE = 1024  # answers sampled in one go while failures are collected
@@ -41,7 +49,6 @@ PAPER = {
     "anchor": 0.001,
     "kl_on": "both",
     "lr": 5e-7,
-    "schedule": "cosine",
     "failures_per_step": 256,
     "steps": 1750,
     "tries": 64,
@@ -51,7 +58,7 @@ PAPER = {
 @dataclass
 class Config(TrainConfig):
     output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed")
-    preset: str | None = flag(None, f"paper: {PAPER}, where no other value is given", choices=("paper",))
+    preset: str | None = flag(None, f"paper: {PAPER} in place of these flags' defaults", choices=("paper",))
     steps: int = flag(250, "training steps")
     lr: float = flag(5e-4, "peak learning rate of AdamW")
     schedule: str = flag("cosine", "after the warm-up", choices=("constant", "cosine"))
@@ -177,17 +184,14 @@ def roll_out(sampler, tokenizer, task, chosen, step, config):
     reflected = sampler.generate(contexts, G, seeds=seeds, **reflection_limits(config))
     rollout = retry(sampler, tokenizer, task, reflected, config)
     problems = [failure["problem"] for failure in failures for _ in range(G * R)]
-    rewards = grade(tokenizer, task, rollout, 1, problems)[1].view(len(failures), G, R)
+    rewards = grade(tokenizer, task, rollout, 1, problems)[1].view(len(failures), G, R)  # turns are renumbered below
 
-    start, end = (
-        torch.tensor([*map(len, parts)], dtype=torch.long, device=rollout.ids.device).repeat_interleave(G * R)[:, None]
-        for parts in ([failure["prompt_ids"] for failure in failures], before)
-    )
+    lengths = torch.tensor([[len(f["prompt_ids"]), len(f["answer_ids"])] for f in failures]).view(-1, 2)
+    prompt, answer = lengths.repeat_interleave(G * R, dim=0).to(rollout.ids.device).split(1, dim=1)  # (B, 1) each
     position = torch.arange(rollout.ids.shape[1], device=rollout.ids.device)
-    held = (position >= start) & (position < end)
-    rollout.turn += rollout.turn >= 0
-    rollout.turn.masked_fill_(position < end, 0)
-    return rollout, rewards, held
+    failed = position < prompt + answer  # (B, T)
+    rollout.turn = torch.where(failed, 0, rollout.turn + (rollout.turn >= 0))
+    return rollout, rewards, failed & (position >= prompt)
 
 
 def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
@@ -272,10 +276,13 @@ def check(config) -> None:
         raise ValueError("--collect writes a new file: name it with --failures, one that does not exist yet")
 
 
-def stored_failures(config) -> str | None:
-    """Those that the run to be resumed has collected, if it came so far."""
-    path = Path(config.output_dir) / "failures.jsonl"
-    return str(path) if config.resume and path.exists() else None
+def known_source(split, sampler, tokenizer, task, config) -> list | None:
+    """What steps draw from: whole episodes the problems themselves, else failures. None: they are to be collected."""
+    if config.group == "episode":
+        return split
+    collected = Path(config.output_dir) / "failures.jsonl"  # if a run to be resumed came so far
+    path = config.failures or (str(collected) if config.resume and collected.exists() else None)
+    return read_failures(path, sampler, tokenizer, task, config) if path else None
 
 
 def with_preset(config):
@@ -298,13 +305,10 @@ def main(config: Config) -> None:
             write_failures(Path(config.failures), failures, success, sampler.model, config)
             return distributed.finish()
         check_run(config)
-        source, success = splits["train"], None  # whole episodes start from the problems themselves
-        stored = config.failures or stored_failures(config)
-        if config.group == "failure" and stored:
-            source = read_failures(stored, sampler, tokenizer, task, config)
+        source, success = known_source(splits["train"], sampler, tokenizer, task, config), None
         if not config.resume:
             probe(sampler, tokenizer, task, splits["train"], config, "reflect_retry", ["retry_given_failure"])
-        if config.group == "failure" and not stored:
+        if source is None:
             source, success = collect(sampler, tokenizer, task, splits["train"], config)
         run = open_run(config, contents_of(sampler.model, tokenizer, **splits, failures=source))
         if success is not None:
@@ -324,8 +328,7 @@ def main(config: Config) -> None:
 
     evaluate_now = watcher(sampler, *shared, "reflect_retry", WATCHED)
     train(config, run, scorer, sampler, tokenizer, config.steps, step_batch, evaluate_now, {})
-    paths = {"base": config.model, "trained": str(run / "checkpoint")}
-    models = {k: Sampler(load_model(v, dtype=compute_dtype(config))[0], tokenizer) for k, v in paths.items()}
+    models = before_and_after(run, tokenizer, config)
     results = {name: evaluate_both(model, *shared, method="reflect_retry") for name, model in models.items()}
     results["controls"] = compare_after_failure(models["base"], models["trained"], *shared)
     on_first(write_text, run / "reflections.txt", side_by_side(models["base"], models["trained"], *shared))

@@ -19,14 +19,11 @@ from torch import Tensor
 import distributed
 from chat import follow_up_ids
 from distributed import gather, own, share
-from evaluate import evaluate_both, first_attempts, grade, prepare, probe
+from evaluate import before_and_after, evaluate_both, first_attempts, grade, load_sampler, prepare, probe
 from flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
-from policy import Batch, compute_dtype, load_model, make_scorer, pick_problems, row_seeds, unzip
-from sampler import Sampler
+from policy import Batch, make_scorer, pick_problems, row_seeds, unzip
 from training import check_run, contents_of, open_run, report, train, watcher
-
-WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 
 
 @dataclass
@@ -66,6 +63,7 @@ class Config(TrainConfig):
 
 
 def is_offline(step: int, config) -> bool:
+    """Spreads the offline steps evenly over the run."""
     return int((step + 1) * config.offline_ratio) > int(step * config.offline_ratio)
 
 
@@ -103,8 +101,7 @@ def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
 def encode_and_answer(sampler, tokenizer, message: str, first, group_size: int, seeds, limits: dict):
     """Second attempts after another model's rollout: one of two turns, in which only the second was sampled."""
     seams = follow_up_ids(tokenizer, message, first.last_ids())
-    spoken = [ids[:length] for ids, length in zip(first.ids.tolist(), first.lengths.tolist(), strict=True)]
-    prompts = [a + b for a, b in zip(spoken, seams, strict=True)]
+    prompts = [spoken + seam for spoken, seam in zip(first.row_ids(), seams, strict=True)]
     second = sampler.generate(prompts, group_size, seeds=seeds, **limits)
     second.turn += second.turn >= 0
     second.stopped = torch.cat([first.stopped[second.parents], second.stopped], dim=1)
@@ -181,12 +178,16 @@ def check(config) -> None:
         raise ValueError("--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2")
     if config.temperature <= 0:
         raise ValueError("--temperature must be above 0 in training: greedy attempts have no policy gradient")
+    if config.reference == "stage1" and (config.single_turn or not config.stage1_steps):
+        raise ValueError("--reference stage1: there is no Stage I; give --stage1_steps, and no --single_turn")
+    if not 0 <= config.offline_ratio <= 1:
+        raise ValueError(f"--offline_ratio {config.offline_ratio:g}: a share of steps is from 0 to 1")
     if config.single_turn and config.offline_ratio:
         raise ValueError("--offline_ratio is about second attempts: leave it out with --single_turn")
 
 
 def probed_figures(task, config) -> list[str]:
-    """Those that depend on what is trained."""
+    """The attempts that training would reward, whose rates tell whether there is a signal."""
     return ["acc_t1"] * (task.given is None) + ["acc_t2"] * (not config.single_turn)
 
 
@@ -204,10 +205,8 @@ def main(config: Config) -> None:
         run = open_run(config, contents_of(sampler.model, tokenizer, **splits))
         scorer = make_scorer(sampler.model, config)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
-    results = {"base": evaluate_both(sampler, *shared)}
-    base_sampler = sampler
-    if config.offline_ratio and not task.given:
-        base_sampler = Sampler(load_model(config.model, dtype=compute_dtype(config))[0], tokenizer)
+    offline = config.offline_ratio and not task.given
+    base_sampler = load_sampler(config.model, tokenizer, config) if offline else sampler
 
     def step_batch(step: int, state: dict) -> Batch:
         stage = stage_of(step, config)
@@ -220,12 +219,11 @@ def main(config: Config) -> None:
         rollout.cache = None  # its memory is wanted for the update
         return make_batch(rollout, r1, r2, stage, state["beta2"], config, is_offline(step, config))
 
-    evaluate_now = watcher(sampler, *shared, "self_correct", WATCHED)
+    evaluate_now = watcher(sampler, *shared, "self_correct")
     steps = config.stage1_steps + config.stage2_steps
     train(config, run, scorer, sampler, tokenizer, steps, step_batch, evaluate_now, {"beta2": config.beta2})
-    best = Sampler(load_model(str(run / "checkpoint"), dtype=compute_dtype(config))[0], tokenizer)
-    results["trained"] = evaluate_both(best, *shared)
-    report(run, results, len(splits["validation"]))
+    models = before_and_after(run, tokenizer, config)
+    report(run, {name: evaluate_both(model, *shared) for name, model in models.items()}, len(splits["validation"]))
     distributed.finish()
 
 

@@ -30,6 +30,7 @@ from scorer import Scorer
 
 FREE = ("resume", "output_dir", "skip_damaged", "keep", "hsdp", "cpu_offload", "checkpointing")  # change no result
 LOGS = ("metrics.jsonl", "transcripts.txt")
+WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 _locks = {}  # of this process, held until it ends
 
 
@@ -312,7 +313,7 @@ def show(progress, row: dict) -> None:
     progress.set_postfix(stage=row["stage"], **shown, tokens_s=f"{row['tokens'] / row['seconds_rollout']:.0f}")
 
 
-def watcher(sampler, tokenizer, task, problems, prompts, config, method: str, keys: tuple[str, ...]):
+def watcher(sampler, tokenizer, task, problems, prompts, config, method: str, keys: tuple[str, ...] = WATCHED):
     """What a training run calls now and then: figures `eval_*` at T = 1 on the first `eval_problems`, and a few of the
     conversations as text."""
     few = slice(config.eval_problems)

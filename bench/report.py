@@ -243,7 +243,7 @@ def draw_training(results: Path, curves: list[dict]) -> None:
             attempts = {"first attempt": "acc_t1", "second attempt": "acc_t2"}
             lines = {label: lines_of(rows, "step", key) for label, key in attempts.items()}
             panels.append((f"{method}, {steps} steps", "step", "right in the training batch, %", lines, boundary))
-    plot(results / "training.png", [panel for panel in panels if any(panel[3].values())], 4)
+    plot(results / "training.png", panels, 4)
 
 
 def draw_rollouts(results: Path, curves: list[dict]) -> None:

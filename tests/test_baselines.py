@@ -14,6 +14,7 @@ import policy
 import score
 import training
 from chat import first_turn_ids
+from sampler import Sampler
 from tasks import TASKS
 
 FEW = ["--problems", "2", "--group_size", "2", "--second_attempts", "2"]
@@ -33,7 +34,7 @@ def loaded(model_dir):
     model, tokenizer = policy.load_model(model_dir)
     task = TASKS["tiny"]
     chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in task.generate("train", 0)[:2]]
-    return baselines.Sampler(model, tokenizer), tokenizer, task, chosen
+    return Sampler(model, tokenizer), tokenizer, task, chosen
 
 
 def trace(number, r1, r2):
@@ -74,7 +75,7 @@ def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
     assert [t["right"][1] for t in found] == r2.flatten().tolist()
     assert [t["right"][0] for t in found] == r1.repeat_interleave(2).tolist()
     assert [t["problem"] for t in found] == [[4, 0]] * 4 + [[4, 1]] * 4
-    again = baselines.make_rollout(found, sampler)
+    again = baselines.make_batch(found, sampler, {}, baselines.Config(**sizes)).rollout
     for name in ("ids", "action_mask", "turn", "lengths", "stopped"):
         assert torch.equal(getattr(again, name), getattr(rollout, name)), name
 

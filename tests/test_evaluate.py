@@ -9,6 +9,7 @@ import torch
 
 import evaluate
 import figures
+import rrr
 import tiny
 from tasks import TASKS
 
@@ -213,7 +214,7 @@ def test_curves_are_drawn_from_the_metrics_file(tmp_path):
 def probed(tokenizer, turns, method, keys):
     sampler = ScriptedSampler(tokenizer, *turns)
     split = [(PROBLEM, [1])] * len(turns[0])
-    config = SimpleNamespace(probe=64, seed=0, temperature=1.0, max_new_tokens=16, max_reflection_tokens=72)
+    config = rrr.Config(probe=64, seed=0)
     evaluate.probe(sampler, tokenizer, TASKS["tiny"], split, config, method, keys)
 
 
@@ -238,11 +239,13 @@ def test_a_probe_of_no_problems_samples_nothing(tokenizer):
 
 def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_it_had_been_sampled(tokenizer):
     task = dataclasses.replace(TASKS["tiny"], given=lambda problem: WRONG)
-    sampler = SimpleNamespace(pad_id=0, model=SimpleNamespace(device="cpu"))
+    stops = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
+    sampler = SimpleNamespace(pad_id=0, is_stop=stops, model=SimpleNamespace(device="cpu"))
     prompts = [[4, 5, 6], [7]]
     rollout = evaluate.first_attempts(sampler, tokenizer, task, [PROBLEM] * 2, prompts, 2, [1, 2, 3, 4], {})
     ids = tokenizer(WRONG).input_ids
     assert rollout.completion_ids(0) == [ids] * 4 and rollout.last_ids() == [tokenizer.eos_token_id] * 4
+    assert rollout.stopped.tolist() == [[True]] * 4
     for row, prompt in enumerate([prompts[0]] * 2 + [prompts[1]] * 2):
         length = rollout.lengths[row]
         assert rollout.ids[row, :length].tolist() == [*prompt, *ids, tokenizer.eos_token_id]

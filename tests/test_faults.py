@@ -147,7 +147,7 @@ def test_a_run_killed_at_step_0_at_the_stage_boundary_or_after_the_last_step_goe
 
 def slow_generation(step: int, marker: Path):
     """Harm: in this step's second turn the sampler takes ten minutes."""
-    extend, seeds = score.Sampler.extend, []
+    extend, seeds = evaluate.Sampler.extend, []
     pick = score.pick_problems
 
     def noting(problems, seed, at, count):
@@ -161,7 +161,7 @@ def slow_generation(step: int, marker: Path):
         return extend(*arguments, **more)
 
     score.pick_problems = rrr.pick_problems = noting
-    score.Sampler.extend = slowly
+    evaluate.Sampler.extend = slowly
 
 
 @both
@@ -436,14 +436,14 @@ def test_when_one_rank_is_killed_the_others_end(script, model_dir, tmp_path):
 def slow_generation_of_0(marker: Path):
     """Harm: one rank is in a turn of three seconds while the other waits for it."""
     if os.environ["RANK"] == "0":
-        extend = score.Sampler.extend
+        extend = evaluate.Sampler.extend
 
         def slowly(*arguments, **more):
             marker.touch()
             time.sleep(3)
             return extend(*arguments, **more)
 
-        score.Sampler.extend = slowly
+        evaluate.Sampler.extend = slowly
 
 
 def test_torchrun_ends_all_ranks_when_one_is_killed(tmp_path):

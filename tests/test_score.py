@@ -15,6 +15,7 @@ import policy
 import score
 import training
 from chat import first_turn_ids
+from sampler import Sampler
 from tasks import TASKS
 
 run_score = functools.partial(helpers.from_command_line, "score.py")
@@ -182,7 +183,7 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     task, config = TASKS["tiny"], score.Config(problems=2, group_size=2, second_attempts=2, offline_ratio=0.5)
     problems = task.generate("train", 0)[:2]
     chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
-    samplers = [score.Sampler(m, tokenizer) for m in (model, base)]
+    samplers = [Sampler(m, tokenizer) for m in (model, base)]
     rollouts = {}
     for step in (0, 1):
         rollouts[step], r1, r2 = score.roll_out(*samplers, tokenizer, task, chosen, step, config)
@@ -214,6 +215,9 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     (["--stage1_steps", "0", "--stage2_steps", "0"], "nothing to train"),
     (["--problems", "0"], "--problems 0: must be at least 1"),
     (["--single_turn", "--offline_ratio", "0.5"], "--offline_ratio"),
+    (["--offline_ratio", "1.5"], "--offline_ratio 1.5"),
+    (["--single_turn", "--reference", "stage1"], "--reference stage1"),
+    (["--stage1_steps", "0", "--reference", "stage1"], "--reference stage1"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
     said = helpers.refusal(score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)

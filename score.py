@@ -52,7 +52,7 @@ class Config(TrainConfig):
     normalise: str = flag(
         "joint",
         "divide advantages by their standard deviation: none; joint, one for both turns, keeps the turns' ratio, but "
-        "not the scale against the KL; per_turn cancels alpha altogether",
+        "not the scale against the KL; per_turn cancels alpha altogether, where a baseline has made it a weight",
         choices=("none", "joint", "per_turn"),
     )
     offline_ratio: float = flag(0.0, "share of steps in which the base model writes the first attempts")

@@ -107,12 +107,19 @@ def gradient(scorer, sampler, tokenizer, task, split, step: int, config) -> torc
 
 
 def noise_of(gradients: torch.Tensor) -> dict:
-    """Of n gradients (n, weights): the variance of one, the squared length of their mean without the part of it that
-    is noise, and how many such batches make the noise as long as the mean."""
+    """Of n gradients (n, weights): the variance of one; the squared length of their mean, without the part of it that
+    is noise; both with standard errors (jackknife); and how many such batches make the noise as long as the mean."""
     n = len(gradients)
-    variance = float(gradients.var(dim=0).sum())
-    signal = float(gradients.mean(dim=0).square().sum()) - variance / n
-    return {"variance": variance, "signal": signal, "batches": variance / signal if signal > 0 else float("nan")}
+
+    def estimate(some: torch.Tensor) -> tuple[float, float]:
+        variance = float(some.var(dim=0).sum())
+        return variance, float(some.mean(dim=0).square().sum()) - variance / len(some)
+
+    variance, signal = estimate(gradients)
+    without = np.array([estimate(gradients[torch.arange(n) != i]) for i in range(n)])
+    errors = ((n - 1) * without.var(axis=0)) ** 0.5
+    found = {"variance": variance, "variance_se": errors[0], "signal": signal, "signal_se": errors[1]}
+    return found | {"batches": variance / signal if signal > 0 else float("nan")}
 
 
 def measure_noise(config: Config) -> list[dict]:

@@ -24,6 +24,7 @@ METHODS = {  # {stage1}: 3/16 of the {steps}, as 60 of 320
     "normalised per turn": f"{TWO} --normalise per_turn",
     "flat second attempts": f"{TWO} --group_size 10 --second_attempts 1",
     "reference Stage I": f"{TWO} --reference stage1",
+    "multi-turn RL, 40 problems": f"{ONE} --alpha 0 --problems 40 --second_attempts 1",  # 320 attempts as well
     "beta1 0.0125": f"{TWO} --beta1 0.0125",
     "beta1 0.2": f"{TWO} --beta1 0.2",
     "beta1 0.8": f"{TWO} --beta1 0.8",
@@ -38,7 +39,8 @@ GRID = (1.5e-5, 5e-5, 1.5e-4, 5e-4)
 LADDER = (1.5e-6, 5e-6, *GRID, 1.5e-3, 5e-3)  # where the best rate is the lowest or highest tried, the next one is too
 TUNED = ("SCoRe", "multi-turn RL", "single-turn RL", "Pair-SFT", "Pair-SFT, D+", "STaR", "STaR, D+", "no Stage I",
          "no bonus", "RRR")  # fmt: skip
-LIKE = {"Stage I, then STaR": "STaR, D+"} | {name: "RRR" for name in METHODS if name.startswith("RRR, ")}
+LIKE = {"Stage I, then STaR": "STaR, D+", "multi-turn RL, 40 problems": "multi-turn RL"}
+LIKE |= {name: "RRR" for name in METHODS if name.startswith("RRR, ")}
 TUNING_SEED = 100  # of no final run
 
 
@@ -57,7 +59,7 @@ EXPERIMENTS = {  # in order of value
     "long": Experiment((*MAIN[:2], "no Stage I", "no bonus"), (640,)),
     "rrr": Experiment(("base, RRR", "RRR"), (250,)),
     "ours": Experiment(("gamma 1", "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts",
-                        "reference Stage I")),
+                        "reference Stage I", "multi-turn RL, 40 problems")),
     "beta1": Experiment(("beta1 0.0125", "beta1 0.2", "beta1 0.8")),
     "short": Experiment((*MAIN[:3], "STaR, D+", "no Stage I", "no bonus"), (160,)),
     "long_others": Experiment(("single-turn RL", "STaR, D+"), (640,)),
@@ -104,7 +106,7 @@ TABLE1 = ("base", "Self-Refine", "STaR", "STaR, D+", "Pair-SFT", "Pair-SFT, D+",
           "SCoRe")  # fmt: skip
 TABLE2 = ("SCoRe", "single-turn RL", "no Stage I", "no bonus", "multi-turn RL", "Stage I, then STaR", "gamma 1",
           "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts", "reference Stage I",
-          "beta1 0.0125", "beta1 0.2", "beta1 0.8")  # fmt: skip
+          "multi-turn RL, 40 problems", "beta1 0.0125", "beta1 0.2", "beta1 0.8")  # fmt: skip
 CLAIMS = [  # what is claimed, of the first against the second or None: (claim, method, method, figure, steps)
     *((f"Delta is above 0: {m}", m, None, "delta", 320) for m in TABLE1),
     *((f"32 answers: half of them corrections beats all in parallel: {m}", m, None, "vote_gain", 320)
@@ -113,10 +115,16 @@ CLAIMS = [  # what is claimed, of the first against the second or None: (claim, 
       for n in (160, 320, 640)),
     *(("SCoRe's Delta is larger than multi-turn RL's", "SCoRe", "multi-turn RL", "delta", n) for n in (160, 320, 640)),
     *((f"Stage I helps: {key}", "SCoRe", "no Stage I", key, n) for key in ("acc_t2", "delta") for n in (160, 320, 640)),
+    *((f"Stage I helps without the bonus: {key}", "no bonus", "multi-turn RL", key, n)
+      for key in ("acc_t2", "delta") for n in (160, 320, 640)),
     *((f"the bonus helps after Stage I: {key}", "SCoRe", "no bonus", key, n)
       for key in ("acc_t2", "delta") for n in (160, 320, 640)),
     *((f"a weight of 1 + alpha on turn 2 helps without Stage I: {key}", "no Stage I", "multi-turn RL", key, n)
       for key in ("acc_t2", "delta") for n in (160, 320, 640)),
+    *((f"SCoRe beats multi-turn RL in batches that suit it better, of 40 problems: {key}", "SCoRe",
+       "multi-turn RL, 40 problems", key, 320) for key in ("acc_t2", "delta")),
+    *((f"multi-turn RL learns more in such batches: {key}", "multi-turn RL, 40 problems", "multi-turn RL", key, 320)
+      for key in ("acc_t2", "delta")),
     ("RL in Stage II beats STaR", "SCoRe", "Stage I, then STaR", "acc_t2", 320),
     *((f"SCoRe's Delta is larger than that of {m}", "SCoRe", m, "delta", 320) for m in TABLE1[:7]),
     *((f"SCoRe's second attempts are better than those of {m}", "SCoRe", m, "acc_t2", 320) for m in TABLE1[:7]),

@@ -158,15 +158,15 @@ def effects(problems: list[dict]) -> list[tuple]:
 
 def takeoff_table(curves: list[dict], base: str, gain: float = 0.05) -> str:
     """When each seed's Delta on validation is first above `gain`: who escapes the collapse, and how soon."""
-    lines = [f"| Delta above {100 * gain:g} points first after step | steps | each seed |", "|---|---|---|"]
-    for method in TABLE2[:5]:
+    lines = [f"| Delta above {100 * gain:g} points first after so many steps | of | each seed |", "|---|---|---|"]
+    for method in (*TABLE2[:5], "Pair-SFT, D+", "STaR, D+"):
         rows = of(curves, base=base, method=method)
         for steps in sorted({int(row["steps"]) for row in rows}):
             seeds = {}
             for row in of(rows, steps=steps):
-                seeds.setdefault(row["seed"], []).append((row["step"], eval_delta(row)))
-            first = [next((s for s, delta in seen if delta != "" and delta > gain), "never") for seen in seeds.values()]
-            lines.append(f"| {method} | {steps} | {', '.join(first)} |")
+                seeds.setdefault(row["seed"], []).append((int(row["step"]) + 1, eval_delta(row)))
+            first = [next((n for n, delta in seen if delta != "" and delta > gain), "never") for seen in seeds.values()]
+            lines.append(f"| {method} | {steps} | {', '.join(map(str, first))} |")
     return "\n".join(lines)
 
 
@@ -226,12 +226,14 @@ def lines_of(rows: list[dict], x: str, y, scale=1.0) -> list[tuple]:
     seeds = {}
     for row in rows:
         if value(row) != "":
-            seeds.setdefault(row["seed"], []).append((scale * float(row[x]), 100 * value(row)))
+            at = scale * (float(row[x]) + (x == "step"))  # a step's number is that of the steps before it
+            seeds.setdefault(row["seed"], []).append((at, 100 * value(row)))
     return [tuple(np.array(points).T) for points in seeds.values()]
 
 
 def eval_delta(row: dict):
-    return float(row["eval_acc_t2"]) - float(row["eval_acc_t1"]) if row["eval_acc_t2"] else ""
+    """Rounded, since a Delta of exactly 5 points is not above 5."""
+    return round(float(row["eval_acc_t2"]) - float(row["eval_acc_t1"]), 4) if row["eval_acc_t2"] else ""
 
 
 def draw_training(results: Path, curves: list[dict]) -> None:
@@ -239,7 +241,7 @@ def draw_training(results: Path, curves: list[dict]) -> None:
     for steps in (320, 640, 160):
         for method in ("SCoRe", "no Stage I", "no bonus", "multi-turn RL"):
             rows = of(curves, base="tiny", method=method, steps=steps)
-            boundary = max((int(row["step"]) for row in rows if row["stage"] == "1"), default=0)
+            boundary = max((int(row["step"]) + 1 for row in rows if row["stage"] == "1"), default=0)
             attempts = {"first attempt": "acc_t1", "second attempt": "acc_t2"}
             lines = {label: lines_of(rows, "step", key) for label, key in attempts.items()}
             panels.append((f"{method}, {steps} steps", "step", "right in the training batch, %", lines, boundary))
@@ -252,7 +254,8 @@ def draw_rollouts(results: Path, curves: list[dict]) -> None:
     for label, y in (("Acc@t2", "eval_acc_t2"), ("Delta", eval_delta)):
         lines = {m: lines_of(of(curves, base="tiny", method=m, steps=longest[m]), "step", y, ROWS)
                  for m in (*TABLE1[2:], "no Stage I", "no bonus") if m in longest}  # fmt: skip
-        panels.append((label, "rollouts", "validation, T = 1, %", lines, 0))
+        x_label = "rows trained on; RL samples them step by step, imitation a round at its start"
+        panels.append((label, x_label, "validation, T = 1, %", lines, 0))
     plot(results / "rollouts.png", panels, 1)
 
 

@@ -273,12 +273,25 @@ def test_bits_come_back_and_effects_are_paired():
     assert (steps, mode, seeds, mean) == (320, "greedy", 2, pytest.approx(100 * 1.5 / 9)) and low < mean < high
 
 
+def test_take_off_is_above_five_points_and_counts_steps_from_one():
+    at = {39: ("0.5", "0.55"), 79: ("0.5", "0.5533")}  # of 300 problems: 15 more, 16 more
+    rows = [
+        {"base": "tiny", "method": "SCoRe", "steps": "80", "seed": "0", "step": str(step),
+         "eval_acc_t1": t1, "eval_acc_t2": t2} for step, (t1, t2) in at.items()
+    ]  # fmt: skip
+    assert report.takeoff_table(rows, "tiny").endswith("| SCoRe | 80 | 80 |")
+
+
 def test_the_noise_of_a_gradient_is_without_the_noise_of_its_mean():
     rng = np.random.default_rng(0)
     gradients = measure.torch.tensor(3 + 2 * rng.normal(size=(400, 50)))
     found = measure.noise_of(gradients)
     assert found["variance"] == pytest.approx(50 * 4, rel=0.05) and found["signal"] == pytest.approx(50 * 9, rel=0.05)
     assert found["batches"] == pytest.approx(found["variance"] / found["signal"])
+    twins = [measure.noise_of(measure.torch.tensor(3 + 2 * rng.normal(size=(20, 50)))) for _ in range(200)]
+    for key in ("variance", "signal"):
+        spread = np.std([twin[key] for twin in twins])
+        assert np.mean([twin[key + "_se"] for twin in twins]) == pytest.approx(spread, rel=0.2), key
 
 
 @pytest.fixture(scope="module")

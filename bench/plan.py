@@ -61,7 +61,7 @@ EXPERIMENTS = {  # in order of value
     "ours": Experiment(("gamma 1", "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts",
                         "reference Stage I", "multi-turn RL, 40 problems")),
     "beta1": Experiment(("beta1 0.0125", "beta1 0.2", "beta1 0.8")),
-    "short": Experiment((*MAIN[:3], "STaR, D+", "no Stage I", "no bonus"), (160,)),
+    "short": Experiment((*MAIN[:3], "STaR, D+", "no Stage I", "no bonus", "multi-turn RL, 40 problems"), (160,)),
     "long_others": Experiment(("single-turn RL", "STaR, D+"), (640,)),
     "rewarded": Experiment(("RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"), (250,)),
     "before_rl": Experiment(("base", *MAIN[:3], "no Stage I"), base="pretrained"),
@@ -122,9 +122,9 @@ CLAIMS = [  # what is claimed, of the first against the second or None: (claim, 
     *((f"a weight of 1 + alpha on turn 2 helps without Stage I: {key}", "no Stage I", "multi-turn RL", key, n)
       for key in ("acc_t2", "delta") for n in (160, 320, 640)),
     *((f"SCoRe beats multi-turn RL in batches that suit it better, of 40 problems: {key}", "SCoRe",
-       "multi-turn RL, 40 problems", key, 320) for key in ("acc_t2", "delta")),
-    *((f"multi-turn RL learns more in such batches: {key}", "multi-turn RL, 40 problems", "multi-turn RL", key, 320)
-      for key in ("acc_t2", "delta")),
+       "multi-turn RL, 40 problems", key, n) for key in ("acc_t2", "delta") for n in (160, 320)),
+    *((f"multi-turn RL learns more in such batches: {key}", "multi-turn RL, 40 problems", "multi-turn RL", key, n)
+      for key in ("acc_t2", "delta") for n in (160, 320)),
     ("RL in Stage II beats STaR", "SCoRe", "Stage I, then STaR", "acc_t2", 320),
     *((f"SCoRe's Delta is larger than that of {m}", "SCoRe", m, "delta", 320) for m in TABLE1[:7]),
     *((f"SCoRe's second attempts are better than those of {m}", "SCoRe", m, "acc_t2", 320) for m in TABLE1[:7]),

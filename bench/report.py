@@ -238,7 +238,7 @@ def eval_delta(row: dict):
 
 def draw_training(results: Path, curves: list[dict]) -> None:
     panels = []
-    for steps in (320, 640, 160):
+    for steps in (160, 320, 640):
         for method in ("SCoRe", "no Stage I", "no bonus", "multi-turn RL"):
             rows = of(curves, base="tiny", method=method, steps=steps)
             boundary = max((int(row["step"]) + 1 for row in rows if row["stage"] == "1"), default=0)
@@ -254,8 +254,7 @@ def draw_rollouts(results: Path, curves: list[dict]) -> None:
     for label, y in (("Acc@t2", "eval_acc_t2"), ("Delta", eval_delta)):
         lines = {m: lines_of(of(curves, base="tiny", method=m, steps=longest[m]), "step", y, ROWS)
                  for m in (*TABLE1[2:], "no Stage I", "no bonus") if m in longest}  # fmt: skip
-        x_label = "rows trained on; RL samples them step by step, imitation a round at its start"
-        panels.append((label, x_label, "validation, T = 1, %", lines, 0))
+        panels.append((label, "rows trained on", "validation, T = 1, %", lines, 0))
     plot(results / "rollouts.png", panels, 1)
 
 

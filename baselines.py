@@ -24,7 +24,7 @@ import distributed
 from chat import follow_up_ids
 from checkpoint import write_text
 from distributed import exchange, on_first, rank, share
-from evaluate import before_and_after, evaluate_both, first_attempts, grade, prepare, probe
+from evaluate import before_and_after, evaluate_both, first_attempts, grade, load_sampler, prepare, probe
 from flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import spread
 from policy import Batch, make_scorer, pick_problems, row_seeds, unzip
@@ -198,8 +198,9 @@ def main(config: Config) -> None:
 
     evaluate_now = watcher(sampler, *shared, "self_correct")
     train(config, run, scorer, sampler, tokenizer, config.steps, step_batch, evaluate_now, {})
-    models = before_and_after(run, tokenizer, config)
-    report(run, {name: evaluate_both(model, *shared) for name, model in models.items()}, len(splits["validation"]))
+    models = before_and_after(run, config).items()
+    results = {name: evaluate_both(load_sampler(path, tokenizer, config), *shared) for name, path in models}
+    report(run, results, len(splits["validation"]))
     distributed.finish()
 
 

@@ -75,10 +75,9 @@ def load_sampler(name: str, tokenizer, config) -> Sampler:
     return Sampler(load_model(name, dtype=compute_dtype(config))[0], tokenizer)
 
 
-def before_and_after(run: Path, tokenizer, config) -> dict[str, Sampler]:
-    """The models that a run's final table is about."""
-    paths = {"base": config.model, "trained": str(run / "checkpoint")}
-    return {name: load_sampler(path, tokenizer, config) for name, path in paths.items()}
+def before_and_after(run: Path, config) -> dict[str, str]:
+    """The models that a run's final table is about, to be loaded one by one where one is enough."""
+    return {"base": config.model, "trained": str(run / "checkpoint")}
 
 
 def encode_prompts(sampler, tokenizer, task: Task, problems: list[dict], config) -> list[list[int]]:

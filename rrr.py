@@ -32,6 +32,7 @@ from evaluate import (
     evaluate_both,
     first_attempts,
     grade,
+    load_sampler,
     prepare,
     probe,
     side_by_side,
@@ -328,7 +329,7 @@ def main(config: Config) -> None:
 
     evaluate_now = watcher(sampler, *shared, "reflect_retry", WATCHED)
     train(config, run, scorer, sampler, tokenizer, config.steps, step_batch, evaluate_now, {})
-    models = before_and_after(run, tokenizer, config)
+    models = {name: load_sampler(path, tokenizer, config) for name, path in before_and_after(run, config).items()}
     results = {name: evaluate_both(model, *shared, method="reflect_retry") for name, model in models.items()}
     results["controls"] = compare_after_failure(models["base"], models["trained"], *shared)
     on_first(write_text, run / "reflections.txt", side_by_side(models["base"], models["trained"], *shared))

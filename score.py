@@ -222,8 +222,9 @@ def main(config: Config) -> None:
     evaluate_now = watcher(sampler, *shared, "self_correct")
     steps = config.stage1_steps + config.stage2_steps
     train(config, run, scorer, sampler, tokenizer, steps, step_batch, evaluate_now, {"beta2": config.beta2})
-    models = before_and_after(run, tokenizer, config)
-    report(run, {name: evaluate_both(model, *shared) for name, model in models.items()}, len(splits["validation"]))
+    models = before_and_after(run, config).items()
+    results = {name: evaluate_both(load_sampler(path, tokenizer, config), *shared) for name, path in models}
+    report(run, results, len(splits["validation"]))
     distributed.finish()
 
 

@@ -45,8 +45,8 @@ class Rollout:
 
 
 def rollout_of(rows: list[list[list[int]]], turns: int, parents, seeds, sampler) -> Rollout:
-    """Conversations that were not sampled here: each row's parts, told and spoken in turn, a spoken one with the token
-    that ends it. Their `logprobs` are 0, and there is no cache to go on from."""
+    """Conversations that were not sampled here: each row's parts, told and spoken in turn, a spoken one with its stop
+    token if it has one. Their `logprobs` are 0, and there is no cache to go on from."""
     lengths = torch.tensor([sum(map(len, parts)) for parts in rows], dtype=torch.long)
     ids = torch.full((len(rows), max(lengths.tolist(), default=1)), sampler.pad_id)
     kind = torch.full_like(ids, -2)  # of the part that a token is in: even if told, odd if spoken

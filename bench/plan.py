@@ -154,6 +154,8 @@ RRR_CLAIMS = [  # (claim, (method, row), (method, row), figure)
     ("a retry after a reflection beats a blind one", ("RRR", "trained, reflect_retry"),
      ("RRR", "trained, blind_retry"), "retry"),
     ("the anchor keeps first attempts better", ("RRR", ""), ("RRR, loose", ""), "acc_t1"),
+    ("the anchor costs retries after the base's failures", ("RRR, loose", "trained, reflect_retry"),
+     ("RRR", "trained, reflect_retry"), "retry"),
     *((f"rewarding reflections alone beats rewarding {what}: {key}", ("RRR, loose", ""),
        (f"RRR, loose, {what} rewarded", ""), key) for what in ("retry", "both") for key in ("acc_t1", "acc_t2")),
     *((f"rewarding reflections alone beats rewarding {what}: retries after the base's failures",

@@ -24,7 +24,8 @@ METHODS = {  # {stage1}: 3/16 of the {steps}, as 60 of 320
     "normalised per turn": f"{TWO} --normalise per_turn",
     "flat second attempts": f"{TWO} --group_size 10 --second_attempts 1",
     "reference Stage I": f"{TWO} --reference stage1",
-    "multi-turn RL, 40 problems": f"{ONE} --alpha 0 --problems 40 --second_attempts 1",  # 320 attempts as well
+    "SCoRe, 40 problems": f"{TWO} --problems 40 --second_attempts 1",  # 320 attempts as well
+    "multi-turn RL, 40 problems": f"{ONE} --alpha 0 --problems 40 --second_attempts 1",
     "beta1 0.0125": f"{TWO} --beta1 0.0125",
     "beta1 0.2": f"{TWO} --beta1 0.2",
     "beta1 0.8": f"{TWO} --beta1 0.8",
@@ -59,9 +60,10 @@ EXPERIMENTS = {  # in order of value
     "long": Experiment((*MAIN[:2], "no Stage I", "no bonus"), (640,)),
     "rrr": Experiment(("base, RRR", "RRR"), (250,)),
     "ours": Experiment(("gamma 1", "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts",
-                        "reference Stage I", "multi-turn RL, 40 problems")),
+                        "reference Stage I", "SCoRe, 40 problems", "multi-turn RL, 40 problems")),
     "beta1": Experiment(("beta1 0.0125", "beta1 0.2", "beta1 0.8")),
-    "short": Experiment((*MAIN[:3], "STaR, D+", "no Stage I", "no bonus", "multi-turn RL, 40 problems"), (160,)),
+    "short": Experiment((*MAIN[:3], "STaR, D+", "no Stage I", "no bonus", "SCoRe, 40 problems",
+                         "multi-turn RL, 40 problems"), (160,)),
     "long_others": Experiment(("single-turn RL", "STaR, D+"), (640,)),
     "rewarded": Experiment(("RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"), (250,)),
     "before_rl": Experiment(("base", *MAIN[:3], "no Stage I"), base="pretrained"),
@@ -106,7 +108,7 @@ TABLE1 = ("base", "Self-Refine", "STaR", "STaR, D+", "Pair-SFT", "Pair-SFT, D+",
           "SCoRe")  # fmt: skip
 TABLE2 = ("SCoRe", "single-turn RL", "no Stage I", "no bonus", "multi-turn RL", "Stage I, then STaR", "gamma 1",
           "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts", "reference Stage I",
-          "multi-turn RL, 40 problems", "beta1 0.0125", "beta1 0.2", "beta1 0.8")  # fmt: skip
+          "SCoRe, 40 problems", "multi-turn RL, 40 problems", "beta1 0.0125", "beta1 0.2", "beta1 0.8")  # fmt: skip
 CLAIMS = [  # what is claimed, of the first against the second or None: (claim, method, method, figure, steps)
     *((f"Delta is above 0: {m}", m, None, "delta", 320) for m in TABLE1),
     *((f"32 answers: half of them corrections beats all in parallel: {m}", m, None, "vote_gain", 320)
@@ -121,9 +123,11 @@ CLAIMS = [  # what is claimed, of the first against the second or None: (claim, 
       for key in ("acc_t2", "delta") for n in (160, 320, 640)),
     *((f"a weight of 1 + alpha on turn 2 helps without Stage I: {key}", "no Stage I", "multi-turn RL", key, n)
       for key in ("acc_t2", "delta") for n in (160, 320, 640)),
-    *((f"SCoRe beats multi-turn RL in batches that suit it better, of 40 problems: {key}", "SCoRe",
+    *((f"SCoRe beats multi-turn RL with batches of 40 problems: {key}", "SCoRe", "multi-turn RL, 40 problems", key, n)
+      for key in ("acc_t2", "delta") for n in (160, 320)),
+    *((f"with batches of 40 problems SCoRe beats multi-turn RL: {key}", "SCoRe, 40 problems",
        "multi-turn RL, 40 problems", key, n) for key in ("acc_t2", "delta") for n in (160, 320)),
-    *((f"multi-turn RL learns more in such batches: {key}", "multi-turn RL, 40 problems", "multi-turn RL", key, n)
+    *((f"batches of 40 problems help multi-turn RL: {key}", "multi-turn RL, 40 problems", "multi-turn RL", key, n)
       for key in ("acc_t2", "delta") for n in (160, 320)),
     ("RL in Stage II beats STaR", "SCoRe", "Stage I, then STaR", "acc_t2", 320),
     *((f"SCoRe's Delta is larger than that of {m}", "SCoRe", m, "delta", 320) for m in TABLE1[:7]),

@@ -116,13 +116,13 @@ def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]
             seeds = row_seeds(mine, "collect", config.seed, attempt, start)
             rollout = first_attempts(sampler, tokenizer, task, problems, prompts, 1, seeds, answer_limits(config))
             texts, verdicts = grade(tokenizer, task, rollout, 0, problems)
-            rows = zip(texts, verdicts.tolist(), rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)
+            rows = zip(texts, verdicts.tolist(), rollout.row_ids(), strict=True)
             rows = [row for rows in exchange(list(rows)) for row in rows]
-            for (problem, prompt), (text, verdict, ids, length) in zip(piece, rows, strict=True):
+            for (problem, prompt), (text, verdict, ids) in zip(piece, rows, strict=True):
                 if verdict:
                     right.append((problem, prompt))
                 else:
-                    answer = ids[len(prompt) : length]
+                    answer = ids[len(prompt) :]
                     failures.append({"problem": problem, "answer": text, "prompt_ids": prompt, "answer_ids": answer})
         success = len(right) / len(split) if success is None else success
         waiting = right

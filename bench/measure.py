@@ -16,11 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 import rrr  # noqa: E402
 import score  # noqa: E402
-from evaluate import controls, evaluate, prepare  # noqa: E402
+from evaluate import controls, evaluate, load_sampler, prepare  # noqa: E402
 from figures import votes  # noqa: E402
 from flags import flag, parse_args  # noqa: E402
-from policy import accumulate_gradients, load_model, make_scorer, pick_problems  # noqa: E402
-from sampler import Sampler  # noqa: E402
+from policy import accumulate_gradients, make_scorer, pick_problems  # noqa: E402
 
 MODES = {"greedy": 0.0, "sampled": 1.0}
 ATTEMPTS, VOTERS, VOTED = 10, 32, 500  # attempts in a row; answers a problem, and of how many problems
@@ -83,7 +82,7 @@ def measure_all(config: Config) -> dict:
     settings = replace(rrr.Config(), model=config.base)
     task, base, tokenizer, splits = prepare(settings, {"test": config.limit})
     shared = (tokenizer, task, *zip(*splits["test"], strict=True), settings)
-    trained = base if config.model == config.base else Sampler(load_model(config.model)[0], tokenizer)
+    trained = base if config.model == config.base else load_sampler(config.model, tokenizer, settings)
     figures, kept, talks = measure(trained, config.method, shared)
     found = {"figures": {"": figures}, "bits": {"": kept}, "more": []}
     if config.method == "reflect_retry":

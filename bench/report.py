@@ -164,7 +164,7 @@ def takeoff_table(curves: list[dict], base: str, gain: float = 0.05) -> str:
         for steps in sorted({int(row["steps"]) for row in rows}):
             seeds = {}
             for row in of(rows, steps=steps):
-                seeds.setdefault(row["seed"], []).append((int(row["step"]) + 1, eval_delta(row)))
+                seeds.setdefault(row["seed"], []).append((steps_done(row), eval_delta(row)))
             first = [next((n for n, delta in seen if delta != "" and delta > gain), "never") for seen in seeds.values()]
             lines.append(f"| {method} | {steps} | {', '.join(map(str, first))} |")
     return "\n".join(lines)
@@ -220,15 +220,19 @@ def plot(path: Path, panels: list[tuple], columns: int = 0) -> None:
     plt.close(figure)
 
 
-def lines_of(rows: list[dict], x: str, y, scale=1.0) -> list[tuple]:
-    """A line (x, y) for each seed; y: a column, or a function of the row."""
+def lines_of(rows: list[dict], x, y, scale=1.0) -> list[tuple]:
+    """A line (x, y) for each seed; x: a function of the row; y: that, or a column."""
     value = (lambda row: row[y] and float(row[y])) if isinstance(y, str) else y
     seeds = {}
     for row in rows:
         if value(row) != "":
-            at = scale * (float(row[x]) + (x == "step"))  # a step's number is that of the steps before it
-            seeds.setdefault(row["seed"], []).append((at, 100 * value(row)))
+            seeds.setdefault(row["seed"], []).append((scale * float(x(row)), 100 * value(row)))
     return [tuple(np.array(points).T) for points in seeds.values()]
+
+
+def steps_done(row: dict) -> int:
+    """A step's number is that of the steps before it."""
+    return int(row["step"]) + 1
 
 
 def eval_delta(row: dict):
@@ -241,9 +245,9 @@ def draw_training(results: Path, curves: list[dict]) -> None:
     for steps in (160, 320, 640):
         for method in ("SCoRe", "no Stage I", "no bonus", "multi-turn RL"):
             rows = of(curves, base="tiny", method=method, steps=steps)
-            boundary = max((int(row["step"]) + 1 for row in rows if row["stage"] == "1"), default=0)
+            boundary = max((steps_done(row) for row in rows if row["stage"] == "1"), default=0)
             attempts = {"first attempt": "acc_t1", "second attempt": "acc_t2"}
-            lines = {label: lines_of(rows, "step", key) for label, key in attempts.items()}
+            lines = {label: lines_of(rows, steps_done, key) for label, key in attempts.items()}
             panels.append((f"{method}, {steps} steps", "step", "right in the training batch, %", lines, boundary))
     plot(results / "training.png", panels, 4)
 
@@ -252,7 +256,7 @@ def draw_rollouts(results: Path, curves: list[dict]) -> None:
     panels = []
     longest = {m: max(int(r["steps"]) for r in curves if r["method"] == m) for m in {r["method"] for r in curves}}
     for label, y in (("Acc@t2", "eval_acc_t2"), ("Delta", eval_delta)):
-        lines = {m: lines_of(of(curves, base="tiny", method=m, steps=longest[m]), "step", y, ROWS)
+        lines = {m: lines_of(of(curves, base="tiny", method=m, steps=longest[m]), steps_done, y, ROWS)
                  for m in (*TABLE1[2:], "no Stage I", "no bonus") if m in longest}  # fmt: skip
         panels.append((label, "rows trained on", "validation, T = 1, %", lines, 0))
     plot(results / "rollouts.png", panels, 1)
@@ -260,7 +264,7 @@ def draw_rollouts(results: Path, curves: list[dict]) -> None:
 
 def draw_more(results: Path, more: list[dict], curves: list[dict]) -> None:
     def of_kind(kind, methods=TABLE1):
-        return {m: lines_of(of(more, base="tiny", method=m, kind=kind), "x", "value") for m in methods}
+        return {m: lines_of(of(more, base="tiny", method=m, kind=kind), lambda row: row["x"], "value") for m in methods}
 
     edits = [(m, "edit distance / both lengths", "attempts, %", {m: lines}, 0)
              for m, lines in of_kind("edit_ratio").items() if lines]  # fmt: skip
@@ -284,9 +288,9 @@ def draw_rrr(results: Path, curves: list[dict]) -> None:
     panels = []
     for method in ("RRR", "RRR, loose", "RRR, loose, retry rewarded", "RRR, loose, both rewarded"):
         keys = {"first attempt": "eval_acc_t1", "retry after a failure": "eval_retry_given_failure"}
-        lines = {label: lines_of(of(curves, method=method), "step", key) for label, key in keys.items()}
+        lines = {label: lines_of(of(curves, method=method), steps_done, key) for label, key in keys.items()}
         length = lambda row: row["eval_reflection_tokens"] and float(row["eval_reflection_tokens"]) / 100  # noqa: E731
-        lines["tokens of a reflection"] = lines_of(of(curves, method=method), "step", length)
+        lines["tokens of a reflection"] = lines_of(of(curves, method=method), steps_done, length)
         panels.append((method, "step", "validation, T = 1, %", lines, 0))
     plot(results / "rrr.png", panels, 2)
 

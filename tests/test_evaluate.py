@@ -9,6 +9,7 @@ import torch
 
 import evaluate
 import figures
+import methods
 import rrr
 import tiny
 from tasks import TASKS
@@ -251,3 +252,15 @@ def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_it_had_
         assert rollout.ids[row, :length].tolist() == [*prompt, *ids, tokenizer.eos_token_id]
         assert rollout.turn[row].tolist() == [0] * length + [-1] * (rollout.ids.shape[1] - length)
     assert rollout.parents.tolist() == [0, 0, 1, 1] and rollout.cache is None
+
+
+def test_a_generic_reflection_stands_in_the_models_own_turn_before_the_retry(tokenizer):
+    task, asked = dataclasses.replace(TASKS["tiny"], given=lambda problem: WRONG), []
+    stops = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
+    sampler = SimpleNamespace(pad_id=0, is_stop=stops, model=SimpleNamespace(device="cpu"))
+    sampler.generate = lambda prompts, seeds, **limits: asked.append((prompts, seeds.tolist(), limits))
+    before = evaluate.first_attempts(sampler, tokenizer, task, [PROBLEM] * 2, [[4, 5], [7]], 1, [8, 9], {})
+    shared = ((sampler,) * 3, sampler, tokenizer, task, {"max_new_tokens": 16}, 72)
+    methods.next_attempts("generic_reflection", before, [1], *shared)
+    said = f"{WRONG} <end> <user> reflect <assistant> {task.generic_reflection} <end> <user> retry <assistant>"
+    assert asked == [([[7, *tokenizer(said).input_ids]], [9], {"max_new_tokens": 16})]

@@ -272,6 +272,7 @@ def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> bool:
             distributed.gather_weights(scorer.model, sampler.model)
     with saving(run):
         on_first(cut_logs, run, memory.pop("sizes", {}))
+        on_first(checkpoint.clean, run)
         on_first(checkpoint.publish_best, run, found[0] if found else None)
     return bool(found)
 

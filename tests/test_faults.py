@@ -134,7 +134,9 @@ def test_a_run_killed_at_step_0_at_the_stage_boundary_or_after_the_last_step_goe
     out = tmp_path / "run"
     harm = partial(helpers.die_after_save, step)
     assert helpers.run(script, model_dir, out, "--save_every", "1", harm=harm) == [-signal.SIGKILL]
+    (out / "states" / "old_step_000000").mkdir()  # as if it was killed within the save, which may have been the last
     assert helpers.run(script, model_dir, out, "--save_every", "1", "--resume") == [0]
+    assert not [path.name for path in (out / "states").iterdir() if not path.name.startswith("step_")]
     # The window of the best checkpoint is --save_every, so only the metrics are those of the reference.
     assert helpers.metrics(out) == helpers.metrics(references[script])
     assert "trained" in json.loads((out / "results.json").read_text())

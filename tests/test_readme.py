@@ -45,3 +45,16 @@ def test_every_fault_has_its_test():
     for row in rows:
         names = [name for name in re.findall("`([a-z0-9_]+)`", row)]
         assert names and all(f"def test_{name}(" in tests for name in names), row
+
+
+def test_the_figures_of_the_reproduction_are_those_of_its_tables():
+    section = (helpers.ROOT / "README.md").read_text().partition("## The papers' tables on a laptop")[2]
+    section = section.partition("\n## ")[0]
+    tables = (helpers.ROOT / "results" / "reproduce" / "tables.md").read_text()
+    means = re.findall(r"\| (-?\d+\.\d ± \d+\.\d)", section)
+    assert len(means) > 200 and not [mean for mean in means if f" {mean} " not in tables]
+    known = re.findall(r"\| ([+-]\d+\.\d) \| ([+-]\d+\.\d) to ([+-]\d+\.\d) \|", tables)
+    known = {tuple(map(float, effect)) for effect in known}
+    known |= {(-mean, -high, -low) for mean, low, high in known}
+    told = re.findall(r"([+-]?\d+\.\d)(?: points)? \((-?\d+\.\d) to (-?\d+\.\d)\)", section.replace("\n", " "))
+    assert len(told) > 100 and not [effect for effect in told if tuple(map(float, effect)) not in known]

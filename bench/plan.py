@@ -1,4 +1,4 @@
-"""What `reproduce.py` compares: methods, learning rates, experiments; and what is claimed of them, before any run."""
+"""What `reproduce.py` compares: methods, learning rates, experiments; and what is claimed of them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -109,7 +109,7 @@ TABLE1 = ("base", "Self-Refine", "STaR", "STaR, D+", "Pair-SFT", "Pair-SFT, D+",
 TABLE2 = ("SCoRe", "single-turn RL", "no Stage I", "no bonus", "multi-turn RL", "Stage I, then STaR", "gamma 1",
           "alpha 1", "alpha 3", "alpha 30", "normalised per turn", "flat second attempts", "reference Stage I",
           "SCoRe, 40 problems", "multi-turn RL, 40 problems", "beta1 0.0125", "beta1 0.2", "beta1 0.8")  # fmt: skip
-CLAIMS = [  # what is claimed, of the first against the second or None: (claim, method, method, figure, steps)
+CLAIMS = [  # before any run, of the first against the second or None: (claim, method, method, figure, steps)
     *((f"Delta is above 0: {m}", m, None, "delta", 320) for m in TABLE1),
     *((f"32 answers: half of them corrections beats all in parallel: {m}", m, None, "vote_gain", 320)
       for m in ("base", "multi-turn RL", "SCoRe")),
@@ -145,6 +145,15 @@ CLAIMS = [  # what is claimed, of the first against the second or None: (claim, 
     ("the base as reference beats Stage I's result", "SCoRe", "reference Stage I", "acc_t2", 320),
     ("a larger beta1 keeps both attempts well-formed", "beta1 0.2", "SCoRe", "well_formed", 320),
     ("RL costs problems with both attempts well-formed", "base", "SCoRe", "well_formed", 320),
+    # Asked after the runs:
+    *(("second attempts of STaR, D+, are better than SCoRe's", "STaR, D+", "SCoRe", "acc_t2", n) for n in (160, 640)),
+    *((f"second attempts of STaR, D+, are better than those of {m}", "STaR, D+", m, "acc_t2", n)
+      for m in ("multi-turn RL", "multi-turn RL, 40 problems") for n in (160, 320, 640)),
+    ("STaR, D+, ends better after a Stage I", "Stage I, then STaR", "STaR, D+", "acc_t2", 320),
+    ("gamma = 1 makes second attempts worse", "SCoRe", "gamma 1", "acc_t2", 320),
+    ("beta1 / 4 raises first attempts", "beta1 0.0125", "SCoRe", "acc_t1", 320),
+    *((f"batches of 40 problems help SCoRe: {key}", "SCoRe, 40 problems", "SCoRe", key, n)
+      for key in ("acc_t2", "delta") for n in (160, 320)),
 ]  # fmt: skip
 RRR_CLAIMS = [  # (claim, (method, row), (method, row), figure)
     ("RRR raises what is right after one retry", ("RRR", ""), ("base, RRR", ""), "acc_t2"),
@@ -165,4 +174,10 @@ RRR_CLAIMS = [  # (claim, (method, row), (method, row), figure)
     *((f"rewarding reflections alone beats rewarding {what}: retries after the base's failures",
        ("RRR, loose", "trained, reflect_retry"), (f"RRR, loose, {what} rewarded", "trained, reflect_retry"), "retry")
       for what in ("retry", "both")),
+    # Asked after the runs:
+    ("the anchor costs what is right after a retry", ("RRR, loose", ""), ("RRR", ""), "acc_t2"),
+    ("the anchor costs fresh attempts after the base's failures", ("RRR, loose", "trained, fresh_attempt"),
+     ("RRR", "trained, fresh_attempt"), "retry"),
+    ("rewarding retries alone teaches retries after the base's failures",
+     ("RRR, loose, retry rewarded", "trained, reflect_retry"), ("base, RRR", "base, reflect_retry"), "retry"),
 ]  # fmt: skip

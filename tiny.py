@@ -1,4 +1,4 @@
-"""Builds `models/tiny`, the embedded base model, from nothing: `python tiny.py`, about 40 minutes on one core.
+"""Builds `models/tiny`, the embedded base model, from nothing: `python tiny.py`, 40 to 96 minutes on one core.
 
 A 344k-parameter Llama that plays Countdown with three numbers. Supervised pretraining on made-up conversations gives
 it everything that self-correction needs and nothing that uses it: it derives honestly but plans badly; it can judge

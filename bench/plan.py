@@ -146,7 +146,8 @@ CLAIMS = [  # before any run, of the first against the second or None: (claim, m
     ("a larger beta1 keeps both attempts well-formed", "beta1 0.2", "SCoRe", "well_formed", 320),
     ("RL costs problems with both attempts well-formed", "base", "SCoRe", "well_formed", 320),
     # Asked after the runs:
-    *(("second attempts of STaR, D+, are better than SCoRe's", "STaR, D+", "SCoRe", "acc_t2", n) for n in (160, 640)),
+    *(("SCoRe's second attempts are better than those of STaR, D+", "SCoRe", "STaR, D+", "acc_t2", n)
+      for n in (160, 640)),
     *((f"second attempts of STaR, D+, are better than those of {m}", "STaR, D+", m, "acc_t2", n)
       for m in ("multi-turn RL", "multi-turn RL, 40 problems") for n in (160, 320)),
     ("second attempts of STaR, D+, are better than those of multi-turn RL", "STaR, D+", "multi-turn RL", "acc_t2", 640),

@@ -1,7 +1,8 @@
 """The loss: pure tensor functions, no model, no I/O.
 
-An algorithm hands over one advantage and one KL weight for every sampled token; everything else is the same for all
-of them. Shapes: B rows, T positions, M sampled tokens of a micro-batch, H hidden size, V vocabulary, N groups of G.
+An algorithm hands over one advantage and one KL weight for every sampled token; everything else is
+the same for all of them. Shapes: B rows, T positions, M sampled tokens of a micro-batch, H hidden
+size, V vocabulary, N groups of G.
 """
 
 from typing import NamedTuple
@@ -43,11 +44,13 @@ def token_scores(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Scores:
-    """Scores of M tokens from the hidden states that predict them, without ever holding all (M, V) logits.
+    """Scores of M tokens from the hidden states that predict them, without ever holding all (M, V)
+    logits.
 
-    hidden, ref_hidden (M, H); head, ref_head (V, H); tokens (M,) int64. `chunk` tokens at a time (by default as many
-    as make 2^24 logits), and each chunk's logits are computed again in the backward pass: so memory grows with the
-    chunk only. Both distributions are taken at the sampling `temperature`. Without a reference, ref_logprobs and kl
+    hidden, ref_hidden (M, H); head, ref_head (V, H); tokens (M,) int64. `chunk` tokens at a time
+    (by default as many as make 2^24 logits), and each chunk's logits are computed again in the
+    backward pass: so memory grows with the chunk only. Both distributions are taken at the sampling
+        `temperature`. Without a reference, ref_logprobs and kl
     are zero.
     """
     chunk = chunk or max(1, 2**24 // len(head))
@@ -71,25 +74,32 @@ def token_scores(
     for start in range(0, len(tokens), chunk):
         piece = slice(start, start + chunk)
         reference = None if ref_hidden is None else ref_hidden[piece]
-        parts.append(checkpoint(score, hidden[piece], tokens[piece], reference, use_reentrant=False))
+        parts.append(
+            checkpoint(score, hidden[piece], tokens[piece], reference, use_reentrant=False)
+        )
     return Scores(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def subtract_baseline(rewards: Tensor, kind: str = "leave_one_out", present: Tensor | None = None) -> Tensor:
+def subtract_baseline(
+    rewards: Tensor, kind: str = "leave_one_out", present: Tensor | None = None
+) -> Tensor:
     """Rewards (N, G) of N groups -> advantages (N, G).
 
     none:          the reward itself; unbiased.
-    leave_one_out: minus the mean of the *other* G - 1; unbiased (RLOO, Ahmadian et al. 2024). It needs G > 1.
+    leave_one_out: minus the mean of the *other* G - 1; unbiased (RLOO, Ahmadian et al. 2024). It
+        needs G > 1.
     group_mean:    minus the mean of all G, its own included: the gradient shrinks by (G - 1) / G.
 
-    present (N, G) of 0 and 1 marks groups of unequal size: what is absent counts nowhere and gets 0, and so does a
-    single member of a group, which has nothing to be compared with.
+    present (N, G) of 0 and 1 marks groups of unequal size: what is absent counts nowhere and gets
+    0, and so does a single member of a group, which has nothing to be compared with.
     """
     present = torch.ones_like(rewards) if present is None else present
     if kind == "none":
         return rewards * present
     count = present.sum(dim=1, keepdim=True)
-    centred = (rewards - (rewards * present).sum(dim=1, keepdim=True) / count.clamp_min(1)) * present
+    centred = (
+        rewards - (rewards * present).sum(dim=1, keepdim=True) / count.clamp_min(1)
+    ) * present
     if kind == "group_mean":
         return centred
     if rewards.shape[1] < 2:
@@ -97,23 +107,31 @@ def subtract_baseline(rewards: Tensor, kind: str = "leave_one_out", present: Ten
     return centred * count / (count - 1).clamp_min(1)
 
 
-def divide_by_std(advantages: Tensor, dim: int | None = None, present: Tensor | None = None) -> Tensor:
-    """Divided by their standard deviation over `dim` (all by default). Zero variance gives zeros, never NaN."""
+def divide_by_std(
+    advantages: Tensor, dim: int | None = None, present: Tensor | None = None
+) -> Tensor:
+    """Divided by their standard deviation over `dim` (all by default). Zero variance gives zeros,
+    never NaN."""
     present = torch.ones_like(advantages) if present is None else present
     over = {"dim": tuple(range(advantages.ndim)) if dim is None else dim, "keepdim": True}
     count = present.sum(**over).clamp_min(1)
     mean = (advantages * present).sum(**over) / count
     deviation = (((advantages - mean) * present).square().sum(**over) / count).sqrt()
-    return torch.where(deviation > 1e-6, advantages / deviation.clamp_min(1e-6), torch.zeros_like(advantages))
+    return torch.where(
+        deviation > 1e-6, advantages / deviation.clamp_min(1e-6), torch.zeros_like(advantages)
+    )
 
 
 def spread(per_turn: Tensor, rollout) -> Tensor:
     """(B, turns) -> (B, T): every sampled token gets its turn's value, every other token 0."""
-    return per_turn.to(rollout.ids.device).gather(1, rollout.turn.clamp_min(0)) * rollout.action_mask
+    return (
+        per_turn.to(rollout.ids.device).gather(1, rollout.turn.clamp_min(0)) * rollout.action_mask
+    )
 
 
 def later_in_turn(values: Tensor, turn: Tensor) -> Tensor:
-    """The sum of `values` (B, T) over the later positions of the same turn, this position left out. turn (B, T)."""
+    """The sum of `values` (B, T) over the later positions of the same turn, this position left out.
+    turn (B, T)."""
     total = torch.zeros_like(values)
     for t in range(int(turn.max()) + 1):
         mine = torch.where(turn == t, values, 0)
@@ -122,18 +140,21 @@ def later_in_turn(values: Tensor, turn: Tensor) -> Tensor:
 
 
 def kl_terms(scores: Scores, kind: str) -> tuple[Tensor, Tensor]:
-    """A KL penalty as a loss a token and a cost a token (B, T); the cost is charged to the tokens that led there.
+    """A KL penalty as a loss a token and a cost a token (B, T); the cost is charged to the tokens
+    that led there.
 
-    With L = log pi - log pi_ref of the sampled token, and the gradient that each really has in expectation:
-    exact: loss KL_t over the vocabulary, cost KL_t charged to *earlier* tokens. The gradient of the sequence's
-           KL(pi || pi_ref), as in Eq. 2-4, with less variance than k1.
-    token: loss KL_t only. The gradient of each position's KL with the prefixes held fixed: it ignores that the
-           policy chooses which prefixes it visits. What most trainers call "the KL".
-    k1:    cost L, charged to the token itself and earlier ones. The sequence KL's gradient, from samples alone.
-           (As a loss it would have zero expected gradient.)
+    With L = log pi - log pi_ref of the sampled token, and the gradient that each really has in
+    expectation:
+    exact: loss KL_t over the vocabulary, cost KL_t charged to *earlier* tokens. The gradient of the
+           sequence's KL(pi || pi_ref), as in Eq. 2-4, with less variance than k1.
+    token: loss KL_t only. The gradient of each position's KL with the prefixes held fixed: it
+           ignores that the policy chooses which prefixes it visits. What most trainers call "the
+           KL".
+    k1:    cost L, charged to the token itself and earlier ones. The sequence KL's gradient, from
+           samples alone. (As a loss it would have zero expected gradient.)
     k2:    loss L^2 / 2. In expectation the gradient of `token`.
-    k3:    loss exp(-L) - 1 + L. Its value estimates KL(pi || pi_ref), but its gradient is that of the *forward*
-           KL(pi_ref || pi) at each position.
+    k3:    loss exp(-L) - 1 + L. Its value estimates KL(pi || pi_ref), but its gradient is that of
+           the *forward* KL(pi_ref || pi) at each position.
     """
     log_ratio = scores.logprobs - scores.ref_logprobs
     zero = torch.zeros_like(log_ratio)
@@ -161,11 +182,13 @@ def policy_loss(
     old_logprobs: Tensor | None = None,
     clip: float = 0.2,
 ) -> Tensor:
-    """Sum over sampled tokens of -advantage * log pi + kl_coef * KL, over one global `denominator`: a scalar.
+    """Sum over sampled tokens of -advantage * log pi + kl_coef * KL, over one global `denominator`:
+    a scalar.
 
-    All tensors (B, T). The denominator is counted over the whole batch (every micro-batch and rank), so the gradient
-    does not depend on how the batch is cut. Written with the ratio pi / pi_old, which is 1 in an on-policy update
-    (old_logprobs None), where its gradient is REINFORCE's; in later epochs it is clipped as in PPO.
+    All tensors (B, T). The denominator is counted over the whole batch (every micro-batch and
+    rank), so the gradient does not depend on how the batch is cut. Written with the ratio pi /
+    pi_old, which is 1 in an on-policy update (old_logprobs None), where its gradient is
+    REINFORCE's; in later epochs it is clipped as in PPO.
     """
     old = scores.logprobs.detach() if old_logprobs is None else old_logprobs
     penalty, cost = kl_terms(scores, kl_kind)

@@ -1,15 +1,20 @@
-"""Reflect, Retry, Reward (arXiv 2505.24726): teaches a language model to write reflections that help it.
+"""Reflect, Retry, Reward (arXiv 2505.24726): teaches a language model to write reflections that
+help it.
 
     python rrr.py                                     # the tiny model, a few minutes on two cores
     python rrr.py --collect --failures FILE.jsonl     # only gathers failures, for later runs
 
-A failed attempt stands in context; the model is told that it was wrong, reflects, and tries again. If the retry is
-right, GRPO rewards the reflection's tokens and no others: the model learns to reflect, not to answer. Each step reads
-like the paper: roll out reflections and retries, verify the retries, give every reflection its advantage; the shared
+A failed attempt stands in context; the model is told that it was wrong, reflects, and tries again.
+If the retry is right, GRPO rewards the reflection's tokens and no others: the model learns to
+reflect, not to answer. Each step reads
+like the paper: roll out reflections and retries, verify the retries, give every reflection its
+    advantage; the shared
 loss in loss.py does the rest.
 
-Notation: F failures a step, G reflections of each, R retries after each of those; B = F * G * R rows. With several
-processes each has its share of the F failures and of the rows; verdicts are gathered from all of them.
+Notation: F failures a step, G reflections of each, R retries after each of those; B = F * G * R
+    rows. With several
+processes each has its share of the F failures and of the rows; verdicts are gathered from all of
+them.
 """
 
 import json
@@ -21,11 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-import distributed
-from chat import first_turn_ids, follow_up_ids, seam_ids
-from checkpoint import write_text
-from data import naming, read_rows, take
-from distributed import exchange, gather, on_first, own, rank, share
 from evaluate import (
     before_and_after,
     compare_after_failure,
@@ -37,10 +37,15 @@ from evaluate import (
     probe,
     side_by_side,
 )
-from flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
-from policy import Batch, fingerprint, make_scorer, pick_problems, row_seeds, unzip
-from training import check_run, contents_of, open_run, report, train, watcher
+from sampling.turns import first_turn_ids, follow_up_ids, seam_ids
+from tasks.sources import naming, read_rows, take
+from training import distributed
+from training.checkpoint import write_text
+from training.distributed import exchange, gather, on_first, own, rank, share
+from training.flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.loop import check_run, contents_of, open_run, report, train, watcher
+from training.policy import Batch, fingerprint, make_scorer, pick_problems, row_seeds, unzip
 
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
@@ -59,12 +64,16 @@ PAPER = {
 @dataclass
 class Config(TrainConfig):
     output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed")
-    preset: str | None = flag(None, f"paper: {PAPER} in place of these flags' defaults", choices=("paper",))
+    preset: str | None = flag(
+        None, f"paper: {PAPER} in place of these flags' defaults", choices=("paper",)
+    )
     steps: int = flag(250, "training steps")
     lr: float = flag(5e-4, "peak learning rate of AdamW")
     schedule: str = flag("cosine", "after the warm-up", choices=("constant", "cosine"))
 
-    failures: str | None = flag(None, "JSONL file of failures; default: collected first, into the run's directory")
+    failures: str | None = flag(
+        None, "JSONL file of failures; default: collected first, into the run's directory"
+    )
     collect: bool = flag(False, "only collect failures, into the --failures file")
     tries: int = flag(8, "answers sampled of a query at most, until one fails (the paper: 64)")
     queries: int = flag(2048, "training problems that failures are collected from")
@@ -81,14 +90,18 @@ class Config(TrainConfig):
     max_reflection_tokens: int = flag(72, "token limit of a reflection")
 
     reward_on: str = flag(
-        "reflection", "which tokens the retry's verdict rewards", choices=("reflection", "retry", "both")
+        "reflection",
+        "which tokens the retry's verdict rewards",
+        choices=("reflection", "retry", "both"),
     )
     baseline: str = flag(
         "group_mean",
         "group_mean is GRPO's; none and leave_one_out are unbiased, without --normalise",
         choices=BASELINES,
     )
-    normalise: bool = flag(True, "divide advantages by their group's standard deviation, as GRPO does")
+    normalise: bool = flag(
+        True, "divide advantages by their group's standard deviation, as GRPO does"
+    )
     kl: str = flag("token", KL_HELP, choices=KL_KINDS)
     beta: float = flag(0.005, "KL weight of the reflection (the paper: 0.001)")
     anchor: float = flag(4.0, "KL weight of the other tokens that --kl_on covers")
@@ -102,9 +115,11 @@ class Config(TrainConfig):
 
 
 def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]:
-    """(failures, success rate): the first wrong answer to each query, of up to `tries`, if there is one.
+    """(failures, success rate): the first wrong answer to each query, of up to `tries`, if there is
+    one.
 
-    The rate is that of the first answers; later ones are asked of the queries that are still unfailed.
+    The rate is that of the first answers; later ones are asked of the queries that are still
+    unfailed.
     """
     waiting, failures, success = list(split), [], None
     for attempt in trange(config.tries, desc="collecting failures", disable=rank() > 0):
@@ -114,7 +129,9 @@ def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]
             mine = share(len(piece))
             problems, prompts = unzip(piece, mine)
             seeds = row_seeds(mine, "collect", config.seed, attempt, start)
-            rollout = first_attempts(sampler, tokenizer, task, problems, prompts, 1, seeds, answer_limits(config))
+            rollout = first_attempts(
+                sampler, tokenizer, task, problems, prompts, 1, seeds, answer_limits(config)
+            )
             texts, verdicts = grade(tokenizer, task, rollout, 0, problems)
             rows = zip(texts, verdicts.tolist(), rollout.row_ids(), strict=True)
             rows = [row for rows in exchange(list(rows)) for row in rows]
@@ -123,33 +140,50 @@ def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]
                     right.append((problem, prompt))
                 else:
                     answer = ids[len(prompt) :]
-                    failures.append({"problem": problem, "answer": text, "prompt_ids": prompt, "answer_ids": answer})
+                    failures.append(
+                        {
+                            "problem": problem,
+                            "answer": text,
+                            "prompt_ids": prompt,
+                            "answer_ids": answer,
+                        }
+                    )
         success = len(right) / len(split) if success is None else success
         waiting = right
         if not waiting:
             break
     if not failures:
-        raise ValueError(f"no failure in {config.tries} answers to each of {len(split)} queries: take a harder task")
+        raise ValueError(
+            f"no failure in {config.tries} answers to each of {len(split)} queries: take a harder task"
+        )
     return failures, success
 
 
 def write_failures(path: Path, failures: list[dict], success: float, model, config) -> None:
     """A new file, complete or not at all; its first line says where the failures came from."""
-    origin = {"model": config.model, "fingerprint": fingerprint(model), "task": config.task, "seed": config.seed}
+    origin = {
+        "model": config.model,
+        "fingerprint": fingerprint(model),
+        "task": config.task,
+        "seed": config.seed,
+    }
     lines = [{"origin": origin | {"success_rate": success}}, *failures]
     on_first(write_text, path, "".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(failures)} failures, success rate {success:.3f}: {path}")
 
 
 def read_failures(path: str, sampler, tokenizer, task, config) -> list[dict]:
-    """The failures of a file, which must be of this model and task. Anything else is a ValueError naming the line."""
+    """The failures of a file, which must be of this model and task. Anything else is a ValueError
+    naming the line."""
     (where, head), *rows = read_rows(path)
     with naming(where):
         (origin,) = take(head, origin=dict)
     expected = {"task": config.task, "fingerprint": fingerprint(sampler.model)}
     if any(origin.get(key) != value for key, value in expected.items()):
         was = f"of model {origin.get('model')} on task {origin.get('task')}"
-        raise ValueError(f"{path} has failures {was}, not of --model and --task: collect their own with --collect")
+        raise ValueError(
+            f"{path} has failures {was}, not of --model and --task: collect their own with --collect"
+        )
     if not rows:
         raise ValueError(f"{path} has no failures: collect some with --collect")
     after = len(seam_ids(tokenizer, task.reflect) + seam_ids(tokenizer, task.retry))
@@ -162,19 +196,27 @@ def read_failures(path: str, sampler, tokenizer, task, config) -> list[dict]:
         except (KeyError, TypeError):
             known = False
         if not known:
-            raise ValueError(f"{where}: field 'prompt_ids' is not this tokenizer's prompt of 'problem'")
+            raise ValueError(
+                f"{where}: field 'prompt_ids' is not this tokenizer's prompt of 'problem'"
+            )
         if not all(type(i) is int and 0 <= i < len(sampler.is_stop) for i in answer):
-            raise ValueError(f"{where}: field 'answer_ids' must be ids below {len(sampler.is_stop)}")
+            raise ValueError(
+                f"{where}: field 'answer_ids' must be ids below {len(sampler.is_stop)}"
+            )
         if len(prompt) + len(answer) + after > sampler.limit:
-            raise ValueError(f"{where}: with {after} tokens after it, it exceeds {sampler.limit} positions")
+            raise ValueError(
+                f"{where}: with {after} tokens after it, it exceeds {sampler.limit} positions"
+            )
     return [failure for _, failure in rows]
 
 
 def roll_out(sampler, tokenizer, task, chosen, step, config):
-    """G reflections on each of this rank's failures, R retries after each: (rollout, rewards (F, G, R), held (B, T)).
+    """G reflections on each of this rank's failures, R retries after each: (rollout, rewards (F, G,
+    R), held (B, T)).
 
-    Turns are 0 for the failed attempt, 1 for the reflection, 2 for the retry, which goes on from the cache of the
-    exact ids of all that stands before it. `held` marks the attempt's tokens, which were sampled long ago.
+    Turns are 0 for the failed attempt, 1 for the reflection, 2 for the retry, which goes on from
+    the cache of the exact ids of all that stands before it. `held` marks the attempt's tokens,
+    which were sampled long ago.
     """
     G, R, mine = config.group_size, config.retries, share(len(chosen))
     failures = chosen[mine.start : mine.stop]
@@ -185,10 +227,14 @@ def roll_out(sampler, tokenizer, task, chosen, step, config):
     reflected = sampler.generate(contexts, G, seeds=seeds, **reflection_limits(config))
     rollout = retry(sampler, tokenizer, task, reflected, config)
     problems = [failure["problem"] for failure in failures for _ in range(G * R)]
-    rewards = grade(tokenizer, task, rollout, 1, problems)[1].view(len(failures), G, R)  # turns are renumbered below
+    # turns are renumbered below
+    rewards = grade(tokenizer, task, rollout, 1, problems)[1].view(len(failures), G, R)
 
-    lengths = torch.tensor([[len(f["prompt_ids"]), len(f["answer_ids"])] for f in failures]).view(-1, 2)
-    prompt, answer = lengths.repeat_interleave(G * R, dim=0).to(rollout.ids.device).split(1, dim=1)  # (B, 1) each
+    lengths = torch.tensor([[len(f["prompt_ids"]), len(f["answer_ids"])] for f in failures]).view(
+        -1, 2
+    )
+    # (B, 1) each
+    prompt, answer = lengths.repeat_interleave(G * R, dim=0).to(rollout.ids.device).split(1, dim=1)
     position = torch.arange(rollout.ids.shape[1], device=rollout.ids.device)
     failed = position < prompt + answer  # (B, T)
     rollout.turn = torch.where(failed, 0, rollout.turn + (rollout.turn >= 0))
@@ -196,7 +242,8 @@ def roll_out(sampler, tokenizer, task, chosen, step, config):
 
 
 def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
-    """G whole episodes of each of this rank's queries: (rollout, rewards (N, G, R), present (N, G)).
+    """G whole episodes of each of this rank's queries: (rollout, rewards (N, G, R), present (N,
+    G)).
 
     Only episodes whose first attempt failed are present and have rows.
     """
@@ -211,7 +258,9 @@ def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
     seams = follow_up_ids(tokenizer, task.reflect, [last[row] for row in rows])
     reflected = sampler.extend(first, seams, rows=rows, **reflection_limits(config))
     rollout = retry(sampler, tokenizer, task, reflected, config)
-    verdicts = grade(tokenizer, task, rollout, 2, [problems[row] for row in rows for _ in range(R)])[1]
+    verdicts = grade(
+        tokenizer, task, rollout, 2, [problems[row] for row in rows for _ in range(R)]
+    )[1]
     rewards, present = torch.zeros(N * G, R), torch.zeros(N * G)
     rewards[rows], present[rows] = verdicts.view(len(rows), R), 1.0
     return rollout, rewards.view(N, G, R), present.view(N, G)
@@ -233,8 +282,8 @@ def retry(sampler, tokenizer, task, reflected, config):
 def turn_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
     """GRPO over each group: (B, 2), the advantages of every row's reflection and of its retry.
 
-    A reflection is worth the mean reward of its R retries, against the other reflections of its group. The retry's own
-    tokens are rewarded in the ablations alone.
+    A reflection is worth the mean reward of its R retries, against the other reflections of its
+    group. The retry's own tokens are rewarded in the ablations alone.
     """
     N, G, R = rewards.shape
     everyone = present[..., None].expand(N, G, R).reshape(N, G * R)
@@ -246,39 +295,56 @@ def turn_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
 
 
 def group_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
-    """Rewards (N, G) against their group's mean, over its standard deviation. No variance: no gradient, no NaN."""
+    """Rewards (N, G) against their group's mean, over its standard deviation. No variance: no
+    gradient, no NaN."""
     advantages = subtract_baseline(rewards, config.baseline, present)
     return divide_by_std(advantages, 1, present) if config.normalise else advantages
 
 
 def make_batch(rollout, rewards, present, held, config) -> Batch:
-    """Verdicts -> an advantage and a KL weight for every token; the failed attempt, turn 0, has no advantage."""
+    """Verdicts -> an advantage and a KL weight for every token; the failed attempt, turn 0, has no
+    advantage."""
     rewards, present = gather(rewards), gather(present)
     advantages = F.pad(turn_advantages(rewards, present, config), (1, 0))  # (B, 3)
-    weights = [config.anchor * (config.kl_on == "all"), config.beta, config.anchor * (config.kl_on != "reflection")]
+    weights = [
+        config.anchor * (config.kl_on == "all"),
+        config.beta,
+        config.anchor * (config.kl_on != "reflection"),
+    ]
     per_turn = (advantages, torch.tensor(weights).expand_as(advantages))
     advantages, kl_coef = (spread(own(x, len(rollout.ids)), rollout) for x in per_turn)
     if held is not None:
         kl_coef = kl_coef + weights[0] * held
-    figures = {"stage": 1} | ({"reward": float(rewards[present.bool()].mean())} if present.any() else {})
+    figures = {"stage": 1} | (
+        {"reward": float(rewards[present.bool()].mean())} if present.any() else {}
+    )
     return Batch(rollout, advantages, kl_coef, len(per_turn[0]), figures, held)
 
 
 def check(config) -> None:
     check_counts(config)
     if config.temperature <= 0:
-        raise ValueError("--temperature must be above 0 in training: greedy reflections have no policy gradient")
+        raise ValueError(
+            "--temperature must be above 0 in training: greedy reflections have no policy gradient"
+        )
     if config.group_size < 2 and (config.baseline != "none" or config.normalise):
-        raise ValueError("--group_size 1 has nothing to compare with: take 2, or --baseline none --normalise False")
+        raise ValueError(
+            "--group_size 1 has nothing to compare with: take 2, or --baseline none --normalise False"
+        )
     if config.kl != "token" and config.kl_on == "all" and config.group == "failure":
-        raise ValueError("--kl_on all holds attempts that were sampled long ago, where only --kl token means anything")
+        raise ValueError(
+            "--kl_on all holds attempts that were sampled long ago, where only --kl token means anything"
+        )
     path = Path(config.failures or "")
     if config.collect and (not config.failures or path.exists() or not path.parent.is_dir()):
-        raise ValueError("--collect writes a new file: name it with --failures, one that does not exist yet")
+        raise ValueError(
+            "--collect writes a new file: name it with --failures, one that does not exist yet"
+        )
 
 
 def known_source(split, sampler, tokenizer, task, config) -> list | None:
-    """What steps draw from: whole episodes the problems themselves, else failures. None: they are to be collected."""
+    """What steps draw from: whole episodes the problems themselves, else failures. None: they are
+    to be collected."""
     if config.group == "episode":
         return split
     collected = Path(config.output_dir) / "failures.jsonl"  # if a run to be resumed came so far
@@ -289,7 +355,9 @@ def known_source(split, sampler, tokenizer, task, config) -> list | None:
 def with_preset(config):
     """The paper's numbers in place of all flags that are at their defaults."""
     paper = PAPER if config.preset == "paper" else {}
-    return replace(config, **{k: v for k, v in paper.items() if getattr(config, k) == getattr(Config, k)})
+    return replace(
+        config, **{k: v for k, v in paper.items() if getattr(config, k) == getattr(Config, k)}
+    )
 
 
 def main(config: Config) -> None:
@@ -300,7 +368,9 @@ def main(config: Config) -> None:
         limits = {"train": config.queries, "validation": config.final_problems}
         task, sampler, tokenizer, splits = prepare(config, limits)
         if task.given and config.group == "episode":
-            raise ValueError(f"--group episode: the first attempts of task '{task.name}' are not the model's own")
+            raise ValueError(
+                f"--group episode: the first attempts of task '{task.name}' are not the model's own"
+            )
         if config.collect:
             failures, success = collect(sampler, tokenizer, task, splits["train"], config)
             write_failures(Path(config.failures), failures, success, sampler.model, config)
@@ -308,7 +378,15 @@ def main(config: Config) -> None:
         check_run(config)
         source, success = known_source(splits["train"], sampler, tokenizer, task, config), None
         if not config.resume:
-            probe(sampler, tokenizer, task, splits["train"], config, "reflect_retry", ["retry_given_failure"])
+            probe(
+                sampler,
+                tokenizer,
+                task,
+                splits["train"],
+                config,
+                "reflect_retry",
+                ["retry_given_failure"],
+            )
         if source is None:
             source, success = collect(sampler, tokenizer, task, splits["train"], config)
         run = open_run(config, contents_of(sampler.model, tokenizer, **splits, failures=source))
@@ -323,16 +401,28 @@ def main(config: Config) -> None:
             rollout, rewards, held = roll_out(sampler, tokenizer, task, chosen, step, config)
             present = torch.ones(rewards.shape[:2])
         else:
-            rollout, rewards, present = roll_out_episodes(sampler, tokenizer, task, chosen, step, config)
+            rollout, rewards, present = roll_out_episodes(
+                sampler, tokenizer, task, chosen, step, config
+            )
         rollout.cache = None  # its memory is wanted for the update
         return make_batch(rollout, rewards, present, held, config)
 
     evaluate_now = watcher(sampler, *shared, "reflect_retry", WATCHED)
     train(config, run, scorer, sampler, tokenizer, config.steps, step_batch, evaluate_now, {})
-    models = {name: load_sampler(path, tokenizer, config) for name, path in before_and_after(run, config).items()}
-    results = {name: evaluate_both(model, *shared, method="reflect_retry") for name, model in models.items()}
+    models = {
+        name: load_sampler(path, tokenizer, config)
+        for name, path in before_and_after(run, config).items()
+    }
+    results = {
+        name: evaluate_both(model, *shared, method="reflect_retry")
+        for name, model in models.items()
+    }
     results["controls"] = compare_after_failure(models["base"], models["trained"], *shared)
-    on_first(write_text, run / "reflections.txt", side_by_side(models["base"], models["trained"], *shared))
+    on_first(
+        write_text,
+        run / "reflections.txt",
+        side_by_side(models["base"], models["trained"], *shared),
+    )
     report(run, results, len(splits["validation"]), COLUMNS)
     distributed.finish()
 

@@ -1,14 +1,18 @@
-"""SCoRe (arXiv 2409.12917): teaches a language model to correct itself, with its own attempts as the only data.
+"""SCoRe (arXiv 2409.12917): teaches a language model to correct itself, with its own attempts as
+the only data.
 
     python score.py                        # the tiny model, a few minutes on two cores
     python score.py --model DIR --task countdown --max_new_tokens 256
 
-Stage I trains the second attempt while a strong KL holds the first one at the base model; Stage II trains both, with a
-bonus on the second attempt for being better than the first. Each step reads like the paper: roll out two attempts,
-verify them, turn verdicts into one advantage a token; the shared loss in loss.py does the rest.
+Stage I trains the second attempt while a strong KL holds the first one at the base model; Stage II
+trains both, with a bonus on the second attempt for being better than the first. Each step reads
+like the paper: roll out two attempts, verify them, turn verdicts into one advantage a token; the
+    shared loss in loss.py does the rest.
 
-Notation: P problems a step, G first attempts of each, K second attempts of each of those; B = P * G * K rows. With
-several processes each has its share of the P problems and of the rows; verdicts are gathered from all of them.
+Notation: P problems a step, G first attempts of each, K second attempts of each of those; B = P * G
+    * K rows. With
+several processes each has its share of the P problems and of the rows; verdicts are gathered from
+all of them.
 """
 
 from dataclasses import dataclass, replace
@@ -16,14 +20,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import distributed
-from chat import follow_up_ids
-from distributed import gather, own, share
-from evaluate import before_and_after, evaluate_both, first_attempts, grade, load_sampler, prepare, probe
-from flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
+from evaluate import (
+    before_and_after,
+    evaluate_both,
+    first_attempts,
+    grade,
+    load_sampler,
+    prepare,
+    probe,
+)
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
-from policy import Batch, make_scorer, pick_problems, row_seeds, unzip
-from training import check_run, contents_of, open_run, report, train, watcher
+from sampling.turns import follow_up_ids
+from training import distributed
+from training.distributed import gather, own, share
+from training.flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.loop import check_run, contents_of, open_run, report, train, watcher
+from training.policy import Batch, make_scorer, pick_problems, row_seeds, unzip
 
 
 @dataclass
@@ -31,17 +43,31 @@ class Config(TrainConfig):
     output_dir: str = flag("runs/score", "the run's directory: new, or to be resumed")
     stage1_steps: int = flag(60, "steps of Stage I (Eq. 3); 0 leaves it out")
     stage2_steps: int = flag(260, "steps of Stage II (Eq. 4)")
-    single_turn: bool = flag(False, "train first attempts alone, in all steps: the paper's 'w/o multi-turn training'")
+    single_turn: bool = flag(
+        False, "train first attempts alone, in all steps: the paper's 'w/o multi-turn training'"
+    )
     problems: int = flag(16, "P, problems a step")
     group_size: int = flag(4, "G, first attempts a problem")
-    second_attempts: int = flag(4, "K, second attempts of each first one; 1 compares across the problem's G instead")
-    alpha: float = flag(10.0, "weight of the bonus alpha * (r2 - r1) on the second attempt in Stage II; 0: no bonus")
-    gamma: float = flag(0.0, "share of the second attempt's reward credited to the first; the paper uses 0")
-    beta1: float = flag(0.05, "KL weight of every attempt, but of the first in Stage I (the paper: 0.01)")
+    second_attempts: int = flag(
+        4, "K, second attempts of each first one; 1 compares across the problem's G instead"
+    )
+    alpha: float = flag(
+        10.0, "weight of the bonus alpha * (r2 - r1) on the second attempt in Stage II; 0: no bonus"
+    )
+    gamma: float = flag(
+        0.0, "share of the second attempt's reward credited to the first; the paper uses 0"
+    )
+    beta1: float = flag(
+        0.05, "KL weight of every attempt, but of the first in Stage I (the paper: 0.01)"
+    )
     beta2: float = flag(1.0, "KL weight of the first attempt in Stage I (the paper: 0.1 and 0.25)")
-    kl_target: float | None = flag(None, "adapt beta2 to keep the first attempt's KL in Stage I near this many nats")
+    kl_target: float | None = flag(
+        None, "adapt beta2 to keep the first attempt's KL in Stage I near this many nats"
+    )
     reference: str = flag(
-        "base", "what Stage II's KL refers to: base, or stage1, its result", choices=("base", "stage1")
+        "base",
+        "what Stage II's KL refers to: base, or stage1, its result",
+        choices=("base", "stage1"),
     )
     baseline: str = flag(
         "leave_one_out",
@@ -55,7 +81,9 @@ class Config(TrainConfig):
         "not the scale against the KL; per_turn cancels alpha altogether, where a baseline has made it a weight",
         choices=("none", "joint", "per_turn"),
     )
-    offline_ratio: float = flag(0.0, "share of steps in which the base model writes the first attempts")
+    offline_ratio: float = flag(
+        0.0, "share of steps in which the base model writes the first attempts"
+    )
 
     @property
     def last_stage(self) -> int:
@@ -72,10 +100,12 @@ def stage_of(step: int, config) -> int:
 
 
 def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
-    """Two attempts at each of this rank's problems: (rollout, r1 (P, G), r2 (P, G, K)); single-turn: r2 is None.
+    """Two attempts at each of this rank's problems: (rollout, r1 (P, G), r2 (P, G, K));
+    single-turn: r2 is None.
 
-    The second attempt is conditioned on the very ids of the first. Offline, the base model writes the first
-    attempts, which are then part of the prompt: they are not sampled from the policy and get no gradient.
+    The second attempt is conditioned on the very ids of the first. Offline, the base model writes
+    the first attempts, which are then part of the prompt: they are not sampled from the policy and
+    get no gradient.
     """
     mine = share(len(chosen))
     problems, prompts = unzip(chosen, mine)
@@ -83,7 +113,9 @@ def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     offline = is_offline(step, config)
     seeds = row_seeds(mine, "first", config.seed, step, each=G)
-    first = first_attempts(base_sampler if offline else sampler, tokenizer, task, problems, prompts, G, seeds, limits)
+    first = first_attempts(
+        base_sampler if offline else sampler, tokenizer, task, problems, prompts, G, seeds, limits
+    )
     rows = [problem for problem in problems for _ in range(G)]
     r1 = grade(tokenizer, task, first, 0, rows)[1].view(P, G)
     if config.single_turn:
@@ -92,14 +124,19 @@ def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
         seeds = row_seeds(mine, "second", config.seed, step, each=G * K)
         second = encode_and_answer(sampler, tokenizer, task.correct, first, K, seeds, limits)
     else:
-        second = sampler.extend(first, follow_up_ids(tokenizer, task.correct, first.last_ids()), K, **limits)
+        second = sampler.extend(
+            first, follow_up_ids(tokenizer, task.correct, first.last_ids()), K, **limits
+        )
     rows = [problem for problem in rows for _ in range(K)]
     r2 = grade(tokenizer, task, second, 1, rows)[1].view(P, G, K)
     return second, r1, r2
 
 
-def encode_and_answer(sampler, tokenizer, message: str, first, group_size: int, seeds, limits: dict):
-    """Second attempts after another model's rollout: one of two turns, in which only the second was sampled."""
+def encode_and_answer(
+    sampler, tokenizer, message: str, first, group_size: int, seeds, limits: dict
+):
+    """Second attempts after another model's rollout: one of two turns, in which only the second was
+    sampled."""
     seams = follow_up_ids(tokenizer, message, first.last_ids())
     prompts = [spoken + seam for spoken, seam in zip(first.row_ids(), seams, strict=True)]
     second = sampler.generate(prompts, group_size, seeds=seeds, **limits)
@@ -124,33 +161,45 @@ def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, 
     return first + config.gamma * second.mean(-1), second
 
 
-def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline: bool = False) -> Tensor:
-    """The advantage of every token of each turn: (B, turns). Offline, the first attempt has none."""
+def turn_advantages(
+    r1: Tensor, r2: Tensor | None, stage: int, config, offline: bool = False
+) -> Tensor:
+    """The advantage of every token of each turn: (B, turns). Offline, the first attempt has
+    none."""
     first, second = returns(r1, r2, stage, config)
     first = subtract_baseline(first, config.baseline)
     if second is None:
         advantages = first.reshape(-1, 1)
     else:
         P, G, K = second.shape
-        second = subtract_baseline(second.view(P * G, K) if K > 1 else second.view(P, G), config.baseline)
+        second = subtract_baseline(
+            second.view(P * G, K) if K > 1 else second.view(P, G), config.baseline
+        )
         first = first[..., None].expand(P, G, K) * (not offline)
         advantages = torch.stack([first.reshape(-1), second.reshape(-1)], dim=1)
     if config.normalise == "none":
         return advantages
-    trained = advantages.ne(0).any(dim=0).expand_as(advantages)  # an idle turn doesn't count in the joint deviation
-    return divide_by_std(advantages, 0 if config.normalise == "per_turn" else None, trained.to(advantages))
+    # an idle turn doesn't count in the joint deviation
+    trained = advantages.ne(0).any(dim=0).expand_as(advantages)
+    return divide_by_std(
+        advantages, 0 if config.normalise == "per_turn" else None, trained.to(advantages)
+    )
 
 
 def turn_kl_coefs(stage: int, beta2: float, config) -> list[float]:
-    """Stage I holds the first attempt with beta2 (Eq. 3); everything else has the ordinary beta1 (Eq. 2, 4)."""
+    """Stage I holds the first attempt with beta2 (Eq. 3); everything else has the ordinary beta1
+    (Eq. 2, 4)."""
     return [beta2 if stage == 1 else config.beta1, config.beta1]
 
 
 def adapt_beta2(beta2: float, kl: float | None, config) -> float:
-    """Stronger by half when the first attempt's KL is beyond 1.5 targets, weaker when it is below 1 / 1.5."""
+    """Stronger by half when the first attempt's KL is beyond 1.5 targets, weaker when it is below 1
+    / 1.5."""
     if config.kl_target is None or kl is None:
         return beta2
-    return beta2 * (1.5 if kl > 1.5 * config.kl_target else 1 / 1.5 if kl < config.kl_target / 1.5 else 1.0)
+    return beta2 * (
+        1.5 if kl > 1.5 * config.kl_target else 1 / 1.5 if kl < config.kl_target / 1.5 else 1.0
+    )
 
 
 def make_batch(rollout, r1, r2, stage: int, beta2: float, config, offline: bool = False) -> Batch:
@@ -175,15 +224,25 @@ def check(config) -> None:
     if config.stage1_steps + config.stage2_steps == 0:
         raise ValueError("--stage1_steps and --stage2_steps are both 0: nothing to train")
     if config.baseline == "leave_one_out" and config.group_size < 2:
-        raise ValueError("--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2")
+        raise ValueError(
+            "--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2"
+        )
     if config.temperature <= 0:
-        raise ValueError("--temperature must be above 0 in training: greedy attempts have no policy gradient")
+        raise ValueError(
+            "--temperature must be above 0 in training: greedy attempts have no policy gradient"
+        )
     if config.reference == "stage1" and (config.single_turn or not config.stage1_steps):
-        raise ValueError("--reference stage1: there is no Stage I; give --stage1_steps, and no --single_turn")
+        raise ValueError(
+            "--reference stage1: there is no Stage I; give --stage1_steps, and no --single_turn"
+        )
     if not 0 <= config.offline_ratio <= 1:
-        raise ValueError(f"--offline_ratio {config.offline_ratio:g}: a share of steps is from 0 to 1")
+        raise ValueError(
+            f"--offline_ratio {config.offline_ratio:g}: a share of steps is from 0 to 1"
+        )
     if config.single_turn and config.offline_ratio:
-        raise ValueError("--offline_ratio is about second attempts: leave it out with --single_turn")
+        raise ValueError(
+            "--offline_ratio is about second attempts: leave it out with --single_turn"
+        )
 
 
 def probed_figures(task, config) -> list[str]:
@@ -196,12 +255,23 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         check(config)
         check_run(config)
-        task, sampler, tokenizer, splits = prepare(config, {"train": None, "validation": config.final_problems})
+        task, sampler, tokenizer, splits = prepare(
+            config, {"train": None, "validation": config.final_problems}
+        )
         if task.given:
-            config = replace(config, offline_ratio=1.0)  # another model's first attempts in every step
+            # another model's first attempts in every step
+            config = replace(config, offline_ratio=1.0)
             check(config)
         if not config.resume:
-            probe(sampler, tokenizer, task, splits["train"], config, "self_correct", probed_figures(task, config))
+            probe(
+                sampler,
+                tokenizer,
+                task,
+                splits["train"],
+                config,
+                "self_correct",
+                probed_figures(task, config),
+            )
         run = open_run(config, contents_of(sampler.model, tokenizer, **splits))
         scorer = make_scorer(sampler.model, config)
     shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
@@ -221,9 +291,21 @@ def main(config: Config) -> None:
 
     evaluate_now = watcher(sampler, *shared, "self_correct")
     steps = config.stage1_steps + config.stage2_steps
-    train(config, run, scorer, sampler, tokenizer, steps, step_batch, evaluate_now, {"beta2": config.beta2})
+    train(
+        config,
+        run,
+        scorer,
+        sampler,
+        tokenizer,
+        steps,
+        step_batch,
+        evaluate_now,
+        {"beta2": config.beta2},
+    )
     models = before_and_after(run, config).items()
-    results = {name: evaluate_both(load_sampler(path, tokenizer, config), *shared) for name, path in models}
+    results = {
+        name: evaluate_both(load_sampler(path, tokenizer, config), *shared) for name, path in models
+    }
     report(run, results, len(splits["validation"]))
     distributed.finish()
 

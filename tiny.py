@@ -1,18 +1,20 @@
-"""Builds `models/tiny`, the embedded base model, from nothing: `python tiny.py`, 40 to 96 minutes on one core.
+"""Builds `models/tiny`, the embedded base model, from nothing: `python tiny.py`, 40 to 96 minutes
+on one core.
 
-A 344k-parameter Llama that plays Countdown with three numbers. Supervised pretraining on made-up conversations gives
-it everything that self-correction needs and nothing that uses it: it derives honestly but plans badly; it can judge
-an answer when asked to; but when asked to fix one it says `ok` or `bad` almost at random, then copies its answer or
-tries another. A short single-turn RL phase sharpens the first attempt. The result stands where the papers start:
-a decent first attempt, and a second one that is worse.
+A 344k-parameter Llama that plays Countdown with three numbers. Supervised pretraining on made-up
+conversations gives it everything that self-correction needs and nothing that uses it: it derives
+honestly but plans badly; it can judge an answer when asked to; but when asked to fix one it says
+`ok` or `bad` almost at random, then copies its answer or tries another. A short single-turn RL
+phase sharpens the first attempt. The result stands where the papers start: a decent first attempt,
+and a second one that is worse.
 
 A word is a token. One turn of each kind:
 
     <user> 8 19 16 make 24 <assistant> 16 / 8 = 2 ; 19 + 2 = 21 <end>
     <user> fix <assistant> bad 19 - 16 = 3 ; 8 * 3 = 24 <end>
     <user> judge <assistant> no <end>
-    <user> reflect <assistant> got 21 try 8 + 19 = 27 ; 27 - 16 = 11 no try 19 - 16 = 3 ; 8 * 3 = 24 yes <end>
-    <user> retry <assistant> 19 - 16 = 3 ; 8 * 3 = 24 <end>
+    <user> reflect <assistant> got 21 try 8 + 19 = 27 ; 27 - 16 = 11 no try 19 - 16 = 3 ; 8 * 3 = 24
+    yes <end> <user> retry <assistant> 19 - 16 = 3 ; 8 * 3 = 24 <end>
 """
 
 import math
@@ -28,9 +30,9 @@ from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import score
-from checkpoint import save_model
-from flags import exit_on_bad_input, flag, parse_args
-from tasks import enumerate_steps, tiny_splits
+from tasks.base import enumerate_steps, tiny_splits
+from training.checkpoint import save_model
+from training.flags import exit_on_bad_input, flag, parse_args
 
 WORDS = "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry + - * / = ;".split()
 VOCABULARY = {word: i for i, word in enumerate(WORDS + [str(n) for n in range(100)])}
@@ -45,7 +47,9 @@ CHAT_TEMPLATE = (
 @dataclass
 class Config:
     output: str = flag("models/tiny", "where the model is saved; must not exist")
-    work_dir: str = flag("runs/tiny", "directory of the run: the pretrained model, and the RL phase")
+    work_dir: str = flag(
+        "runs/tiny", "directory of the run: the pretrained model, and the RL phase"
+    )
     steps: int = flag(4000, "pretraining steps")
     rows: int = flag(256, "conversations a pretraining step")
     lr: float = flag(3e-3, "peak AdamW learning rate of embeddings and norms")
@@ -58,7 +62,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -79,10 +86,11 @@ def build_model() -> LlamaForCausalLM:
 
 
 class Derivations:
-    """Every honest derivation of every set of numbers as arrays, so that a whole batch is drawn at once.
+    """Every honest derivation of every set of numbers as arrays, so that a whole batch is drawn at
+    once.
 
-    tokens (sets, E, 11) ids of `a op b = v ; c op d = w`; value (sets, E), -1 where there is none; first (sets, E)
-    which first step it begins with.
+    tokens (sets, E, 11) ids of `a op b = v ; c op d = w`; value (sets, E), -1 where there is none;
+    first (sets, E) which first step it begins with.
     """
 
     def __init__(self, problems: list[dict]):
@@ -104,11 +112,13 @@ class Derivations:
         self.target = np.array([p["target"] for p in problems])  # (problems,)
         self.nums = np.array([p["nums"] for p in problems])  # (problems, 3)
 
-    def draw(self, problem: np.ndarray, solved: float, careless: float, rng) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, problem: np.ndarray, solved: float, careless: float, rng
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One derivation for each of `problem` (B,): tokens (B, 11) and value (B,).
 
-        With probability `solved` a solution, with `careless` any derivation, else a random first step and the
-        second step that comes closest to the target.
+        With probability `solved` a solution, with `careless` any derivation, else a random first
+        step and the second step that comes closest to the target.
         """
         value, first = self.value[self.set[problem]], self.first[self.set[problem]]  # (B, E)
         noise = rng.random(value.shape)
@@ -120,12 +130,15 @@ class Derivations:
         cost = np.where(kind < solved, error, np.where(kind < solved + careless, noise, nearest))
         cost[value < 0] = np.inf
         choice = cost.argmin(axis=1)[:, None]
-        tokens = np.take_along_axis(self.tokens[self.set[problem]], choice[:, :, None], axis=1)[:, 0]
+        tokens = np.take_along_axis(self.tokens[self.set[problem]], choice[:, :, None], axis=1)[
+            :, 0
+        ]
         return tokens, np.take_along_axis(value, choice, axis=1)[:, 0]
 
 
 class Conversations:
-    """Draws batches of made-up conversations: ids (B, T), and labels (B, T) with -100 where the user speaks."""
+    """Draws batches of made-up conversations: ids (B, T), and labels (B, T) with -100 where the
+    user speaks."""
 
     def __init__(self, rows: int, seed: int):
         self.derivations = Derivations(tiny_splits()["train"])
@@ -141,10 +154,13 @@ class Conversations:
 
     def opening(self, count: int, wrong_only: bool = False):
         """`<user> a b c make t <assistant>`, and a first attempt at it."""
-        problem = self.rng.integers(len(self.derivations.set), size=count * (2 if wrong_only else 1))
+        problem = self.rng.integers(
+            len(self.derivations.set), size=count * (2 if wrong_only else 1)
+        )
         tokens, right, value = self.attempt(problem)
         if wrong_only:
-            keep = np.argsort(right, kind="stable")[:count]  # nearly always enough are wrong; a few right ones slip in
+            # nearly always enough are wrong; a few right ones slip in
+            keep = np.argsort(right, kind="stable")[:count]
             problem, tokens, right, value = problem[keep], tokens[keep], right[keep], value[keep]
         order = self.rng.permuted(self.derivations.nums[problem], axis=1)
         prompt = [
@@ -190,7 +206,8 @@ class Conversations:
         ])  # fmt: skip
 
     def reflections(self, count: int, tries: int):
-        """wrong attempt, reflect (value reached, plans tried and judged), retry: 40 + 13 * tries tokens."""
+        """wrong attempt, reflect (value reached, plans tried and judged), retry: 40 + 13 * tries
+        tokens."""
         problem, prompt, first, _, value = self.opening(count, wrong_only=True)
         end = self.turn(count, "<end>")
         reflection = [self.turn(count, "got"), NUMBER + value[:, None]]
@@ -209,12 +226,16 @@ class Conversations:
         """One step's conversations, a micro-batch for each length."""
         n = self.rows // 16
         parts = [self.corrections(9 * n), self.judgements(2 * n)]
-        parts += [self.reflections(n * share // 2, tries) for tries, share in zip((1, 2, 3, 4), (4, 3, 2, 1))]
+        parts += [
+            self.reflections(n * share // 2, tries)
+            for tries, share in zip((1, 2, 3, 4), (4, 3, 2, 1))
+        ]
         return [(torch.from_numpy(ids), torch.from_numpy(labels)) for ids, labels in parts]
 
 
 def pretrain(model, config: Config) -> float:
-    """Muon on the layers' matrices, AdamW on the rest, one cosine; returns the last step's loss, nats a token."""
+    """Muon on the layers' matrices, AdamW on the rest, one cosine; returns the last step's loss,
+    nats a token."""
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(inner, lr=config.muon_lr, weight_decay=0.01)
@@ -223,7 +244,10 @@ def pretrain(model, config: Config) -> float:
     progress = trange(config.steps, desc="pretraining")
     for step in progress:
         scale = min(1, step / 100) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = config.muon_lr * scale, config.lr * scale
+        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = (
+            config.muon_lr * scale,
+            config.lr * scale,
+        )
         parts = conversations.batch()
         spoken = sum(int((labels != -100).sum()) for _, labels in parts)
         total = 0.0
@@ -245,7 +269,9 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         for path in (work / "rl", output):
             if path.exists():
-                raise ValueError(f"{path} exists: move it away, or name others with --work_dir and --output")
+                raise ValueError(
+                    f"{path} exists: move it away, or name others with --work_dir and --output"
+                )
     torch.set_num_threads(1)  # so that the same weights come out on any number of cores
     if not (work / "pretrained").exists():  # else an earlier run got that far
         torch.manual_seed(config.seed)

@@ -1,6 +1,7 @@
 """Verifiers: response text -> bool.
 
-Each is a pure function that never raises on any response text and never calls `eval`. A verdict is about the answer
+Each is a pure function that never raises on any response text and never calls `eval`. A verdict is
+about the answer
 alone: a response in the wrong format is a wrong answer.
 """
 
@@ -12,13 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 
-import grader
-import sandbox
+from sandbox import grader
+from sandbox import run as sandbox
 
 MAX_ANSWER_CHARS = 1000
 TOKEN = re.compile(r"[ \t\r\n]*(?:(0|[1-9][0-9]*)(?![0-9])|([-+*/()]))")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3}
-BRACES = re.compile(r"\\?\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # a brace after a backslash is a character
+# a brace after a backslash is a character
+BRACES = re.compile(r"\\?\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 FINAL_ANSWER = re.compile(r"final answer is", re.IGNORECASE)
 MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|\*\*")
@@ -31,14 +33,19 @@ def extract_answer(response: str) -> str | None:
     """The text of the last `<answer>…</answer>` after the last `</think>`, or None."""
     text = response.rpartition("</think>")[2]
     start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
-    return None if start < 0 else text[start + len("<answer>") : text.index("</answer>", start)].strip(" \t\r\n")
+    return (
+        None
+        if start < 0
+        else text[start + len("<answer>") : text.index("</answer>", start)].strip(" \t\r\n")
+    )
 
 
 def verify_countdown(response: str, numbers: list[int], target: int) -> bool:
-    """True if the tagged answer is an arithmetic expression equal to `target` that uses each number exactly once.
+    """True if the tagged answer is an arithmetic expression equal to `target` that uses each number
+    exactly once.
 
-    Integers as given, `+ - * /`, parentheses and unary signs, in exact rational arithmetic. Anything else, an
-    `= target` inside the tag or more than 1,000 characters included, is False.
+    Integers as given, `+ - * /`, parentheses and unary signs, in exact rational arithmetic.
+    Anything else, an `= target` inside the tag or more than 1,000 characters included, is False.
     """
     answer = extract_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
@@ -97,7 +104,8 @@ def _evaluate(tokens: list[int | str]) -> Fraction | None:
 
 
 def _reduce(values: list[Fraction], operators: list[str], precedence: int) -> None:
-    """Applies the operators on top of the stack that bind at least as tightly, back to an opening parenthesis."""
+    """Applies the operators on top of the stack that bind at least as tightly, back to an opening
+    parenthesis."""
     while operators and operators[-1] != "(" and PRECEDENCE[operators[-1]] >= precedence:
         operator, right = operators.pop(), values.pop()
         if operator in ("neg", "pos"):
@@ -113,10 +121,11 @@ def _reduce(values: list[Fraction], operators: list[str], precedence: int) -> No
 
 
 def run_steps(response: str, numbers: list[int]) -> int | None:
-    """The value that an honest derivation in the tiny step format reaches, or None if it is not one.
+    """The value that an honest derivation in the tiny step format reaches, or None if it is not
+    one.
 
-    `16 / 8 = 2 ; 19 + 2 = 21`: every step combines two values still unused, states their exact result, an integer
-    from 0 to 99, and puts it back; one value is left at the end.
+    `16 / 8 = 2 ; 19 + 2 = 21`: every step combines two values still unused, states their exact
+    result, an integer from 0 to 99, and puts it back; one value is left at the end.
     """
     unused = [str(n) for n in numbers]
     value = None
@@ -151,9 +160,11 @@ def step_result(left: int, operator: str, right: int) -> int | None:
 
 
 def verify_math(response: str, answer: str, timeout: float = grader.TIMEOUT) -> bool:
-    """True if math-verify finds the response's answer equal to `answer`, LaTeX or a plain number such as 1,234.
+    """True if math-verify finds the response's answer equal to `answer`, LaTeX or a plain number
+    such as 1,234.
 
-    Exact: what agrees after rounding only is different. Over 1,000 characters, or over `timeout` seconds of processor
+    Exact: what agrees after rounding only is different. Over 1,000 characters, or over `timeout`
+        seconds of processor
     time: False. A grader that can't be started raises ImportError or RuntimeError.
     """
     given = extract_math(response)
@@ -163,7 +174,8 @@ def verify_math(response: str, answer: str, timeout: float = grader.TIMEOUT) -> 
 
 
 def extract_math(response: str) -> str | None:
-    """What the last balanced `\\boxed{…}` after the last `</think>` holds; else the text after "final answer is".
+    """What the last balanced `\\boxed{…}` after the last `</think>` holds; else the text after
+    "final answer is".
 
     Of that text, the formula it begins with, or its first sentence.
     """
@@ -177,7 +189,8 @@ def extract_math(response: str) -> str | None:
     text = text.lstrip(" \t\r\n:*")
     span = MATH_SPAN.match(text)
     answer = (span[span.lastindex] if span else SENTENCE_END.split(text, maxsplit=1)[0]).strip()
-    return answer if _last_boxed(rf"\boxed{{{answer}}}") == answer else None  # braces that don't match: no answer
+    # braces that don't match: no answer
+    return answer if _last_boxed(rf"\boxed{{{answer}}}") == answer else None
 
 
 def _last_boxed(text: str) -> str | None:
@@ -202,15 +215,17 @@ def _without_full_stop(answer: str) -> str:
 def verify_function_call(response: str, calls: list[dict]) -> bool:
     """True if the response is a JSON list of exactly these calls, in any order.
 
-    calls: `{"name", "arguments"}` objects (APIGen), or the BFCL's `{name: {argument: [accepted values]}}`, where ""
-        among the accepted values makes an argument optional and objects list accepted values for each of their fields.
+    calls: `{"name", "arguments"}` objects (APIGen), or the BFCL's `{name: {argument: [accepted
+        values]}}`, where "" among the accepted values makes an argument optional and objects list
+        accepted values for each of their fields.
     """
     given, gold = extract_calls(response), _parse_json(json.dumps(calls))
     return given is not None and len(given) == len(gold) and _matches_one_to_one(given, gold)
 
 
 def extract_calls(response: str) -> list[dict] | None:
-    """The calls in a response that is a JSON list of them after its thoughts, in a code fence or not; or None."""
+    """The calls in a response that is a JSON list of them after its thoughts, in a code fence or
+    not; or None."""
     text = response.rpartition("</think>")[2].strip(" \t\r\n")
     fence = FENCE.fullmatch(text)
     try:
@@ -221,7 +236,8 @@ def extract_calls(response: str) -> list[dict] | None:
 
 
 def _parse_json(text: str):
-    """Numbers become Decimal: 3 is 3.0, but 10**20 + 1 is not 1e20. Duplicate keys, NaN and Infinity: ValueError."""
+    """Numbers become Decimal: 3 is 3.0, but 10**20 + 1 is not 1e20. Duplicate keys, NaN and
+    Infinity: ValueError."""
 
     def unique(pairs: list[tuple]) -> dict:
         if len(dict(pairs)) != len(pairs):
@@ -232,7 +248,11 @@ def _parse_json(text: str):
         raise ValueError(f"{name} is not JSON")
 
     return json.loads(
-        text, object_pairs_hook=unique, parse_int=Decimal, parse_float=Decimal, parse_constant=no_constant
+        text,
+        object_pairs_hook=unique,
+        parse_int=Decimal,
+        parse_float=Decimal,
+        parse_constant=no_constant,
     )
 
 
@@ -247,14 +267,17 @@ def _is_list_of_calls(value) -> bool:
 
 
 def _matches_one_to_one(given: list[dict], gold: list[dict]) -> bool:
-    """A perfect matching by augmenting paths: where accepted values overlap, first come first served is not enough."""
+    """A perfect matching by augmenting paths: where accepted values overlap, first come first
+    served is not enough."""
     fits = [[j for j, wanted in enumerate(gold) if _is_call(call, wanted)] for call in given]
     owner: dict[int, int] = {}
     place: dict[int, int] = {}
     return all(_find_place(i, fits, owner, place) for i in range(len(given)))
 
 
-def _find_place(i: int, fits: list[list[int]], owner: dict[int, int], place: dict[int, int]) -> bool:
+def _find_place(
+    i: int, fits: list[list[int]], owner: dict[int, int], place: dict[int, int]
+) -> bool:
     """Breadth first, because a recursive search would overflow on a thousand calls."""
     wanted_by: dict[int, int] = {}
     queue = [i]
@@ -292,11 +315,16 @@ def _same(value, gold) -> bool:
 
 
 def _is_accepted(value, gold) -> bool:
-    """The same, where every field of an object in `gold` lists its accepted values, or has the only one."""
+    """The same, where every field of an object in `gold` lists its accepted values, or has the only
+    one."""
     if isinstance(value, dict) and isinstance(gold, dict):
-        fields = {key: wanted if isinstance(wanted, list) else [wanted] for key, wanted in gold.items()}
+        fields = {
+            key: wanted if isinstance(wanted, list) else [wanted] for key, wanted in gold.items()
+        }
         return value.keys() <= fields.keys() and all(
-            any(_is_accepted(value[key], one) for one in accepted) if key in value else "" in accepted
+            any(_is_accepted(value[key], one) for one in accepted)
+            if key in value
+            else "" in accepted
             for key, accepted in fields.items()
         )
     if isinstance(value, list) and isinstance(gold, list):
@@ -305,41 +333,53 @@ def _is_accepted(value, gold) -> bool:
 
 
 def extract_code(response: str) -> str:
-    """The program in a response, of what follows the last `</think>`: the last fenced block that is not blank, closed
-    or not; else what stands between the last `[BEGIN]` and `[DONE]`; else all of it.
+    """The program in a response, of what follows the last `</think>`: the last fenced block that is
+    not blank, closed or not; else what stands between the last `[BEGIN]` and `[DONE]`; else all of
+    it.
     """
     text = response.rpartition("</think>")[2]
     blocks, open_ = [], False
     for fence in CODE_FENCE.finditer(text):
-        if open_ and not fence[2]:  # a fence that names a language opens a block, even if the last was not closed
+        # a fence that names a language opens a block, even if the last was not closed
+        if open_ and not fence[2]:
             blocks[-1][1] = fence.start()
         else:
             blocks.append([fence.end(), len(text), len(fence[1])])
         open_ = not open_ or bool(fence[2])
     for start, end, indent in reversed(blocks):
         if not text[start:end].isspace() and start < end:
-            return re.sub(f"^[ \\t]{{0,{indent}}}", "", text[start:end].strip("\r\n"), flags=re.MULTILINE)
+            return re.sub(
+                f"^[ \\t]{{0,{indent}}}", "", text[start:end].strip("\r\n"), flags=re.MULTILINE
+            )
     if blocks:
         return ""
     before, begin, after = text.rpartition("[BEGIN]")
     return (after if begin else before + after).partition("[DONE]")[0].strip("\r\n")
 
 
-def verify_code(program: str, tests: list[str] | str, entry_point: str | None = None, timeout: float = 5.0) -> bool:
-    """True if every test holds within `timeout` seconds; the program runs in the sandbox and can't tell what is tested.
+def verify_code(
+    program: str, tests: list[str] | str, entry_point: str | None = None, timeout: float = 5.0
+) -> bool:
+    """True if every test holds within `timeout` seconds; the program runs in the sandbox and can't
+    tell what is tested.
 
-    tests: assert statements, any set-up code first, or one text. With an entry_point, HumanEval's form: the tests
-    define `check(candidate)`. Tests that don't compile are a ValueError, a sandbox that can't be had a SandboxError.
+    tests: assert statements, any set-up code first, or one text. With an entry_point, HumanEval's
+        form: the tests
+    define `check(candidate)`. Tests that don't compile are a ValueError, a sandbox that can't be
+    had a SandboxError.
     """
     tests = tests if isinstance(tests, str) else "\n".join(tests)
     return sandbox.run_tests(program, tests, entry_point, timeout)
 
 
-def verify_batch(verify: Callable[[str, dict], bool], texts: list[str], problems: list[dict], workers: int = 1):
-    """`verify(text, problem)` of every pair, in order: a list of bool. What a verifier raises is raised.
+def verify_batch(
+    verify: Callable[[str, dict], bool], texts: list[str], problems: list[dict], workers: int = 1
+):
+    """`verify(text, problem)` of every pair, in order: a list of bool. What a verifier raises is
+    raised.
 
-    workers: threads, for verifiers that wait for a process of their own (mathematics, code); the others take 1. One
-        verdict that hangs until its timeout does not keep the others waiting.
+    workers: threads, for verifiers that wait for a process of their own (mathematics, code); the
+        others take 1. One verdict that hangs until its timeout does not keep the others waiting.
     """
     if workers == 1:
         return [verify(text, problem) for text, problem in zip(texts, problems, strict=True)]

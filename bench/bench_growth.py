@@ -2,8 +2,9 @@
 
     python bench/bench_growth.py
 
-Random Llama models, so nothing to download. Writes results/growth.csv and a log-log plot, results/growth.png, in which
-a slope of 1 is proportional; it is fitted to the three largest sizes of a series.
+Random Llama models, so nothing to download. Writes results/growth.csv and a log-log plot,
+results/growth.png, in which a slope of 1 is proportional; it is fitted to the three largest sizes
+of a series.
 """
 
 import copy
@@ -19,11 +20,23 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import ROOT, BenchConfig, clock, draw_ids, finish, flag, interleave, parse_args, print_table, ready, spread
-from flags import TrainConfig
-from policy import Batch, update
+from common import (
+    ROOT,
+    BenchConfig,
+    clock,
+    draw_ids,
+    finish,
+    flag,
+    interleave,
+    parse_args,
+    print_table,
+    ready,
+    spread,
+)
 from sampler import Sampler
-from scorer import Scorer
+from training.flags import TrainConfig
+from training.policy import Batch, update
+from training.scorer import Scorer
 
 HEAD, VOCABULARY, PROMPT = 32, 4096, 32
 LABELS = {
@@ -41,7 +54,9 @@ class Config(BenchConfig):
     batches: str = flag("1,2,4,8,16,32,64,128,256", "rows, 32 tokens each")
     lengths: str = flag("16,32,64,128,256,512", "sampled tokens a row, 32 rows")
     hidden_sizes: str = flag("128,256,512,1024", "of the models that grow, 32 rows of 32 tokens")
-    tokens: str = flag("512,1024,2048,4096,8192", "tokens of an update, half of them sampled, 64 a row")
+    tokens: str = flag(
+        "512,1024,2048,4096,8192", "tokens of an update, half of them sampled, 64 a row"
+    )
     output: str = flag("results/growth", "the files, without their endings")
 
     def sizes(self, name: str) -> list[int]:
@@ -60,7 +75,9 @@ def make_model(hidden_size: int, config: Config):
         tie_word_embeddings=True,
         eos_token_id=None,
     )
-    return ready(AutoModelForCausalLM.from_config(shape), config, PROMPT + max(config.sizes("lengths")))
+    return ready(
+        AutoModelForCausalLM.from_config(shape), config, PROMPT + max(config.sizes("lengths"))
+    )
 
 
 def make_sampler(model) -> Sampler:
@@ -76,7 +93,8 @@ def roll_out(sampler: Sampler, rows: int, length: int):
 
 
 def update_job(sampler: Sampler, tokens: int, config: Config):
-    """An update of one batch, as often as it is called: forward, reference, loss, backward, AdamW."""
+    """An update of one batch, as often as it is called: forward, reference, loss, backward,
+    AdamW."""
     rollout = roll_out(sampler, max(1, tokens // (2 * PROMPT)), PROMPT)
     rollout.cache = None
     weights = rollout.action_mask.float()
@@ -100,7 +118,9 @@ def make_jobs(config: Config) -> dict[tuple[str, int], object]:
         jobs["length", length] = lambda length=length: roll_out(base, 32, length)
     for hidden_size in config.sizes("hidden_sizes"):
         sampler = sampler_of(hidden_size)
-        jobs["model", sampler.model.num_parameters()] = lambda sampler=sampler: roll_out(sampler, 32, 32)
+        jobs["model", sampler.model.num_parameters()] = lambda sampler=sampler: roll_out(
+            sampler, 32, 32
+        )
     trained = make_sampler(make_model(config.hidden_size, config))
     for tokens in config.sizes("tokens"):
         jobs["update", tokens] = update_job(trained, tokens, config)
@@ -112,7 +132,10 @@ def measure(config: Config) -> dict[str, dict[int, list[float]]]:
     jobs = make_jobs(config)
     for job in jobs.values():
         job()
-    runs = interleave({key: lambda job=job: clock(job, config.device)[0] for key, job in jobs.items()}, config.repeats)
+    runs = interleave(
+        {key: lambda job=job: clock(job, config.device)[0] for key, job in jobs.items()},
+        config.repeats,
+    )
     series = {name: {} for name in LABELS}
     for (name, size), seconds in runs.items():
         series[name][size] = seconds
@@ -134,7 +157,9 @@ def write_csv(path: Path, series: dict) -> None:
         writer.writerow(("series", "size", "round", "seconds"))
         for name, points in series.items():
             for size, seconds in points.items():
-                writer.writerows((name, size, number, f"{second:.5g}") for number, second in enumerate(seconds))
+                writer.writerows(
+                    (name, size, number, f"{second:.5g}") for number, second in enumerate(seconds)
+                )
 
 
 def draw(path: Path, series: dict) -> None:
@@ -148,11 +173,19 @@ def draw(path: Path, series: dict) -> None:
         sizes = sorted(points)
         for size in sizes:
             axis.plot([size] * len(points[size]), points[size], ".", color="tab:gray", markersize=3)
-        axis.plot(sizes, [median(points[size]) for size in sizes], "o-", color="tab:blue", markersize=4)
-        axis.set(xscale="log", yscale="log", xlabel=LABELS[name], ylabel="seconds" if axis is axes[0] else "")
+        axis.plot(
+            sizes, [median(points[size]) for size in sizes], "o-", color="tab:blue", markersize=4
+        )
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel=LABELS[name],
+            ylabel="seconds" if axis is axes[0] else "",
+        )
         axis.xaxis.minorticks_off()
         labels = [
-            f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size / 1e3:.0f}k" if size >= 1e4 else size for size in sizes
+            f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size / 1e3:.0f}k" if size >= 1e4 else size
+            for size in sizes
         ]
         axis.set_xticks(sizes, labels, fontsize=8, rotation=45)
         if (steepness := slope(points)) is not None:
@@ -166,7 +199,11 @@ def main(config: Config) -> None:
     series, path = measure(config), ROOT / config.output
     write_csv(path.with_suffix(".csv"), series)
     draw(path.with_suffix(".png"), series)
-    rows = [(LABELS[n], size, spread(s, 4)) for n, points in series.items() for size, s in points.items()]
+    rows = [
+        (LABELS[n], size, spread(s, 4))
+        for n, points in series.items()
+        for size, s in points.items()
+    ]
     print_table(("", "size", "seconds"), rows)
     slopes = {f"slope_{name}": points and slope(points) for name, points in series.items()}
     finish(config, **{key: value and round(value, 3) for key, value in slopes.items()})

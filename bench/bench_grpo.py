@@ -1,11 +1,13 @@
-"""One whole GRPO step, ours against TRL's: rollout, reference pass, loss, backward, AdamW; time and peak memory.
+"""One whole GRPO step, ours against TRL's: rollout, reference pass, loss, backward, AdamW; time and
+peak memory.
 
     python bench/bench_grpo.py --model DIR --trl_python TRL_ENVIRONMENT/bin/python
 
-Single-turn, P prompts x a group of G, a KL to the reference, one update of one batch, the same response lengths on both
-sides. Each side runs in processes of its own, in turn, so that peaks are theirs alone. bench/requirements-trl.txt is
-TRL's environment. TRL runs as it comes (gradient checkpointing on, all rows in one micro-batch), with checkpointing
-off, and that in micro-batches of 8 rows; ours runs with and without checkpointing, all rows in one micro-batch.
+Single-turn, P prompts x a group of G, a KL to the reference, one update of one batch, the same
+response lengths on both sides. Each side runs in processes of its own, in turn, so that peaks are
+theirs alone. bench/requirements-trl.txt is TRL's environment. TRL runs as it comes (gradient
+checkpointing on, all rows in one micro-batch), with checkpointing off, and that in micro-batches of
+8 rows; ours runs with and without checkpointing, all rows in one micro-batch.
 """
 
 import copy
@@ -34,13 +36,13 @@ from common import (
     ratio,
     spread,
 )
-from flags import TrainConfig
 from loss import divide_by_std, subtract_baseline
 from loss import spread as spread_turns
-from policy import Batch, update
 from sampler import Sampler
-from scorer import Scorer
-from tasks import TASKS
+from tasks.base import TASKS
+from training.flags import TrainConfig
+from training.policy import Batch, update
+from training.scorer import Scorer
 
 TRL_SIDES = {
     "TRL": {"checkpointing": True, "micro": None},
@@ -49,16 +51,28 @@ TRL_SIDES = {
 }
 OUR_SIDES = {
     "ours, k3": {"kl": "k3", "token_budget": TrainConfig.token_budget, "checkpointing": False},
-    "ours, exact": {"kl": "exact", "token_budget": TrainConfig.token_budget, "checkpointing": False},
-    "ours, k3, checkpointing": {"kl": "k3", "token_budget": TrainConfig.token_budget, "checkpointing": True},
+    "ours, exact": {
+        "kl": "exact",
+        "token_budget": TrainConfig.token_budget,
+        "checkpointing": False,
+    },
+    "ours, k3, checkpointing": {
+        "kl": "k3",
+        "token_budget": TrainConfig.token_budget,
+        "checkpointing": True,
+    },
 }
 
 
 @dataclass
 class Config(BenchConfig):
     model: str = flag("models/tiny", "model directory")
-    trl_python: str | None = flag(None, "python of an environment with TRL; without it only our side runs")
-    dtype: str | None = flag("float32", "float32 or bfloat16, of weights and arithmetic on both sides")
+    trl_python: str | None = flag(
+        None, "python of an environment with TRL; without it only our side runs"
+    )
+    dtype: str | None = flag(
+        "float32", "float32 or bfloat16, of weights and arithmetic on both sides"
+    )
     prompts: int = flag(4, "P, prompts a step")
     group_size: int = flag(8, "G, completions of each")
     median_tokens: float = flag(11.0, "median response length; of 32 rows the mean is about 20")
@@ -72,11 +86,16 @@ class Config(BenchConfig):
 def make_job(config: Config) -> dict:
     """All that either side needs to know, of plain types."""
     rng = random.Random(config.seed)
-    problems = [{"nums": rng.sample(range(1, 100), 3), "target": rng.randint(10, 99)} for _ in range(config.prompts)]
-    prompts = [TASKS["countdown"].prompt(problem).partition(", without")[0] for problem in problems]  # about 50 tokens
+    problems = [
+        {"nums": rng.sample(range(1, 100), 3), "target": rng.randint(10, 99)}
+        for _ in range(config.prompts)
+    ]
+    # about 50 tokens
+    prompts = [TASKS["countdown"].prompt(problem).partition(", without")[0] for problem in problems]
     rows = config.prompts * config.group_size
     lengths = draw_lengths(rng, rows, config.median_tokens, config.max_new_tokens)
-    lengths[rng.randrange(rows)] = config.max_new_tokens  # the longest is always there: it decides how long one waits
+    # the longest is always there: it decides how long one waits
+    lengths[rng.randrange(rows)] = config.max_new_tokens
     return asdict(config) | {"prompts": prompts, "lengths": lengths}
 
 
@@ -88,13 +107,17 @@ def our_batch(sampler: Sampler, prompts: list, job: dict, rng: torch.Generator) 
     advantages = divide_by_std(subtract_baseline(rewards, "group_mean"), dim=1).view(-1, 1)
     kl_coef = torch.full_like(advantages, job["beta"])
     tokens = float(rollout.action_mask.sum())
-    return Batch(rollout, spread_turns(advantages, rollout), spread_turns(kl_coef, rollout), tokens, {})
+    return Batch(
+        rollout, spread_turns(advantages, rollout), spread_turns(kl_coef, rollout), tokens, {}
+    )
 
 
 def our_steps(job: dict) -> dict:
     """What trl_step.py does, with this project's parts."""
     bench = BenchConfig(device=job["device"], dtype=job["dtype"])
-    model, tokenizer = load(job["model"], bench, max(map(len, job["prompts"])) + job["max_new_tokens"])
+    model, tokenizer = load(
+        job["model"], bench, max(map(len, job["prompts"])) + job["max_new_tokens"]
+    )
     scorer = Scorer(model, copy.deepcopy(model), checkpointing=job["checkpointing"])
     sampler = Sampler(model, tokenizer)
     sampler.is_stop[:] = False  # lengths are the job's
@@ -107,13 +130,19 @@ def our_steps(job: dict) -> dict:
     result = {"seconds": [], "rollout": [], "loaded_mib": memory_mib(job["device"], peak=False)}
     for _ in range(job["steps"] + 1):
         rollout_seconds, batch = clock(lambda: our_batch(sampler, prompts, job, rng), job["device"])
-        update_seconds, _ = clock(lambda: update(scorer, optimizer, batch, train_config), job["device"])  # noqa: B023
+        update_seconds, _ = clock(
+            lambda: update(scorer, optimizer, batch, train_config), job["device"]
+        )  # noqa: B023
         result["seconds"].append(rollout_seconds + update_seconds)
         result["rollout"].append(rollout_seconds)
     result = {key: value[1:] if isinstance(value, list) else value for key, value in result.items()}
     sampled = int(batch.rollout.action_mask.sum())
     prompt_tokens = sum(map(len, prompts)) * job["group_size"]
-    return result | {"prompt_tokens": prompt_tokens, "sampled_tokens": sampled, "peak_mib": memory_mib(job["device"])}
+    return result | {
+        "prompt_tokens": prompt_tokens,
+        "sampled_tokens": sampled,
+        "peak_mib": memory_mib(job["device"]),
+    }
 
 
 def compare(config: Config) -> dict[str, dict]:
@@ -130,14 +159,18 @@ def compare(config: Config) -> dict[str, dict]:
         runs = interleave(jobs, config.repeats)
     work = {(run["prompt_tokens"], run["sampled_tokens"]) for side in runs.values() for run in side}
     if len(work) > 1:
-        raise RuntimeError(f"the sides did not do the same work: {work} (prompt tokens, sampled tokens)")
+        raise RuntimeError(
+            f"the sides did not do the same work: {work} (prompt tokens, sampled tokens)"
+        )
     return {name: merge(side) for name, side in runs.items()}
 
 
 def merge(runs: list[dict]) -> dict:
     """Steps of all processes in one list, memory one value a process."""
     lists = {key: [second for run in runs for second in run[key]] for key in ("seconds", "rollout")}
-    lists["rest"] = [whole - part for whole, part in zip(lists["seconds"], lists["rollout"], strict=True)]
+    lists["rest"] = [
+        whole - part for whole, part in zip(lists["seconds"], lists["rollout"], strict=True)
+    ]
     lists["peak_mib"] = [run["peak_mib"] for run in runs]
     lists["above_mib"] = [run["peak_mib"] - run["loaded_mib"] for run in runs]
     return lists | {key: runs[0].get(key) for key in ("prompt_tokens", "sampled_tokens", "trl")}
@@ -148,10 +181,18 @@ def main(config: Config) -> None:
     some = next(iter(sides.values()))
     print(f"{config.prompts * config.group_size} rows: {some['prompt_tokens']} prompt tokens, {some['sampled_tokens']} "
           f"sampled, at most {config.max_new_tokens} a row")  # fmt: skip
-    header = ("", "step, s", "rollout, s", "the rest, s", "peak, MiB", "above the loaded models, MiB")
+    header = (
+        "",
+        "step, s",
+        "rollout, s",
+        "the rest, s",
+        "peak, MiB",
+        "above the loaded models, MiB",
+    )
     memory, seconds = ("peak_mib", "above_mib"), ("seconds", "rollout", "rest")
     cells = {
-        name: [spread(side[k]) for k in seconds] + [spread(side[k], 0) for k in memory] for name, side in sides.items()
+        name: [spread(side[k]) for k in seconds] + [spread(side[k], 0) for k in memory]
+        for name, side in sides.items()
     }
     print_table(header, [(name, *row) for name, row in cells.items()])
     if not config.trl_python:
@@ -160,8 +201,14 @@ def main(config: Config) -> None:
     for label, theirs in zip(("trl", "trl_no_checkpointing", "trl_8_rows"), TRL_SIDES, strict=True):
         for kind, name in zip(("k3", "exact", "k3_checkpointing"), OUR_SIDES, strict=True):
             ours, other = sides[name], sides.get(theirs)
-            for prefix, key in (("speedup", "seconds"), ("memory_ratio", "peak_mib"), ("above_ratio", "above_mib")):
-                figures[f"{prefix}_{kind}_over_{label}"] = ratio(other[key], ours[key]) if other else None
+            for prefix, key in (
+                ("speedup", "seconds"),
+                ("memory_ratio", "peak_mib"),
+                ("above_ratio", "above_mib"),
+            ):
+                figures[f"{prefix}_{kind}_over_{label}"] = (
+                    ratio(other[key], ours[key]) if other else None
+                )
     finish(config, **figures, sides=sides)
 
 

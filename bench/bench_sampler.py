@@ -1,11 +1,13 @@
-"""Our sampler against `model.generate` on what RL asks of one: groups of first attempts, then a second turn of each.
+"""Our sampler against `model.generate` on what RL asks of one: groups of first attempts, then a
+second turn of each.
 
     python bench/bench_sampler.py --model DIR
 
-Both sample the same number of tokens in every row: lengths are drawn from one seed, and stop tokens are off. Generate
-runs at the best setting that a short measurement finds: kind of cache, compiled or not, rows a call. It gets its rows
-sorted by length, padded on the left, and in the second turn the whole conversation, since it keeps no cache of rows
-that ended at different places. Prompts are random ids: neither side's time depends on them.
+Both sample the same number of tokens in every row: lengths are drawn from one seed, and stop tokens
+are off. Generate runs at the best setting that a short measurement finds: kind of cache, compiled
+or not, rows a call. It gets its rows sorted by length, padded on the left, and in the second turn
+the whole conversation, since it keeps no cache of rows that ended at different places. Prompts are
+random ids: neither side's time depends on them.
 """
 
 import random
@@ -49,7 +51,9 @@ class Config(BenchConfig):
     max_new_tokens: int = flag(256, "longest response")
     instruction: int = flag(12, "tokens of the second turn's prompt")
     mode: str = flag("both", "greedy, sampled or both", choices=("both", *MODES))
-    cache: str | None = flag(None, "generate's: dynamic, static or compiled (static); default: the fastest")
+    cache: str | None = flag(
+        None, "generate's: dynamic, static or compiled (static); default: the fastest"
+    )
     rows: int | None = flag(None, "rows a call of generate; default: the fastest of 32, 64, 128")
     try_compiled: bool = flag(
         True, "measure the compiled static cache too; compiling takes minutes, and a C++ compiler"
@@ -67,7 +71,9 @@ class Workload(NamedTuple):
     lengths: tuple[list[int], list[int]]  # of each turn's response, of each row
 
     def shortened(self, longest: int):
-        return self._replace(lengths=tuple([min(n, longest) for n in turn] for turn in self.lengths))
+        return self._replace(
+            lengths=tuple([min(n, longest) for n in turn] for turn in self.lengths)
+        )
 
 
 class RowLengths(StoppingCriteria):
@@ -82,7 +88,9 @@ class RowLengths(StoppingCriteria):
 
 def draw(config: Config, vocabulary: int) -> Workload:
     rng, rows = random.Random(config.seed), config.prompts * config.group_size
-    sizes = [rng.randint(config.shortest_prompt, config.longest_prompt) for _ in range(config.prompts)]
+    sizes = [
+        rng.randint(config.shortest_prompt, config.longest_prompt) for _ in range(config.prompts)
+    ]
     prompts = [draw_ids(rng, size, vocabulary) for size in sizes]
     instructions = [draw_ids(rng, config.instruction, vocabulary)] * rows
     turns = [draw_lengths(rng, rows, config.median_tokens, config.max_new_tokens) for _ in range(2)]
@@ -97,17 +105,22 @@ def ours(sampler: Sampler, work: Workload, temperature: float, config: Config) -
         return sampler.generate(work.prompts, config.group_size, **limits)
 
     def second():
-        return sampler.extend(one, work.instructions, max_new_tokens=work.lengths[1], temperature=temperature)
+        return sampler.extend(
+            one, work.instructions, max_new_tokens=work.lengths[1], temperature=temperature
+        )
 
     first_seconds, one = clock(first, config.device)
     second_seconds, two = clock(second, config.device)
-    return seconds(first_seconds, second_seconds) | {"ids": [two.completion_ids(turn) for turn in (0, 1)]}
+    return seconds(first_seconds, second_seconds) | {
+        "ids": [two.completion_ids(turn) for turn in (0, 1)]
+    }
 
 
 def theirs(model, work: Workload, temperature: float, config: Config, setting: Setting) -> dict:
     rows = [prompt for prompt in work.prompts for _ in range(config.group_size)]
     result, ids = [], []
-    widest = config.longest_prompt  # static caches get one shape for all calls of a turn, so that one graph serves all
+    # static caches get one shape for all calls of a turn, so that one graph serves all
+    widest = config.longest_prompt
     for lengths in work.lengths:
         took, sampled = clock(
             lambda: generate(model, rows, lengths, temperature, config, setting, widest),  # noqa: B023
@@ -124,7 +137,9 @@ def seconds(first: float, second: float) -> dict:
     return dict(zip(TURNS, (first, second, first + second), strict=True))
 
 
-def generate(model, rows, lengths, temperature: float, config: Config, setting: Setting, widest: int) -> list:
+def generate(
+    model, rows, lengths, temperature: float, config: Config, setting: Setting, widest: int
+) -> list:
     """The ids that `model.generate` samples after each row, lengths[i] of them."""
     sampled = [None] * len(rows)
     for chosen in calls(rows, setting.rows):
@@ -145,10 +160,17 @@ def calls(rows: list, size: int) -> list[list[int]]:
 
 
 def best_setting(model, work: Workload, config: Config) -> Setting:
-    """The one with the shortest predicted time of turn 1's steps: seconds a step x steps of each call."""
+    """The one with the shortest predicted time of turn 1's steps: seconds a step x steps of each
+    call."""
     rows = [prompt for prompt in work.prompts for _ in range(config.group_size)]
-    sizes = [config.rows] if config.rows else sorted({min(size, len(rows)) for size in (32, 64, 128)})
-    caches = [config.cache] if config.cache else ["dynamic", "static"] + ["compiled"] * config.try_compiled
+    sizes = (
+        [config.rows] if config.rows else sorted({min(size, len(rows)) for size in (32, 64, 128)})
+    )
+    caches = (
+        [config.cache]
+        if config.cache
+        else ["dynamic", "static"] + ["compiled"] * config.try_compiled
+    )
     candidates = [Setting(cache, size) for cache in caches for size in sizes]
     if len(candidates) == 1:
         return candidates[0]
@@ -156,12 +178,23 @@ def best_setting(model, work: Workload, config: Config) -> Setting:
     for setting in candidates:
         groups = calls(rows, setting.rows)
         steps = sum(max(work.lengths[0][i] for i in group) for group in groups)
-        width = len(rows[groups[len(groups) // 2][0]]) if setting.cache == "dynamic" else config.longest_prompt
-        half = config.max_new_tokens // 2  # a dynamic cache gets slower as it grows: look at it half-way
-        step = generate_step(model, setting.cache, setting.rows, width + half, config.max_new_tokens - half)
+        width = (
+            len(rows[groups[len(groups) // 2][0]])
+            if setting.cache == "dynamic"
+            else config.longest_prompt
+        )
+        # a dynamic cache gets slower as it grows: look at it half-way
+        half = config.max_new_tokens // 2
+        step = generate_step(
+            model, setting.cache, setting.rows, width + half, config.max_new_tokens - half
+        )
         predicted[setting] = step * steps
-        table.append((setting.cache, setting.rows, f"{step * 1e3:.1f}", steps, f"{step * steps:.1f}"))
-    print_table(("generate's cache", "rows a call", "ms a step", "steps of turn 1", "predicted s"), table)
+        table.append(
+            (setting.cache, setting.rows, f"{step * 1e3:.1f}", steps, f"{step * steps:.1f}")
+        )
+    print_table(
+        ("generate's cache", "rows a call", "ms a step", "steps of turn 1", "predicted s"), table
+    )
     return min(predicted, key=predicted.get)
 
 
@@ -180,7 +213,9 @@ def main(config: Config) -> None:
     tokens = dict(zip(TURNS, seconds(*map(sum, work.lengths)).values(), strict=True))
     setting = best_setting(model, work, config)
     name = f"generate, {setting.cache} cache, {setting.rows} rows a call"
-    print(f"\n{len(work.lengths[0])} rows, {tokens['turn 1']} + {tokens['turn 2']} sampled tokens\n")
+    print(
+        f"\n{len(work.lengths[0])} rows, {tokens['turn 1']} + {tokens['turn 2']} sampled tokens\n"
+    )
     table, figures = [], {"setting": setting._asdict()}
     for mode in [config.mode] if config.mode != "both" else MODES:
         heat = MODES[mode]
@@ -189,10 +224,14 @@ def main(config: Config) -> None:
         for job in jobs.values():
             job(work.shortened(3))
         runs = interleave(jobs, config.repeats)
-        speeds = {side: {t: [tokens[t] / run[t] for run in r] for t in TURNS} for side, r in runs.items()}
+        speeds = {
+            side: {t: [tokens[t] / run[t] for run in r] for t in TURNS} for side, r in runs.items()
+        }
         table += [(mode, side, *(spread(speeds[side][t], 1) for t in TURNS)) for side in jobs]
         for turn in TURNS:
-            figures[f"speedup_{mode}_{turn.replace(' ', '')}"] = ratio(speeds["ours"][turn], speeds[name][turn])
+            figures[f"speedup_{mode}_{turn.replace(' ', '')}"] = ratio(
+                speeds["ours"][turn], speeds[name][turn]
+            )
         figures[f"seconds_{mode}"] = {side: [run["whole"] for run in r] for side, r in runs.items()}
         if mode == "greedy":
             figures["greedy_agreement"] = agreement(runs["ours"][0]["ids"], runs[name][0]["ids"])

@@ -1,8 +1,9 @@
-"""Rows a second and memory of each rank, with 1 and 2 processes of one thread each: `python bench/bench_scaling.py`.
+"""Rows a second and memory of each rank, with 1 and 2 processes of one thread each: `python
+bench/bench_scaling.py`.
 
-A step is what score.py does in one: the ranks share the problems, sample, and make one update. `plain` is a process
-without torchrun. The model is a random Llama, large enough to see what sharding spares. Round by round, all sizes run
-one after the other.
+A step is what score.py does in one: the ranks share the problems, sample, and make one update.
+`plain` is a process without torchrun. The model is a random Llama, large enough to see what
+sharding spares. Round by round, all sizes run one after the other.
 """
 
 import json
@@ -18,16 +19,27 @@ from statistics import median
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import ROOT, BenchConfig, finish, flag, parse_args, print_table, ratio, resident_mib, spread  # isort: skip
-import distributed
-import policy
 import score
 import tiny
-from checkpoint import save_model
+
+# isort: skip
+from common import (
+    ROOT,
+    BenchConfig,
+    finish,
+    flag,
+    parse_args,
+    print_table,
+    ratio,
+    resident_mib,
+    spread,
+)
 from loss import spread as per_token
 from memory import Shape, gib
 from sampler import Sampler
-from training import train_step
+from training import distributed, policy
+from training.checkpoint import save_model
+from training.loop import train_step
 
 
 @dataclass
@@ -53,7 +65,11 @@ def build(config: Config, path: Path) -> int:
         "intermediate_size": 4 * config.hidden_size,
         "num_attention_heads": heads,
     }
-    shape |= {"num_hidden_layers": config.layers, "vocab_size": config.vocabulary, "tie_word_embeddings": True}
+    shape |= {
+        "num_hidden_layers": config.layers,
+        "vocab_size": config.vocabulary,
+        "tie_word_embeddings": True,
+    }
     model = LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None, bos_token_id=None))
     save_model(model, tiny.build_tokenizer(), path)
     return sum(p.numel() for p in model.parameters())
@@ -67,8 +83,12 @@ def peak_mib() -> float:
 
 
 def work(job: dict) -> dict:
-    """One rank: {seconds a step, peak memory while loading and while training, beyond that of the libraries}."""
-    config, flags = Config(**job["config"]), score.Config(model=job["model"], checkpointing=True, token_budget=1024)
+    """One rank: {seconds a step, peak memory while loading and while training, beyond that of the
+    libraries}."""
+    config, flags = (
+        Config(**job["config"]),
+        score.Config(model=job["model"], checkpointing=True, token_budget=1024),
+    )
     torch.set_num_threads(1)
     distributed.start()
     libraries = resident_mib("VmRSS")
@@ -82,15 +102,21 @@ def work(job: dict) -> dict:
         mine = distributed.share(config.problems)
         prompts = [[(7 * row + i) % 100 + 5 for i in range(config.prompt)] for row in mine]
         seeds = policy.row_seeds(mine, step, each=config.group_size)
-        rollout = sampler.generate(prompts, config.group_size, max_new_tokens=config.new_tokens, seeds=seeds)
+        rollout = sampler.generate(
+            prompts, config.group_size, max_new_tokens=config.new_tokens, seeds=seeds
+        )
         rollout.cache = None
-        advantages = per_token(torch.tensor([[(-1.0) ** row] for row in range(len(rollout.ids))]), rollout)
+        advantages = per_token(
+            torch.tensor([[(-1.0) ** row] for row in range(len(rollout.ids))]), rollout
+        )
         rows = config.problems * config.group_size
         return policy.Batch(rollout, advantages, 0.1 * rollout.action_mask, rows, {"stage": 1})
 
     loading, rows = peak_mib() - libraries, []
     for step in range(config.steps):
-        rows.append(train_step(flags, scorer, sampler, optimizer, step, config.steps, make_batch, {}))
+        rows.append(
+            train_step(flags, scorer, sampler, optimizer, step, config.steps, make_batch, {})
+        )
     seconds = [row["seconds_rollout"] + row["seconds_update"] for row in rows[1:]]
     done = {"seconds": seconds, "loading_mib": loading, "training_mib": peak_mib() - libraries}
     distributed.finish()
@@ -101,14 +127,24 @@ def measure(size: str, model: str, config: Config) -> list[dict]:
     """What each rank of a run says of itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": size}
+        ranks = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": size,
+        }
     world, processes = 1 if size == "plain" else int(size), []
     with tempfile.TemporaryDirectory() as directory:
         for rank in range(world):
-            job = {"config": asdict(config) | {"worker": None}, "model": model, "output": f"{directory}/{rank}"}
+            job = {
+                "config": asdict(config) | {"worker": None},
+                "model": model,
+                "output": f"{directory}/{rank}",
+            }
             own = {} if size == "plain" else ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, __file__, "--worker", json.dumps(job)]
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | own | {"OMP_NUM_THREADS": "1"}))
+            processes.append(
+                subprocess.Popen(command, cwd=ROOT, env=os.environ | own | {"OMP_NUM_THREADS": "1"})
+            )
         if any([process.wait() for process in processes]):
             raise RuntimeError(f"a run of {size} failed")
         return [json.loads(Path(f"{directory}/{rank}").read_text()) for rank in range(world)]
@@ -126,19 +162,43 @@ def main(config: Config) -> None:
     rows = config.problems * config.group_size
     speed = {s: [rows / median(run[0]["seconds"]) for run in runs[s]] for s in sizes}
     peaks = {
-        key: {s: [max(run[r][f"{key}_mib"] for run in runs[s]) for r in range(len(runs[s][0]))] for s in sizes}
+        key: {
+            s: [max(run[r][f"{key}_mib"] for run in runs[s]) for r in range(len(runs[s][0]))]
+            for s in sizes
+        }
         for key in ("loading", "training")
     }
-    shape = Shape(N, config.vocabulary, config.hidden_size, config.layers, max(1, config.hidden_size // 64), 64, True)
+    shape = Shape(
+        N,
+        config.vocabulary,
+        config.hidden_size,
+        config.layers,
+        max(1, config.hidden_size // 64),
+        64,
+        True,
+    )
     cached = rows * (config.prompt + config.new_tokens)
-    formula = {s: 1024 * gib(shape, int(s), cached // int(s), 1024, c=4) for s in sizes if s != "plain"}
+    formula = {
+        s: 1024 * gib(shape, int(s), cached // int(s), 1024, c=4) for s in sizes if s != "plain"
+    }
     table = [
-        (s, spread(speed[s]), *(", ".join(f"{x:.0f}" for x in peaks[k][s]) for k in peaks), f"{formula.get(s, 0):.0f}")
+        (
+            s,
+            spread(speed[s]),
+            *(", ".join(f"{x:.0f}" for x in peaks[k][s]) for k in peaks),
+            f"{formula.get(s, 0):.0f}",
+        )
         for s in sizes
     ]
-    print_table(("processes", "rows a second", "MiB a rank, loading", "training", "by the formula"), table)
-    ratios = {f"speedup_{s}": ratio(speed[s], speed["1"]) for s in sizes if s != "1" and "1" in sizes}
-    finish(config, parameters=N, rows_per_second=speed, peak_mib=peaks, formula_mib=formula, **ratios)
+    print_table(
+        ("processes", "rows a second", "MiB a rank, loading", "training", "by the formula"), table
+    )
+    ratios = {
+        f"speedup_{s}": ratio(speed[s], speed["1"]) for s in sizes if s != "1" and "1" in sizes
+    }
+    finish(
+        config, parameters=N, rows_per_second=speed, peak_mib=peaks, formula_mib=formula, **ratios
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The loss without the logits: time and peak memory of `loss.token_scores` against plain full logits.
+"""The loss without the logits: time and peak memory of `loss.token_scores` against plain full
+logits.
 
     python bench/bench_update.py
 
-Forward and backward of log-probs and the exact KL to a reference, from hidden states to the gradients of hidden states
-and head. Each measurement has a process of its own; memory is what its resident size grows by over its inputs. A plain
-run that does not fit is left out, with the memory that it would take by extrapolation from the largest one that ran.
+Forward and backward of log-probs and the exact KL to a reference, from hidden states to the
+gradients of hidden states and head. Each measurement has a process of its own; memory is what its
+resident size grows by over its inputs. A plain run that does not fit is left out, with the memory
+that it would take by extrapolation from the largest one that ran.
 """
 
 import json
@@ -58,7 +60,9 @@ def draw_inputs(job: dict, count: int):
     dtype, device = getattr(torch, job["dtype"]), job["device"]
 
     def normal(rows: int, scale: float):
-        return torch.randn(rows, job["hidden_size"], generator=generator).mul_(scale).to(device, dtype)
+        return (
+            torch.randn(rows, job["hidden_size"], generator=generator).mul_(scale).to(device, dtype)
+        )
 
     vocabulary = job["vocabulary"]
     hidden, head = normal(count, 1.0).requires_grad_(), normal(vocabulary, 0.1).requires_grad_()
@@ -94,14 +98,22 @@ def fits(kind: str, tokens: int, vocabulary: int, config: Config) -> bool:
 
 
 def measure(tokens: int, vocabulary: int, config: Config, directory: str) -> dict:
-    """{kind: {seconds: [...], grown_mib: [...]}} and the gradients' difference; a kind that doesn't fit is missing."""
+    """{kind: {seconds: [...], grown_mib: [...]}} and the gradients' difference; a kind that doesn't
+    fit is missing."""
     runs, paths = {}, {kind: Path(directory) / f"{kind}.pt" for kind in KINDS}
     for _ in range(config.repeats):
         for kind in KINDS:
             if not fits(kind, tokens, vocabulary, config):
                 continue
-            job = {"kind": kind, "vocabulary": vocabulary, "tokens": tokens, "gradients": str(paths[kind])}
-            done = last_json([sys.executable, __file__, "--worker", json.dumps(asdict(config) | job)])
+            job = {
+                "kind": kind,
+                "vocabulary": vocabulary,
+                "tokens": tokens,
+                "gradients": str(paths[kind]),
+            }
+            done = last_json(
+                [sys.executable, __file__, "--worker", json.dumps(asdict(config) | job)]
+            )
             for key, value in done.items():
                 runs.setdefault(kind, {}).setdefault(key, []).append(value)
     if "plain" in runs:
@@ -134,10 +146,20 @@ def main(config: Config) -> None:
                 if plain := runs.get("plain"):
                     scale, name = median(plain["grown_mib"]) / tokens, f"{vocabulary}_{tokens}"
                     figures[f"speedup_{name}"] = ratio(plain["seconds"], runs["chunked"]["seconds"])
-                    figures[f"memory_ratio_{name}"] = ratio(plain["grown_mib"], runs["chunked"]["grown_mib"])
+                    figures[f"memory_ratio_{name}"] = ratio(
+                        plain["grown_mib"], runs["chunked"]["grown_mib"]
+                    )
                     worst = max(worst, *runs["difference"])
                 table.append(row(tokens, vocabulary, runs, scale))
-    header = ("vocabulary", "tokens", "chunked, s", "plain, s", "chunked, MiB", "plain, MiB", "gradients differ by")
+    header = (
+        "vocabulary",
+        "tokens",
+        "chunked, s",
+        "plain, s",
+        "chunked, MiB",
+        "plain, MiB",
+        "gradients differ by",
+    )
     print_table(header, table)
     print("\nThe largest difference of a gradient over its largest entry: hidden states, head.")
     finish(config, **figures, gradient_difference=worst)

@@ -1,4 +1,5 @@
-"""What the timing scripts share: flags, models, workloads, clocks, tables and the JSON line at the end."""
+"""What the timing scripts share: flags, models, workloads, clocks, tables and the JSON line at the
+end."""
 
 import json
 import math
@@ -13,13 +14,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache, StoppingCriteria
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteria,
+)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from flags import flag, parse_args  # noqa: E402, F401
-from policy import load_model  # noqa: E402, F401
+from training.flags import flag, parse_args  # noqa: E402, F401
+from training.policy import load_model  # noqa: E402, F401
 
 
 @dataclass
@@ -36,7 +43,8 @@ class BenchConfig:
 
 
 def load(name: str, config: BenchConfig, positions: int = 0):
-    """(model, tokenizer) for conversations of `positions` tokens, be the model trained on such lengths or not."""
+    """(model, tokenizer) for conversations of `positions` tokens, be the model trained on such
+    lengths or not."""
     model, tokenizer = load_model(name, config.device)
     return ready(model, config, positions), tokenizer
 
@@ -45,7 +53,8 @@ def ready(model, config: BenchConfig, positions: int = 0):
     model.to(config.device, getattr(torch, config.dtype)).eval()
     text = model.config.get_text_config()  # rotary positions have no limit of their own
     text.max_position_embeddings = max(text.max_position_embeddings, positions)
-    model.generation_config = GenerationConfig()  # no stop tokens, penalties or limits that a benchmark doesn't see
+    # no stop tokens, penalties or limits that a benchmark doesn't see
+    model.generation_config = GenerationConfig()
     return model
 
 
@@ -53,9 +62,14 @@ def draw_ids(rng: random.Random, length: int, vocabulary: int) -> list[int]:
     return [rng.randrange(vocabulary) for _ in range(length)]
 
 
-def draw_lengths(rng: random.Random, count: int, median: float, longest: int, sigma: float = 0.8) -> list[int]:
+def draw_lengths(
+    rng: random.Random, count: int, median: float, longest: int, sigma: float = 0.8
+) -> list[int]:
     """Response lengths, log-normal as those of a model that may think, clipped to 1..longest."""
-    return [min(longest, max(1, round(rng.lognormvariate(math.log(median), sigma)))) for _ in range(count)]
+    return [
+        min(longest, max(1, round(rng.lognormvariate(math.log(median), sigma))))
+        for _ in range(count)
+    ]
 
 
 def clock(function, device: str):
@@ -75,11 +89,14 @@ def synchronize(device: str) -> None:
 def left_padded(rows: list[list[int]], width: int, device: str):
     """(ids, attention mask), both (n, width)."""
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, torch.tensor(
+        [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device
+    )
 
 
 def generate_options(cache: str, temperature: float, max_new_tokens: int) -> dict:
-    """For `model.generate`: a dynamic, static or compiled static cache, no stop token, nothing hidden."""
+    """For `model.generate`: a dynamic, static or compiled static cache, no stop token, nothing
+    hidden."""
     settings = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "pad_token_id": 0}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -87,12 +104,14 @@ def generate_options(cache: str, temperature: float, max_new_tokens: int) -> dic
         settings |= {"cache_implementation": "static", "disable_compile": cache != "compiled"}
     if cache == "compiled":
         settings["compile_config"] = CompileConfig()
-        settings["compile_config"]._compile_all_devices = True  # by itself it compiles on accelerators only
+        # by itself it compiles on accelerators only
+        settings["compile_config"]._compile_all_devices = True
     return {"generation_config": GenerationConfig(**settings)}
 
 
 class StepClock(StoppingCriteria):
-    """Times generate's steps from the `first` to the `last`, in steady state: after prefill and compilation."""
+    """Times generate's steps from the `first` to the `last`, in steady state: after prefill and
+    compilation."""
 
     def __init__(self, first: int, last: int, device: str):
         self.first, self.last, self.device, self.calls, self.times = first, last, device, 0, []
@@ -105,28 +124,42 @@ class StepClock(StoppingCriteria):
         return torch.full((len(input_ids),), self.calls >= self.last, device=input_ids.device)
 
 
-def generate_step(model, cache: str, rows: int, context: int, room: int, temperature: float = 1.0) -> float:
-    """Seconds a step of `model.generate` on `rows` rows with `context` tokens each, a static cache having `room` more.
+def generate_step(
+    model, cache: str, rows: int, context: int, room: int, temperature: float = 1.0
+) -> float:
+    """Seconds a step of `model.generate` on `rows` rows with `context` tokens each, a static cache
+    having `room` more.
 
-    The cache is filled with noise instead of a prefill, which would take longer than what is measured.
+    The cache is filled with noise instead of a prefill, which would take longer than what is
+    measured.
     """
     device, config = model.device, model.config.get_text_config()
-    kind = {"config": config} if cache == "dynamic" else {"config": config, "max_cache_len": context + room}
+    kind = (
+        {"config": config}
+        if cache == "dynamic"
+        else {"config": config, "max_cache_len": context + room}
+    )
     filled = (DynamicCache if cache == "dynamic" else StaticCache)(**kind)
     heads, size = config.num_key_value_heads, getattr(config, "head_dim", None)
     size = size or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
-        filled.update(*torch.randn(2, rows, heads, context, size, device=device, dtype=model.dtype), layer)
+        filled.update(
+            *torch.randn(2, rows, heads, context, size, device=device, dtype=model.dtype), layer
+        )
     ids = torch.zeros(rows, context + 1, dtype=torch.int64, device=device)
     steps = StepClock(min(4, room - 1), min(12, room), str(device))
-    options = generate_options(cache, temperature, room) | {"past_key_values": filled, "stopping_criteria": [steps]}
+    options = generate_options(cache, temperature, room) | {
+        "past_key_values": filled,
+        "stopping_criteria": [steps],
+    }
     options["generation_config"].cache_implementation = None  # it is given
     model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return (steps.times[1] - steps.times[0]) / (steps.last - steps.first)
 
 
 def interleave(jobs: dict, repeats: int) -> dict[str, list]:
-    """Results of each job, run A B A B ...: what slows the machine down for a while slows all of them."""
+    """Results of each job, run A B A B ...: what slows the machine down for a while slows all of
+    them."""
     results = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
@@ -148,7 +181,9 @@ def resident_mib(line: str = "VmHWM") -> float:
 def memory_mib(device: str, peak: bool = True) -> float:
     """Of the GPU if the work is done there, else of the process."""
     if device.startswith("cuda"):
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+        return (
+            torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        ) / 2**20
     return resident_mib("VmHWM" if peak else "VmRSS")
 
 
@@ -163,7 +198,9 @@ def last_json(command: list) -> dict:
 def spread(values: list[float], digits: int = 2) -> str:
     """Median and range."""
     low, high = min(values), max(values)
-    return f"{statistics.median(values):.{digits}f}" + (f" ({low:.{digits}f}-{high:.{digits}f})" if low < high else "")
+    return f"{statistics.median(values):.{digits}f}" + (
+        f" ({low:.{digits}f}-{high:.{digits}f})" if low < high else ""
+    )
 
 
 def ratio(above: list[float], below: list[float]) -> float:
@@ -172,15 +209,28 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def print_table(header: tuple, rows: list[tuple]) -> None:
-    print("\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ("---",) * len(header), *rows]), flush=True)
+    print(
+        "\n".join(
+            f"| {' | '.join(map(str, row))} |" for row in [header, ("---",) * len(header), *rows]
+        ),
+        flush=True,
+    )
 
 
 def finish(config, **figures) -> None:
     """The last line: figures, flags, and what they were measured on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    about = {"hardware": hardware(config.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    about = {
+        "hardware": hardware(config.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     about |= {"transformers": transformers.__version__, "commit": commit.stdout.strip() or None}
-    print(json.dumps({"bench": Path(sys.argv[0]).stem, **figures, **about, "flags": asdict(config)}))
+    print(
+        json.dumps({"bench": Path(sys.argv[0]).stem, **figures, **about, "flags": asdict(config)})
+    )
 
 
 def hardware(device: str) -> str:

@@ -1,4 +1,5 @@
-"""Memory of a rank by the arithmetic of policy.py's docstring: `python bench/memory.py` prints the README's table."""
+"""Memory of a rank by the arithmetic of policy.py's docstring: `python bench/memory.py` prints the
+README's table."""
 
 from typing import NamedTuple
 
@@ -32,7 +33,11 @@ def parts(shape: Shape, ranks: int, cached: int, scored: int, c: int = 2) -> dic
     return {
         "always": 16 * N / ranks,
         "sampling": c * N + 2 * c * L * K * D * cached,
-        "updating": 4 * N / ranks + 3 * c * embedding + 5 * c * N / L + 24 * 2**24 + c * (L + 34) * H * scored,
+        "updating": 4 * N / ranks
+        + 3 * c * embedding
+        + 5 * c * N / L
+        + 24 * 2**24
+        + c * (L + 34) * H * scored,
     }
 
 

@@ -1,7 +1,9 @@
-"""Verifiers against real gold answers: what must be right is, what must be wrong is not, and how many a second.
+"""Verifiers against real gold answers: what must be right is, what must be wrong is not, and how
+many a second.
 
-`checks(folder)` runs them all over the JSONL files in `folder`; each is a row of a table. As a script it prints that
-table, and what a verdict on code costs beside a fresh interpreter: `python bench/verifier_checks.py DATA_DIR`.
+`checks(folder)` runs them all over the JSONL files in `folder`; each is a row of a table. As a
+script it prints that table, and what a verdict on code costs beside a fresh interpreter: `python
+bench/verifier_checks.py DATA_DIR`.
 """
 
 import argparse
@@ -25,18 +27,26 @@ BFCL = ("bfcl_simple_python", "bfcl_multiple", "bfcl_parallel", "bfcl_parallel_m
 def checks(folder: Path, workers: int = 2) -> list[dict]:
     rows = [math_gold(folder, workers), *gsm8k(folder, workers), *countdown(folder)]
     rows += [row for name in BFCL for row in function_calls(folder, name)]
-    return rows + code("MBPP", mbpp(folder), workers) + code("HumanEval", humaneval(folder), workers)
+    return (
+        rows + code("MBPP", mbpp(folder), workers) + code("HumanEval", humaneval(folder), workers)
+    )
 
 
 def measure(check: str, verify, pairs: list[tuple], expected: bool, workers: int = 1) -> dict:
-    """{check, expected, as_expected, of, per_second, failures}: verdicts on (text, problem) pairs."""
+    """{check, expected, as_expected, of, per_second, failures}: verdicts on (text, problem)
+    pairs."""
     texts, problems = zip(*pairs)
-    verify_batch(verify, texts[:workers], problems[:workers], workers)  # processes are started outside the clock
+    # processes are started outside the clock
+    verify_batch(verify, texts[:workers], problems[:workers], workers)
     start = time.perf_counter()
     verdicts = verify_batch(verify, texts, problems, workers)
     seconds = time.perf_counter() - start
     failures = [pair for pair, verdict in zip(pairs, verdicts) if verdict is not expected]
-    figures = {"as_expected": len(pairs) - len(failures), "of": len(pairs), "per_second": len(pairs) / seconds}
+    figures = {
+        "as_expected": len(pairs) - len(failures),
+        "of": len(pairs),
+        "per_second": len(pairs) / seconds,
+    }
     return {"check": check, "expected": expected, **figures, "failures": failures}
 
 
@@ -53,7 +63,12 @@ def math_gold(folder: Path, workers: int) -> dict:
 def gsm8k(folder: Path, workers: int) -> list[dict]:
     pairs = []
     for row in read(folder, "gsm8k_test"):
-        pairs.append((row["answer"].replace("####", "The final answer is"), row["answer"].rpartition("#### ")[2]))
+        pairs.append(
+            (
+                row["answer"].replace("####", "The final answer is"),
+                row["answer"].rpartition("#### ")[2],
+            )
+        )
     wrong = [(f"\\boxed{{{int(gold.replace(',', '')) + 1}}}", gold) for _, gold in pairs]
     return [
         measure("GSM8K: solutions", verify_math, pairs, True, workers),
@@ -79,7 +94,11 @@ def function_calls(folder: Path, name: str) -> list[dict]:
     pairs, wrong = [], []
     for row in read(folder, name):
         gold = row["ground_truth"]
-        calls = [{"name": function, "arguments": plain(wanted)} for call in gold for function, wanted in call.items()]
+        calls = [
+            {"name": function, "arguments": plain(wanted)}
+            for call in gold
+            for function, wanted in call.items()
+        ]
         pairs.append((json.dumps(calls), gold))
         wrong += [(json.dumps(changed), gold) for changed in one_value_changed(calls)]
     return [
@@ -89,18 +108,24 @@ def function_calls(folder: Path, name: str) -> list[dict]:
 
 
 def plain(wanted: dict) -> dict:
-    """An object of lists of accepted values -> the first accepted value of each that is not "", which means none."""
+    """An object of lists of accepted values -> the first accepted value of each that is not "",
+    which means none."""
 
     def value(accepted):
         if isinstance(accepted, dict):
             return plain(accepted)
         return [value(one) for one in accepted] if isinstance(accepted, list) else accepted
 
-    return {key: value(one) for key, accepted in wanted.items() for one in [v for v in accepted if v != ""][:1]}
+    return {
+        key: value(one)
+        for key, accepted in wanted.items()
+        for one in [v for v in accepted if v != ""][:1]
+    }
 
 
 def one_value_changed(calls: list[dict]):
-    """`calls` once for every string, number, true, false and null in it, each time with that one changed."""
+    """`calls` once for every string, number, true, false and null in it, each time with that one
+    changed."""
     calls = copy.deepcopy(calls)
 
     def visit(holder, key):
@@ -123,13 +148,18 @@ def one_value_changed(calls: list[dict]):
 def mbpp(folder: Path) -> list[tuple]:
     """(program, (tests, entry point)), the challenge tests too where there are some."""
     rows = read(folder, "mbpp")
-    tests = [[row["test_setup_code"], *row["test_list"], *row["challenge_test_list"]] for row in rows]
+    tests = [
+        [row["test_setup_code"], *row["test_list"], *row["challenge_test_list"]] for row in rows
+    ]
     return [(row["code"], ("\n".join(all_), None)) for row, all_ in zip(rows, tests)]
 
 
 def humaneval(folder: Path) -> list[tuple]:
     rows = read(folder, "humaneval")
-    return [(row["prompt"] + row["canonical_solution"], (row["test"], row["entry_point"])) for row in rows]
+    return [
+        (row["prompt"] + row["canonical_solution"], (row["test"], row["entry_point"]))
+        for row in rows
+    ]
 
 
 def code(name: str, pairs: list[tuple], workers: int) -> list[dict]:
@@ -152,7 +182,8 @@ def without_bodies(program: str) -> str:
 
 
 def cost_of_code(folder: Path, count: int = 100) -> dict[str, list[float]]:
-    """Seconds of single verdicts, in turn: in the sandbox, and by an interpreter started for each with -I -S."""
+    """Seconds of single verdicts, in turn: in the sandbox, and by an interpreter started for each
+    with -I -S."""
     seconds = {"sandbox": [], "fresh interpreter": []}
     for program, (tests, _) in mbpp(folder)[:count]:
         command = [sys.executable, "-I", "-S", "-c", f"{program}\n{tests}"]
@@ -177,15 +208,28 @@ def main(config: Config) -> None:
     from common import finish, print_table, ratio
 
     rows = checks(config.folder, config.workers)
-    table = [(r["check"], r["expected"], f"{r['as_expected']} / {r['of']}", f"{r['per_second']:.0f}") for r in rows]
+    table = [
+        (r["check"], r["expected"], f"{r['as_expected']} / {r['of']}", f"{r['per_second']:.0f}")
+        for r in rows
+    ]
     print_table(("check", "expected", "as expected", "verdicts/s"), table)
     seconds = cost_of_code(config.folder)
-    milliseconds = {name: round(1000 * statistics.median(values), 2) for name, values in seconds.items()}
+    milliseconds = {
+        name: round(1000 * statistics.median(values), 2) for name, values in seconds.items()
+    }
     print_table(("a verdict on code", "ms, median"), list(milliseconds.items()))
-    checked = {r["check"]: {key: r[key] for key in ("expected", "as_expected", "of", "per_second")} for r in rows}
+    checked = {
+        r["check"]: {key: r[key] for key in ("expected", "as_expected", "of", "per_second")}
+        for r in rows
+    }
     speedup = ratio(seconds["fresh interpreter"], seconds["sandbox"])
     config.folder = str(config.folder)
-    finish(config, checks=checked, milliseconds=milliseconds, speedup_code_over_fresh_interpreter=speedup)
+    finish(
+        config,
+        checks=checked,
+        milliseconds=milliseconds,
+        speedup_code_over_fresh_interpreter=speedup,
+    )
 
 
 if __name__ == "__main__":

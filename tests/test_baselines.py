@@ -1,4 +1,5 @@
-"""Pair-SFT and STaR: what is kept, what is imitated, with which gradient, at which budget; and whole runs."""
+"""Pair-SFT and STaR: what is kept, what is imitated, with which gradient, at which budget; and
+whole runs."""
 
 import dataclasses
 import json
@@ -8,14 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import baselines
-import checkpoint
 import helpers
-import policy
 import score
-import training
-from chat import first_turn_ids
 from sampler import Sampler
-from tasks import TASKS
+from sampling.turns import first_turn_ids
+from tasks.base import TASKS
+from training import checkpoint, policy
+from training import loop as training
 
 FEW = ["--problems", "2", "--group_size", "2", "--second_attempts", "2"]
 
@@ -48,11 +48,19 @@ def attempts(traces):
 @pytest.mark.parametrize("method, plus, kept", [
     ("star", False, [(0, 0), (5, 5)]),
     ("star", True, [(0, 0), (5, 5), (1, 1)]),
-    ("pair_sft", False, [(0, 0), (2, 5), (4, 0), (5, 5)]),  # 2 and 4 are wrong twice: others' corrections, in turn
+    # 2 and 4 are wrong twice: others' corrections, in turn
+    ("pair_sft", False, [(0, 0), (2, 5), (4, 0), (5, 5)]),
     ("pair_sft", True, [(0, 0), (2, 5), (4, 0), (5, 5), (1, 1)]),
 ])  # fmt: skip
 def test_what_is_kept_of_a_problem(method, plus, kept):
-    traces = [trace(0, 0, 1), trace(1, 1, 1), trace(2, 0, 0), trace(3, 1, 0), trace(4, 0, 0), trace(5, 0, 1)]
+    traces = [
+        trace(0, 0, 1),
+        trace(1, 1, 1),
+        trace(2, 0, 0),
+        trace(3, 1, 0),
+        trace(4, 0, 0),
+        trace(5, 0, 1),
+    ]
     chosen = baselines.choose(traces, baselines.Config(method=method, plus=plus))
     assert attempts(chosen) == kept
     assert all(t["right"][1] == 1 for t in chosen)
@@ -62,14 +70,21 @@ def test_a_problem_without_a_correction_has_no_pairs():
     repeats = [trace(0, 0, 0), trace(1, 1, 1)]
     assert attempts(baselines.choose(repeats, baselines.Config(method="pair_sft"))) == []
     for method in ("star", "pair_sft"):
-        assert baselines.choose([trace(0, 0, 0), trace(1, 1, 0)], baselines.Config(method=method, plus=True)) == []
+        assert (
+            baselines.choose(
+                [trace(0, 0, 0), trace(1, 1, 0)], baselines.Config(method=method, plus=True)
+            )
+            == []
+        )
 
 
 def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
     sampler, tokenizer, task, chosen = loaded
     sizes = {"problems": 2, "group_size": 2, "second_attempts": 2, "max_new_tokens": 5, "seed": 3}
     found = baselines.roll_out(sampler, tokenizer, task, chosen, 4, baselines.Config(**sizes))
-    rollout, r1, r2 = score.roll_out(sampler, None, tokenizer, task, chosen, 4, score.Config(**sizes))
+    rollout, r1, r2 = score.roll_out(
+        sampler, None, tokenizer, task, chosen, 4, score.Config(**sizes)
+    )
     rows = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
     assert [[i for part in t["parts"] for i in part] for t in found] == rows
     assert [t["right"][1] for t in found] == r2.flatten().tolist()
@@ -83,7 +98,9 @@ def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
 @pytest.mark.parametrize("method", ["pair_sft", "star"])
 def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loaded, model_dir):
     sampler, tokenizer, task, chosen = loaded
-    config = baselines.Config(method=method, problems=2, group_size=2, second_attempts=2, max_new_tokens=5)
+    config = baselines.Config(
+        method=method, problems=2, group_size=2, second_attempts=2, max_new_tokens=5
+    )
     traces = baselines.roll_out(sampler, tokenizer, task, chosen, 0, config)
     traces = [t | {"right": [i % 2, 1]} for i, t in enumerate(traces)]
     batch = baselines.make_batch(traces, sampler, {}, config)
@@ -96,14 +113,19 @@ def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loade
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
     labels = torch.full_like(batch.rollout.ids, -100)
     for row, t in enumerate(traces):
-        imitated = (1, 3) if method == "star" and t["right"][0] else (3,)  # STaR: what is right of both attempts
-        spoken = [i if kind in imitated else -100 for kind, part in enumerate(t["parts"]) for i in part]
+        # STaR: what is right of both attempts
+        imitated = (1, 3) if method == "star" and t["right"][0] else (3,)
+        spoken = [
+            i if kind in imitated else -100 for kind, part in enumerate(t["parts"]) for i in part
+        ]
         labels[row, : len(spoken)] = torch.tensor(spoken)
     loss = plain(input_ids=batch.rollout.ids, labels=labels).loss
     loss.backward()
     mean = -(scores.logprobs * batch.advantages).sum() / batch.denominator
     torch.testing.assert_close(mean, loss.detach())
-    for (name, ours), theirs in zip(scorer.model.named_parameters(), plain.parameters(), strict=True):
+    for (name, ours), theirs in zip(
+        scorer.model.named_parameters(), plain.parameters(), strict=True
+    ):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
@@ -114,7 +136,9 @@ def test_rounds_share_the_steps_and_sample_as_much_as_score(method, starts, mode
     assert [baselines.round_of(step, config) for step in starts[:-1]] == [*range(len(starts) - 1)]
     assert baselines.round_of(6, config) == len(starts) - 2
     rows = train_here(model_dir, tmp_path / "run", "--method", method, "--plus", "--steps", "7")
-    assert [row["stage"] for row in rows] == [baselines.round_of(step, config) + 1 for step in range(7)]
+    assert [row["stage"] for row in rows] == [
+        baselines.round_of(step, config) + 1 for step in range(7)
+    ]
     assert sum(row.get("sampled", 0) for row in rows) == 7 * 8  # 8 rows a step, as score.py's
     assert all(("acc_t1" in row) == (row["step"] in starts) and "kl_t1" not in row for row in rows)
     files = sorted((tmp_path / "run").glob("traces_*.jsonl"))
@@ -127,7 +151,9 @@ def test_rounds_share_the_steps_and_sample_as_much_as_score(method, starts, mode
 def test_every_step_trains_on_as_many_rows_as_it_samples(loaded, model_dir, tmp_path, monkeypatch):
     seen, made = [], baselines.make_batch
     monkeypatch.setattr(
-        baselines, "make_batch", lambda traces, *rest: (seen.append(len(traces)), made(traces, *rest))[1]
+        baselines,
+        "make_batch",
+        lambda traces, *rest: (seen.append(len(traces)), made(traces, *rest))[1],
     )
     train_here(model_dir, tmp_path / "run", "--plus", "--steps", "3")
     assert seen == [8, 8, 8]
@@ -141,7 +167,8 @@ def test_each_round_of_star_samples_from_the_model_that_the_last_one_left(model_
     assert first["1e-3"][0] == first["0.0"][0] and first["1e-3"][1] != first["0.0"][1]
 
 
-@pytest.mark.parametrize("last", [1, 2, 4])  # in the first round, before the second, and in the last
+# in the first round, before the second, and in the last
+@pytest.mark.parametrize("last", [1, 2, 4])
 def test_a_resumed_run_equals_an_uninterrupted_one(last, model_dir, tmp_path, monkeypatch):
     flags = ("--method", "star", "--plus", "--steps", "6", "--lr", "1e-3")
     whole = train_here(model_dir, tmp_path / "whole", *flags)
@@ -158,28 +185,43 @@ def test_a_resumed_run_equals_an_uninterrupted_one(last, model_dir, tmp_path, mo
     monkeypatch.undo()
     resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
     assert helpers.without_times(resumed) == helpers.without_times(whole)
-    assert (tmp_path / "cut" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
+    assert (tmp_path / "cut" / "results.json").read_text() == (
+        tmp_path / "whole" / "results.json"
+    ).read_text()
 
 
 def test_two_ranks_end_in_the_results_of_one(model_dir, tmp_path):
     for world in (0, 2):
         assert set(helpers.run("baselines", model_dir, tmp_path / f"{world}", world=world)) == {0}
-    one, two = (json.loads((tmp_path / f"{world}" / "results.json").read_text()) for world in (0, 2))
+    one, two = (
+        json.loads((tmp_path / f"{world}" / "results.json").read_text()) for world in (0, 2)
+    )
     assert one == two
-    assert (tmp_path / "0" / "traces_1.jsonl").read_text() == (tmp_path / "2" / "traces_1.jsonl").read_text()
+    assert (tmp_path / "0" / "traces_1.jsonl").read_text() == (
+        tmp_path / "2" / "traces_1.jsonl"
+    ).read_text()
 
 
-def test_the_model_kept_is_the_one_with_the_best_second_attempts_of_the_last_round(model_dir, tmp_path, monkeypatch):
-    watched, saved = [0.9, 0.1, 0.5, 0.4], []  # after steps 2 and 4, in the first round, and 6 and 8, in the second
-    monkeypatch.setattr(baselines, "watcher", lambda *rest: lambda step: ({"eval_acc_t2": watched.pop(0)}, ""))
+def test_the_model_kept_is_the_one_with_the_best_second_attempts_of_the_last_round(
+    model_dir, tmp_path, monkeypatch
+):
+    # after steps 2 and 4, in the first round, and 6 and 8, in the second
+    watched, saved = [0.9, 0.1, 0.5, 0.4], []
+    monkeypatch.setattr(
+        baselines, "watcher", lambda *rest: lambda step: ({"eval_acc_t2": watched.pop(0)}, "")
+    )
     save_model = checkpoint.save_model
-    monkeypatch.setattr(checkpoint, "save_model", lambda *a: (saved.append(len(watched)), save_model(*a)))
+    monkeypatch.setattr(
+        checkpoint, "save_model", lambda *a: (saved.append(len(watched)), save_model(*a))
+    )
     flags = ("--plus", "--rounds", "2", "--steps", "8", "--eval_every", "2", "--save_every", "2")
     train_here(model_dir, tmp_path / "run", *flags)
     assert saved == [1]  # after step 6
 
 
-def test_where_nothing_can_be_imitated_training_stops_and_says_so(model_dir, tmp_path, capsys, monkeypatch):
+def test_where_nothing_can_be_imitated_training_stops_and_says_so(
+    model_dir, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(baselines, "choose", lambda traces, config: [])
     with pytest.raises(SystemExit) as exit_:
         train_here(model_dir, tmp_path / "run", "--steps", "2", "--rounds", "1")
@@ -195,12 +237,20 @@ def test_where_nothing_can_be_imitated_training_stops_and_says_so(model_dir, tmp
     (["--steps", "0"], "--steps 0: must be at least 1"),
     (["--task", "mbpp_r", "--data", "x.jsonl"], "x.jsonl"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
-    said = helpers.refusal(baselines, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+    flags, message, model_dir, tmp_path, capsys
+):
+    said = helpers.refusal(
+        baselines, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags
+    )
     assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()
 
 
 def test_first_attempts_that_the_data_gives_are_refused(model_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2"))
-    said = helpers.refusal(baselines, capsys, "--model", model_dir, "--output_dir", tmp_path / "run")
+    monkeypatch.setitem(
+        TASKS, "tiny", dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
+    )
+    said = helpers.refusal(
+        baselines, capsys, "--model", model_dir, "--output_dir", tmp_path / "run"
+    )
     assert "first attempts are not the model's own" in said and not (tmp_path / "run").exists()

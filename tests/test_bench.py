@@ -1,4 +1,5 @@
-"""Every timing script at its smallest size: it runs, and its last line is JSON with what it promises."""
+"""Every timing script at its smallest size: it runs, and its last line is JSON with what it
+promises."""
 
 import json
 
@@ -31,20 +32,32 @@ def last_line(script, capsys, **flags):
 
 
 def test_sampler_against_generate(model, capsys):
-    sizes = {"prompts": 2, "group_size": 2, "shortest_prompt": 3, "longest_prompt": 6, "median_tokens": 3}
+    sizes = {
+        "prompts": 2,
+        "group_size": 2,
+        "shortest_prompt": 3,
+        "longest_prompt": 6,
+        "median_tokens": 3,
+    }
     sizes |= {"max_new_tokens": 5, "instruction": 2, "try_compiled": False}
     figures, out = last_line(bench_sampler, capsys, model=model, repeats=1, **sizes)
     for mode in ("greedy", "sampled"):
         for turn in ("turn1", "turn2", "whole"):
             assert figures[f"speedup_{mode}_{turn}"] > 0
-    assert figures["greedy_agreement"] == 1  # both did the same work, and a random tiny model leaves no near ties
+    # both did the same work, and a random tiny model leaves no near ties
+    assert figures["greedy_agreement"] == 1
     assert "| greedy | ours |" in out
 
 
 def test_roofline(model, capsys):
     small = {"batches": "1,2", "context": 24, "steps": 4, "probe_mib": 1, "probe_size": 64}
     figures, _ = last_line(bench_roofline, capsys, model=model, repeats=1, **small)
-    assert {"speedup_batch1", "speedup_batch2", "roofline_share_batch1", "roofline_share_batch2"} <= set(figures)
+    assert {
+        "speedup_batch1",
+        "speedup_batch2",
+        "roofline_share_batch1",
+        "roofline_share_batch2",
+    } <= set(figures)
 
 
 def test_cost_of_a_step(tiny):
@@ -89,16 +102,27 @@ def test_growth(tmp_path, capsys):
         "hidden_sizes": "32",
         "tokens": "64,128",
     }
-    figures, _ = last_line(bench_growth, capsys, repeats=1, output=str(tmp_path / "growth"), **sizes)
+    figures, _ = last_line(
+        bench_growth, capsys, repeats=1, output=str(tmp_path / "growth"), **sizes
+    )
     assert isinstance(figures["slope_batch"], float) and figures["slope_model"] is None
     assert (tmp_path / "growth.png").stat().st_size > 1000
     assert (tmp_path / "growth.csv").read_text().splitlines()[0] == "series,size,round,seconds"
 
 
 def test_scaling(capsys):
-    small = {"hidden_size": 64, "layers": 1, "vocabulary": 200, "prompt": 4, "new_tokens": 2, "steps": 2}
+    small = {
+        "hidden_size": 64,
+        "layers": 1,
+        "vocabulary": 200,
+        "prompt": 4,
+        "new_tokens": 2,
+        "steps": 2,
+    }
     figures, _ = last_line(bench_scaling, capsys, repeats=1, sizes="1,2", **small)
-    assert figures["speedup_2"] > 0 and [len(figures["peak_mib"]["training"][size]) for size in "12"] == [1, 2]
+    assert figures["speedup_2"] > 0 and [
+        len(figures["peak_mib"]["training"][size]) for size in "12"
+    ] == [1, 2]
 
 
 def test_results_do_not_depend_on_the_order_of_rows(model):

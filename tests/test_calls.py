@@ -1,4 +1,5 @@
-"""verify_function_call: what is one list of calls, when two values are the same, and which call answers which."""
+"""verify_function_call: what is one list of calls, when two values are the same, and which call
+answers which."""
 
 import json
 
@@ -71,14 +72,23 @@ def test_infinity_is_not_json_in_the_gold_either():
 
 def test_calls_compare_as_a_multiset():
     a, b = call(x=1), call(x=2)
-    for given_calls, same in (([b, a, a], True), ([a, b, b], False), ([a, b], False), ([a, a, b, b], False)):
+    for given_calls, same in (
+        ([b, a, a], True),
+        ([a, b, b], False),
+        ([a, b], False),
+        ([a, a, b, b], False),
+    ):
         assert verify_function_call(json.dumps(given_calls), [a, a, b]) is same
     assert verify_function_call("[]", [])
 
 
 def test_bfcl_arguments_take_any_accepted_value_and_optional_ones_may_be_missing():
     gold = [{"f": {"unit": ["m", "metre", ""], "size": [[1, 2], [2, 1]], "mode": ["", None]}}]
-    for arguments in ({"size": [1, 2]}, {"size": [2, 1], "unit": "metre"}, {"size": [1, 2], "unit": "m", "mode": None}):
+    for arguments in (
+        {"size": [1, 2]},
+        {"size": [2, 1], "unit": "metre"},
+        {"size": [1, 2], "unit": "m", "mode": None},
+    ):
         assert verify_function_call(json.dumps([call(**arguments)]), gold)
     for arguments in ({}, {"size": [2, 2]}, {"size": [1, 2], "unit": "M"}, {"size": [1, 2], "other": 1},
                       {"size": [[1, 2]]},
@@ -88,7 +98,18 @@ def test_bfcl_arguments_take_any_accepted_value_and_optional_ones_may_be_missing
 
 
 def test_objects_inside_accepted_values_list_accepted_values_too():
-    gold = [{"f": {"where": [[{"field": ["age"], "value": [30, "30"], "unit": ["", "years"]}, {"field": ["job"]}]]}}]
+    gold = [
+        {
+            "f": {
+                "where": [
+                    [
+                        {"field": ["age"], "value": [30, "30"], "unit": ["", "years"]},
+                        {"field": ["job"]},
+                    ]
+                ]
+            }
+        }
+    ]
 
     def verdict(*where):
         return verify_function_call(json.dumps([call(where=list(where))]), gold)
@@ -103,7 +124,10 @@ def test_objects_inside_accepted_values_list_accepted_values_too():
 
 def test_a_field_without_a_list_has_one_accepted_value():
     for x, same in ((1, True), (2, False)):
-        assert verify_function_call(json.dumps([call(where={"x": x})]), [{"f": {"where": [{"x": 1}]}}]) is same
+        assert (
+            verify_function_call(json.dumps([call(where={"x": x})]), [{"f": {"where": [{"x": 1}]}}])
+            is same
+        )
 
 
 def test_overlapping_accepted_values_are_matched_and_not_first_come_first_served():
@@ -116,7 +140,10 @@ def test_overlapping_accepted_values_are_matched_and_not_first_come_first_served
 def test_a_thousand_calls_are_matched_without_recursion():
     assert verify_function_call(json.dumps([call()] * 1100), [call()] * 1100)
     gold = [{"f": {"x": [i, i + 1]}} for i in range(200)]
-    for given_calls in ([call(x=i + 1) for i in range(199, -1, -1)], [call(x=i) for i in [*range(1, 200), 0]]):
+    for given_calls in (
+        [call(x=i + 1) for i in range(199, -1, -1)],
+        [call(x=i) for i in [*range(1, 200), 0]],
+    ):
         assert verify_function_call(json.dumps(given_calls), gold)
         assert not verify_function_call(json.dumps([*given_calls[1:], call(x=300)]), gold)
 
@@ -124,15 +151,35 @@ def test_a_thousand_calls_are_matched_without_recursion():
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | FLOATS | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3)
+    ),
 )
-PIECES = [*"[]{},:-", '"name"', '"arguments"', '"f"', "{}", "1e9", "NaN", "```", "json\n", "</think>"]
+PIECES = [
+    *"[]{},:-",
+    '"name"',
+    '"arguments"',
+    '"f"',
+    "{}",
+    "1e9",
+    "NaN",
+    "```",
+    "json\n",
+    "</think>",
+]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=2), max_size=12).map("".join) | JSON.map(json.dumps))
+@given(
+    st.lists(st.sampled_from(PIECES) | st.text(max_size=2), max_size=12).map("".join)
+    | JSON.map(json.dumps)
+)
 def test_no_text_makes_verify_function_call_raise(text):
-    for response in (text, f'[{{"name": "f", "arguments": {{"x": {text}}}}}]', f"```json\n{text}\n```"):
+    for response in (
+        text,
+        f'[{{"name": "f", "arguments": {{"x": {text}}}}}]',
+        f"```json\n{text}\n```",
+    ):
         for gold in (GOLD, [{"f": {"x": [1, {"a": [1, ""]}, [{}]]}}]):
             assert verify_function_call(response, gold) in (True, False)
 

@@ -1,7 +1,7 @@
 """Conversations on ids, with small tokenizers that have the real templates' shapes.
 
-A conversation's ids are those of the first prompt, what was sampled, and the seams; they are compared with the
-template's own encoding of the whole conversation.
+A conversation's ids are those of the first prompt, what was sampled, and the seams; they are
+compared with the template's own encoding of the whole conversation.
 """
 
 import pytest
@@ -9,12 +9,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from chat import first_turn_ids, follow_up_ids, seam_ids
+from sampling.turns import first_turn_ids, follow_up_ids, seam_ids
 
 HEAD = "{% for m in messages %}"
 CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-QWEN_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+QWEN_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+)
 LLAMA = (
     "<|begin|>{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
@@ -32,7 +34,11 @@ QWEN3 = (  # an answer keeps its thoughts only after the last user message
 THINK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
 IM = ("<|im_end|>", "<|im_start|>")
 TEMPLATES = {  # template, its specials (the end of turn first), the seam around "fix"
-    "chatml": (HEAD + CHATML + ASK, IM, "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n"),
+    "chatml": (
+        HEAD + CHATML + ASK,
+        IM,
+        "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n",
+    ),
     "qwen with its system prompt": (
         QWEN_SYSTEM + HEAD + CHATML + ASK,
         IM,
@@ -44,7 +50,11 @@ TEMPLATES = {  # template, its specials (the end of turn first), the seam around
         "<|eot|><|start|>user<|end|>\n\nfix<|eot|><|start|>assistant<|end|>\n\n",
     ),
     "gemma": (GEMMA, ("<eot>", "<turn>", "<bos>"), "<eot>\n<turn>user\nfix<eot>\n<turn>model\n"),
-    "qwen3": (QWEN3 + ASK, IM, "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen3": (
+        QWEN3 + ASK,
+        IM,
+        "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n",
+    ),
     "qwen3 without thoughts": (
         QWEN3 + THINK,
         (*IM, "<think>", "</think>"),
@@ -56,14 +66,22 @@ TEMPLATES = {  # template, its specials (the end of turn first), the seam around
 def character_tokenizer(template, *special):
     letters = {c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}
     core = Tokenizer(models.BPE(letters, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     core.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=special[0], chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=special[0], chat_template=template
+    )
 
 
 def whole(tokenizer, *contents):
     """The template's own ids of a conversation that waits for the model."""
-    chat = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    chat = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -96,13 +114,18 @@ def test_turns_joined_on_ids_equal_the_templates_own_encoding(name):
 def test_thoughts_that_a_template_would_strip_from_history_stay_as_they_were_sampled():
     template, specials, seam = TEMPLATES["qwen3"]
     tokenizer = character_tokenizer(template, *specials)
-    prompt, answer = first_turn_ids(tokenizer, "add"), sampled(tokenizer, "<think>\n1+2\n</think>\n\n3")
+    prompt, answer = (
+        first_turn_ids(tokenizer, "add"),
+        sampled(tokenizer, "<think>\n1+2\n</think>\n\n3"),
+    )
     joined = prompt + answer + follow_up_ids(tokenizer, "fix", answer[-1:])[0]
     assert (
         tokenizer.decode(joined)
-        == "<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n<think>\n1+2\n</think>\n\n3" + seam
+        == "<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n<think>\n1+2\n</think>\n\n3"
+        + seam
     )
-    assert joined != whole(tokenizer, "add", "<think>\n1+2\n</think>\n\n3", "fix")  # the template strips them
+    # the template strips them
+    assert joined != whole(tokenizer, "add", "<think>\n1+2\n</think>\n\n3", "fix")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -127,7 +150,12 @@ def test_a_base_model_without_a_template_gets_plain_lines_with_examples_that_end
     prompt = first_turn_ids(tokenizer, "1+2", (("1+1", "2"),))
     assert tokenizer.decode(prompt) == "1+1\n2<eos>\n1+2\n"
     assert tokenizer.decode(seam_ids(tokenizer, "fix")) == "<eos>\nfix\n"
-    assert prompt == first_turn_ids(tokenizer, "1+1") + sampled(tokenizer, "2") + seam_ids(tokenizer, "1+2")[1:]
+    assert (
+        prompt
+        == first_turn_ids(tokenizer, "1+1")
+        + sampled(tokenizer, "2")
+        + seam_ids(tokenizer, "1+2")[1:]
+    )
 
 
 def test_a_tokenizer_or_template_that_cannot_hold_a_conversation_is_refused():
@@ -135,6 +163,8 @@ def test_a_tokenizer_or_template_that_cannot_hold_a_conversation_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a chat template nor an eos token"):
         seam_ids(tokenizer, "fix")
-    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="leaves out what the model said"):
         seam_ids(tokenizer, "fix")

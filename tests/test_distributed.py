@@ -1,4 +1,5 @@
-"""Several ranks on CPU (gloo): the same results as one process, whatever is spread how, and agreement on every turn."""
+"""Several ranks on CPU (gloo): the same results as one process, whatever is spread how, and
+agreement on every turn."""
 
 import json
 from functools import partial
@@ -8,15 +9,14 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-import distributed
 import helpers
-import policy
 import rrr
 import score
-from chat import first_turn_ids
-from distributed import exchange, rank
 from sampler import Sampler
-from tasks import TASKS
+from sampling.turns import first_turn_ids
+from tasks.base import TASKS
+from training import distributed, policy
+from training.distributed import exchange, rank
 
 SIZES = {"max_new_tokens": 6, "problems": 4, "group_size": 2, "second_attempts": 2}
 WAYS = {  # name: flags of a step
@@ -37,13 +37,18 @@ def one_step(script, model_dir, config):
     """A rollout of all ranks and its gradient: (rows of ids, rewards, loss, {name: gradient})."""
     model, tokenizer = policy.load_model(model_dir, dtype=policy.compute_dtype(config))
     task = TASKS["tiny"]
-    prompts = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in task.generate("train", 0)[:4]]
+    prompts = [
+        (p, first_turn_ids(tokenizer, task.prompt(p))) for p in task.generate("train", 0)[:4]
+    ]
     sampler, scorer = Sampler(model, tokenizer), policy.make_scorer(model, config)
     with torch.no_grad():
         for parameter in scorer.reference.parameters():
             parameter.mul_(0.9)  # else the KL has no gradient
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluate.verify_batch", lambda verify, texts, *rest: [len(text) % 2 == 0 for text in texts])
+        patch.setattr(
+            "evaluate.verify_batch",
+            lambda verify, texts, *rest: [len(text) % 2 == 0 for text in texts],
+        )
         if script == "score":
             rollout, *rewards = score.roll_out(sampler, None, tokenizer, task, prompts, 0, config)
             batch = score.make_batch(rollout, *rewards, 2, 1.0, config)
@@ -70,7 +75,12 @@ def all_steps(model_dir, out):
     for name, flags in WAYS.items():
         if not distributed.together() and name in ("copies", "offloaded"):
             continue
-        flags = {"model": model_dir} | SIZES | flags | ({"hsdp": distributed.world()} if "hsdp" in flags else {})
+        flags = (
+            {"model": model_dir}
+            | SIZES
+            | flags
+            | ({"hsdp": distributed.world()} if "hsdp" in flags else {})
+        )
         steps[f"score, {name}"] = one_step("score", model_dir, score.Config(**flags))
         if name in ("whole", "small pieces"):
             flags = {
@@ -92,20 +102,26 @@ def steps(model_dir, tmp_path_factory):
     """{number of ranks: of `all_steps`}; 0 is one process without torchrun."""
     out = tmp_path_factory.mktemp("steps")
     for world in (0, 1, 2, 3):
-        assert set(helpers.finish(helpers.start(all_steps, model_dir, out / f"{world}", world=world))) == {0}
+        assert set(
+            helpers.finish(helpers.start(all_steps, model_dir, out / f"{world}", world=world))
+        ) == {0}
     return {world: torch.load(out / f"{world}") for world in (0, 1, 2, 3)}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_number_of_ranks_gives_the_same_rollouts_rewards_loss_and_gradients(steps, world):
     for name, (rows, rewards, loss, gradients) in steps[world].items():
-        expected_rows, expected_rewards, expected_loss, expected = steps[0][f"{name.split(',')[0]}, whole"]
+        expected_rows, expected_rewards, expected_loss, expected = steps[0][
+            f"{name.split(',')[0]}, whole"
+        ]
         assert rows == expected_rows and rewards == expected_rewards, name
         assert 0 < sum(rewards[0]) < len(rewards[0])
         assert loss == pytest.approx(expected_loss, abs=1e-5), name
         assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
         for weight, gradient in expected.items():
-            torch.testing.assert_close(gradients[weight], gradient, atol=1e-6, rtol=1e-5, msg=f"{name}: {weight}")
+            torch.testing.assert_close(
+                gradients[weight], gradient, atol=1e-6, rtol=1e-5, msg=f"{name}: {weight}"
+            )
 
 
 def test_under_torchrun_a_single_rank_equals_a_plain_process_bit_for_bit(steps):
@@ -116,22 +132,31 @@ def test_under_torchrun_a_single_rank_equals_a_plain_process_bit_for_bit(steps):
 
 
 def assert_alike(rows, expected):
-    """Metrics of runs whose arithmetic is in another order: Adam makes steps of full size of the smallest gradients."""
+    """Metrics of runs whose arithmetic is in another order: Adam makes steps of full size of the
+    smallest gradients."""
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     for row, other in zip(rows, expected, strict=True):
         for key in row:
-            close = {"rel": 0.01, "abs": 1e-5} if key.startswith(("kl", "grad", "ratio")) else {"rel": 1e-5}
+            close = (
+                {"rel": 0.01, "abs": 1e-5}
+                if key.startswith(("kl", "grad", "ratio"))
+                else {"rel": 1e-5}
+            )
             assert row[key] == pytest.approx(other[key], **close), (row["step"], key)
 
 
 @pytest.mark.parametrize("script", ["score", "rrr"])
-def test_whole_runs_of_2_and_3_ranks_end_in_the_table_of_one_and_go_on_at_another_size(script, model_dir, tmp_path):
+def test_whole_runs_of_2_and_3_ranks_end_in_the_table_of_one_and_go_on_at_another_size(
+    script, model_dir, tmp_path
+):
     assert helpers.run(script, model_dir, tmp_path / "0") == [0]
     expected = json.loads((tmp_path / "0" / "results.json").read_text())
     sizes = ((0, 3), (2, 0)) if script == "score" else ((3, 2),)
     for first, then in sizes:
         out = tmp_path / f"{first}{then}"
-        codes = helpers.run(script, model_dir, out, world=first, harm=partial(helpers.die_after_save, 2))
+        codes = helpers.run(
+            script, model_dir, out, world=first, harm=partial(helpers.die_after_save, 2)
+        )
         assert set(codes) == {-9}
         assert set(helpers.run(script, model_dir, out, "--resume", world=then)) == {0}
         assert_alike(helpers.metrics(out), helpers.metrics(tmp_path / "0"))
@@ -166,7 +191,11 @@ def test_bad_input_ends_all_ranks_with_one_line_a_node(flags, message, model_dir
     assert message in said[0] and said[0].count("\n") == 1 and not said[1]
 
 
-@pytest.mark.parametrize("flags", [("--dtype", "bfloat16"), ("--hsdp", "2"), ("--cpu_offload", "True")])
+@pytest.mark.parametrize(
+    "flags", [("--dtype", "bfloat16"), ("--hsdp", "2"), ("--cpu_offload", "True")]
+)
 def test_what_only_torchrun_can_do_is_refused_without_it(flags, model_dir, tmp_path, capsys):
-    said = helpers.refusal(score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+    said = helpers.refusal(
+        score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags
+    )
     assert f"{flags[0]}: needs torchrun" in said and not (tmp_path / "run").exists()

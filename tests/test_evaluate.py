@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import evaluate
-import figures
 import methods
 import rrr
 import tiny
-from tasks import TASKS
+from report import figures
+from tasks.base import TASKS
 
 
 def slow_edit_distance(a, b):
@@ -32,17 +32,22 @@ def test_edit_distance_equals_the_textbook_table():
 
 
 def talks_of(*rows):
-    """Conversations of two attempts with these verdicts; answers are what was given for them, or right and wrong."""
+    """Conversations of two attempts with these verdicts; answers are what was given for them, or
+    right and wrong."""
     talks = []
     for r1, r2, *answers in rows:
         answers = answers or [str(r1), str(r2)]
-        ys = [{"answer": a, "right": float(r), "ids": [1], "stopped": 1} for a, r in zip(answers, (r1, r2))]
+        ys = [
+            {"answer": a, "right": float(r), "ids": [1], "stopped": 1}
+            for a, r in zip(answers, (r1, r2))
+        ]
         talks.append({"attempts": ys, "values": figures.values_of(ys, [], 2)})
     return talks
 
 
 def test_standard_errors_treat_samples_of_one_problem_as_related():
-    talks = talks_of(*((r, r) for r in (1, 1, 0, 0, 1, 0)))  # three problems, two samples each: means 1, 0, 1/2
+    # three problems, two samples each: means 1, 0, 1/2
+    talks = talks_of(*((r, r) for r in (1, 1, 0, 0, 1, 0)))
     f = figures.summarize(talks, samples=2)
     assert f["n"] == 3 and f["acc_t1"] == 0.5
     assert f["acc_t1_se"] == pytest.approx(np.std([1, 0, 0.5], ddof=1) / np.sqrt(3))
@@ -74,7 +79,10 @@ class ScriptedSampler:
             @staticmethod
             def completion_ids(turn):
                 return [
-                    scripted.tokenizer(scripted.turns[turn][row], add_special_tokens=False).input_ids for row in rows
+                    scripted.tokenizer(
+                        scripted.turns[turn][row], add_special_tokens=False
+                    ).input_ids
+                    for row in rows
                 ]
 
             @staticmethod
@@ -99,7 +107,13 @@ def test_every_figure_of_a_hand_made_evaluation(tokenizer):
     second = ["bad " + RIGHT, "ok " + WRONG, "bad " + NONSENSE, "ok " + RIGHT]
     sampler = ScriptedSampler(tokenizer, first, second)
     f, talks = evaluate.evaluate(
-        sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 4, [[1]] * 4, evaluate.Config(), temperature=0.7
+        sampler,
+        tokenizer,
+        TASKS["tiny"],
+        [PROBLEM] * 4,
+        [[1]] * 4,
+        evaluate.Config(),
+        temperature=0.7,
     )
     expected = {"n": 4, "acc_t1": 0.5, "acc_t2": 0.5, "delta": 0, "i_to_c": 0.25, "c_to_i": 0.25, "changed": 0.5,
                 "well_formed": 7 / 8, "truncated": 0, "failures": 2, "retry_given_failure": 0.5}  # fmt: skip
@@ -114,9 +128,18 @@ def test_every_figure_of_a_hand_made_evaluation(tokenizer):
 
 
 def test_only_failures_reflect_and_retry_and_a_right_answer_stands(tokenizer):
-    sampler = ScriptedSampler(tokenizer, [WRONG, RIGHT, WRONG], ["got 21", "", "got 21 try"], [RIGHT, "", WRONG])
+    sampler = ScriptedSampler(
+        tokenizer, [WRONG, RIGHT, WRONG], ["got 21", "", "got 21 try"], [RIGHT, "", WRONG]
+    )
     f, talks = evaluate.evaluate(
-        sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 3, [[1]] * 3, evaluate.Config(), 1.0, "reflect_retry"
+        sampler,
+        tokenizer,
+        TASKS["tiny"],
+        [PROBLEM] * 3,
+        [[1]] * 3,
+        evaluate.Config(),
+        1.0,
+        "reflect_retry",
     )
     expected = {"acc_t1": 1 / 3, "acc_t2": 2 / 3, "c_to_i": 0, "failures": 2, "retry_given_failure": 0.5,
                 "reflection_tokens": 2.5}  # fmt: skip
@@ -153,15 +176,28 @@ def test_the_majority_wins_no_answer_has_no_vote_and_of_equals_the_first_wins():
     f = figures.votes(talks_of(wrong, right, right, none) + talks_of(none, none, none, right), 4)
     assert f["vote_parallel_2"] == 0 and f["vote_parallel_4"] == 1
     f = figures.votes(talks_of((0, 1, "a", "b"), wrong, wrong, wrong), 4)
-    assert f["vote_corrected_2"] == 1 and f["vote_parallel_2"] == 0  # one conversation of two answers, two of one
+    # one conversation of two answers, two of one
+    assert f["vote_corrected_2"] == 1 and f["vote_parallel_2"] == 0
     assert f["vote_corrected_4"] == 1 and f["vote_parallel_4"] == 0  # b before a
 
 
 def test_a_critique_comes_before_every_rewrite_after_right_and_wrong_answers(tokenizer):
     sampler = ScriptedSampler(tokenizer, [WRONG, RIGHT], ["got 21", "got 24"], [RIGHT, WRONG])
-    arguments = (sampler, tokenizer, TASKS["tiny"], [PROBLEM] * 2, [[1]] * 2, evaluate.Config(), 1.0, "self_refine")
+    arguments = (
+        sampler,
+        tokenizer,
+        TASKS["tiny"],
+        [PROBLEM] * 2,
+        [[1]] * 2,
+        evaluate.Config(),
+        1.0,
+        "self_refine",
+    )
     f, talks = evaluate.evaluate(*arguments)
-    assert (f["i_to_c"], f["c_to_i"]) == (0.5, 0.5) and [t["said"] for t in talks] == [["got 21"], ["got 24"]]
+    assert (f["i_to_c"], f["c_to_i"]) == (0.5, 0.5) and [t["said"] for t in talks] == [
+        ["got 21"],
+        ["got 24"],
+    ]
     for message, asked in zip((TASKS["tiny"].critique, TASKS["tiny"].rewrite), sampler.asked[1:]):
         assert asked[0] == [tokenizer(f"<user> {message} <assistant>").input_ids] * 2
     assert sampler.asked[1][1]["max_new_tokens"] == evaluate.Config().max_reflection_tokens
@@ -178,10 +214,15 @@ def test_every_further_attempt_follows_the_last_and_a_right_answer_ends_a_retry(
     assert [len(t["attempts"]) for t in talks] == [3, 2, 1]
 
 
-def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(evaluate, "CACHE_TOKENS", 1)  # a piece for every problem
     flags = {"limit": 6, "temperature": 1.0, "samples": 2}
-    whole, parts = (evaluate.Config(**flags, output=str(tmp_path / name)) for name in ("whole.json", "parts.json"))
+    whole, parts = (
+        evaluate.Config(**flags, output=str(tmp_path / name))
+        for name in ("whole.json", "parts.json")
+    )
     evaluate.main(whole)
     converse, calls = evaluate.converse, []
 
@@ -221,15 +262,22 @@ def probed(tokenizer, turns, method, keys):
 
 def test_training_that_would_have_no_signal_is_refused_with_what_to_try(tokenizer):
     both, retry = ["acc_t1", "acc_t2"], ["retry_given_failure"]
-    with pytest.raises(ValueError, match="of 2 training problems at T = 1, acc_t1 0%, acc_t2 0% .* Try --shots 3"):
+    with pytest.raises(
+        ValueError, match="of 2 training problems at T = 1, acc_t1 0%, acc_t2 0% .* Try --shots 3"
+    ):
         probed(tokenizer, [[WRONG] * 2, [WRONG] * 2], "self_correct", both)
     with pytest.raises(ValueError, match="acc_t1 100%, acc_t2 100% .* Try harder data"):
         probed(tokenizer, [[RIGHT] * 2, [RIGHT] * 2], "self_correct", both)
     with pytest.raises(ValueError, match="retry_given_failure 0%"):
         probed(tokenizer, [[WRONG, RIGHT], ["got"] * 2, [WRONG] * 2], "reflect_retry", retry)
-    with pytest.raises(ValueError, match="retry_given_failure 100%"):  # nothing failed, so there is nothing to retry
+    # nothing failed, so there is nothing to retry
+    with pytest.raises(ValueError, match="retry_given_failure 100%"):
         probed(tokenizer, [[RIGHT] * 2], "reflect_retry", retry)
-    for first, second in (([WRONG] * 2, [WRONG, RIGHT]), ([WRONG, RIGHT], [WRONG] * 2), ([WRONG] * 2, [RIGHT] * 2)):
+    for first, second in (
+        ([WRONG] * 2, [WRONG, RIGHT]),
+        ([WRONG, RIGHT], [WRONG] * 2),
+        ([WRONG] * 2, [RIGHT] * 2),
+    ):
         probed(tokenizer, [first, second], "self_correct", both)
     probed(tokenizer, [[WRONG] * 2, ["got"] * 2, [WRONG, RIGHT]], "reflect_retry", retry)
 
@@ -238,14 +286,21 @@ def test_a_probe_of_no_problems_samples_nothing(tokenizer):
     evaluate.probe(None, tokenizer, TASKS["tiny"], [], SimpleNamespace(probe=0), "self_correct")
 
 
-def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_it_had_been_sampled(tokenizer):
+def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_it_had_been_sampled(
+    tokenizer,
+):
     task = dataclasses.replace(TASKS["tiny"], given=lambda problem: WRONG)
     stops = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
     sampler = SimpleNamespace(pad_id=0, is_stop=stops, model=SimpleNamespace(device="cpu"))
     prompts = [[4, 5, 6], [7]]
-    rollout = evaluate.first_attempts(sampler, tokenizer, task, [PROBLEM] * 2, prompts, 2, [1, 2, 3, 4], {})
+    rollout = evaluate.first_attempts(
+        sampler, tokenizer, task, [PROBLEM] * 2, prompts, 2, [1, 2, 3, 4], {}
+    )
     ids = tokenizer(WRONG).input_ids
-    assert rollout.completion_ids(0) == [ids] * 4 and rollout.last_ids() == [tokenizer.eos_token_id] * 4
+    assert (
+        rollout.completion_ids(0) == [ids] * 4
+        and rollout.last_ids() == [tokenizer.eos_token_id] * 4
+    )
     assert rollout.stopped.tolist() == [[True]] * 4
     for row, prompt in enumerate([prompts[0]] * 2 + [prompts[1]] * 2):
         length = rollout.lengths[row]
@@ -258,8 +313,12 @@ def test_a_generic_reflection_stands_in_the_models_own_turn_before_the_retry(tok
     task, asked = dataclasses.replace(TASKS["tiny"], given=lambda problem: WRONG), []
     stops = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
     sampler = SimpleNamespace(pad_id=0, is_stop=stops, model=SimpleNamespace(device="cpu"))
-    sampler.generate = lambda prompts, seeds, **limits: asked.append((prompts, seeds.tolist(), limits))
-    before = evaluate.first_attempts(sampler, tokenizer, task, [PROBLEM] * 2, [[4, 5], [7]], 1, [8, 9], {})
+    sampler.generate = lambda prompts, seeds, **limits: asked.append(
+        (prompts, seeds.tolist(), limits)
+    )
+    before = evaluate.first_attempts(
+        sampler, tokenizer, task, [PROBLEM] * 2, [[4, 5], [7]], 1, [8, 9], {}
+    )
     shared = ((sampler,) * 3, sampler, tokenizer, task, {"max_new_tokens": 16}, 72)
     methods.next_attempts("generic_reflection", before, [1], *shared)
     said = f"{WRONG} <end> <user> reflect <assistant> {task.generic_reflection} <end> <user> retry <assistant>"

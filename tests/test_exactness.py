@@ -1,8 +1,10 @@
-"""Expected gradients, by enumerating every batch that a small policy can sample, against autograd of the equations.
+"""Expected gradients, by enumerating every batch that a small policy can sample, against autograd
+of the equations.
 
-The policy is a table: a softmax over V tokens for every prefix of two turns of two tokens. Each possible batch is one
-"problem" of a huge rollout, weighted with its probability through the advantages and KL weights, in which the loss is
-linear. Everything is float64; the functions under test are the ones that train.
+The policy is a table: a softmax over V tokens for every prefix of two turns of two tokens. Each
+    possible batch is one
+"problem" of a huge rollout, weighted with its probability through the advantages and KL weights, in
+which the loss is linear. Everything is float64; the functions under test are the ones that train.
 """
 
 import itertools
@@ -18,7 +20,8 @@ TOLERANCE = 1e-6
 
 
 def make_world(V: int):
-    """Logits of policy and reference for each of the four positions, rewards of each y1 and each (y1, y2)."""
+    """Logits of policy and reference for each of the four positions, rewards of each y1 and each
+    (y1, y2)."""
     g = torch.Generator().manual_seed(V)
     shapes = [(V ** (2 * turn + position), V) for turn in range(2) for position in range(2)]
     policy = [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
@@ -37,14 +40,17 @@ def turn_logprobs(tables, V):
 
 
 def sequence_kl(world):
-    """KL(pi || pi_ref) of whole attempts, turn 2 in expectation over y1 with y1 held fixed: two scalars."""
+    """KL(pi || pi_ref) of whole attempts, turn 2 in expectation over y1 with y1 held fixed: two
+    scalars."""
     (p1, p2), (q1, q2) = (turn_logprobs(t, world.V) for t in (world.policy, world.reference))
     kl2 = (p2.exp() * (p2 - q2)).sum(-1)
     return (p1.exp() * (p1 - q1)).sum(), (p1.exp().detach() * kl2).sum()
 
 
 def gradient(objective, world):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(objective, world.policy, allow_unused=False)])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(objective, world.policy, allow_unused=False)]
+    )
 
 
 def every_batch(V, G, K):
@@ -55,14 +61,18 @@ def every_batch(V, G, K):
 
 
 def estimated_gradient(world, config, stage, G, K, kl_kind="exact"):
-    """The gradient of the implemented loss, in expectation over all batches (as an ascent direction)."""
+    """The gradient of the implemented loss, in expectation over all batches (as an ascent
+    direction)."""
     y1, y2 = every_batch(world.V, G, K)
     per_turn = score.turn_advantages(world.r1[y1], world.r2[y1[..., None], y2], stage, config)
-    return expected_loss_gradient(world, y1, y2, per_turn, score.turn_kl_coefs(stage, config.beta2, config), kl_kind)
+    return expected_loss_gradient(
+        world, y1, y2, per_turn, score.turn_kl_coefs(stage, config.beta2, config), kl_kind
+    )
 
 
 def expected_loss_gradient(world, y1, y2, per_turn, kl_coefs, kl_kind="exact"):
-    """Of the shared loss with an advantage for each row's turns, weighted with the batches' probabilities."""
+    """Of the shared loss with an advantage for each row's turns, weighted with the batches'
+    probabilities."""
     V, (G, K) = world.V, y2.shape[1:]
     p1, p2 = (p.detach() for p in turn_logprobs(world.policy, V))
     weight = (p1[y1].sum(1) + p2[y1[..., None], y2].sum((1, 2))).exp()  # (N,)
@@ -90,7 +100,8 @@ def expected_loss_gradient(world, y1, y2, per_turn, kl_coefs, kl_kind="exact"):
 
 
 def exact_gradient(world, config, stage):
-    """Of Eq. 3 and of Eq. 4 with the bonus. gamma = 0: the second turn's prompt is held fixed, as in the paper."""
+    """Of Eq. 3 and of Eq. 4 with the bonus. gamma = 0: the second turn's prompt is held fixed, as
+    in the paper."""
     p1, p2 = (p.exp() for p in turn_logprobs(world.policy, world.V))
     r1, r2 = world.r1, world.r2
     kl1, kl2 = sequence_kl(world)
@@ -98,12 +109,22 @@ def exact_gradient(world, config, stage):
         objective = (p1.detach()[:, None] * p2 * r2).sum() - config.beta2 * kl1 - config.beta1 * kl2
     else:
         shaped = r2 + config.alpha * (r2 - r1[:, None])
-        objective = (p1 * r1).sum() + (p1.detach()[:, None] * p2 * shaped).sum() - config.beta1 * (kl1 + kl2)
+        objective = (
+            (p1 * r1).sum()
+            + (p1.detach()[:, None] * p2 * shaped).sum()
+            - config.beta1 * (kl1 + kl2)
+        )
     return gradient(objective, world)
 
 
 def make_config(**changes):
-    plain = {"normalise": "none", "alpha": 3.0, "beta1": 0.3, "beta2": 0.7, "baseline": "leave_one_out"}
+    plain = {
+        "normalise": "none",
+        "alpha": 3.0,
+        "beta1": 0.3,
+        "beta2": 0.7,
+        "baseline": "leave_one_out",
+    }
     return score.Config(**{**plain, **changes})
 
 
@@ -114,13 +135,17 @@ def make_config(**changes):
 def test_expected_gradient_is_that_of_equation_3_and_4(stage, baseline, V, G, K):
     world, config = make_world(V), make_config(baseline=baseline)
     estimate = estimated_gradient(world, config, stage, G, K)
-    torch.testing.assert_close(estimate, exact_gradient(world, config, stage), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        estimate, exact_gradient(world, config, stage), atol=TOLERANCE, rtol=0
+    )
 
 
 def test_group_mean_baseline_shrinks_the_reward_gradient_by_its_stated_factor():
     world, config = make_world(4), make_config(baseline="group_mean", beta1=0.0, beta2=0.0)
     estimate = estimated_gradient(world, config, 2, 2, 1)
-    torch.testing.assert_close(estimate, exact_gradient(world, config, 2) / 2, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        estimate, exact_gradient(world, config, 2) / 2, atol=TOLERANCE, rtol=0
+    )
 
 
 def test_gamma_1_gives_the_first_attempt_the_gradient_through_the_second():
@@ -137,7 +162,12 @@ def position_kl(world, forward: bool):
     V, total = world.V, 0.0
     p1, p2 = (p.exp().detach() for p in turn_logprobs(world.policy, V))
     joint = (p1[:, None] * p2).view(V, V, V, V)
-    weights = [joint.sum().view(1), joint.sum((1, 2, 3)), joint.sum((2, 3)).flatten(), joint.sum(3).flatten()]
+    weights = [
+        joint.sum().view(1),
+        joint.sum((1, 2, 3)),
+        joint.sum((2, 3)).flatten(),
+        joint.sum(3).flatten(),
+    ]
     for policy, reference, weight in zip(world.policy, world.reference, weights):
         p, q = policy.log_softmax(-1), reference.log_softmax(-1)
         kl = (q.exp() * (q - p)).sum(-1) if forward else (p.exp() * (p - q)).sum(-1)
@@ -150,14 +180,19 @@ def test_each_kl_option_has_the_gradient_it_is_documented_with(kind):
     world, config = make_world(4), make_config(baseline="none", beta1=1.0, alpha=0.0)
     world.r1.zero_(), world.r2.zero_()
     estimate = estimated_gradient(world, config, 2, 1, 1, kind)
-    claimed = sum(sequence_kl(world)) if kind in ("exact", "k1") else position_kl(world, forward=kind == "k3")
+    claimed = (
+        sum(sequence_kl(world))
+        if kind in ("exact", "k1")
+        else position_kl(world, forward=kind == "k3")
+    )
     torch.testing.assert_close(estimate, -gradient(claimed, world), atol=TOLERANCE, rtol=0)
 
 
 def test_the_kl_options_differ_so_that_the_test_above_can_fail():
     world = make_world(4)
     gradients = [
-        gradient(f, world) for f in (sum(sequence_kl(world)), position_kl(world, False), position_kl(world, True))
+        gradient(f, world)
+        for f in (sum(sequence_kl(world)), position_kl(world, False), position_kl(world, True))
     ]
     for one, other in itertools.combinations(gradients, 2):
         assert (one - other).abs().max() > 1e-2

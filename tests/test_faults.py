@@ -1,4 +1,5 @@
-"""What may happen to a run of days, done to a run of seconds: each fault, and what is left after it."""
+"""What may happen to a run of days, done to a run of seconds: each fault, and what is left after
+it."""
 
 import dataclasses
 import errno
@@ -19,14 +20,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import evaluate
 import helpers
-import policy
 import rrr
 import score
-import training
-from tasks import TASKS
+from tasks.base import TASKS
+from training import checkpoint, policy
+from training import loop as training
 
 SCRIPTS = {"score": score, "rrr": rrr}
 both = pytest.mark.parametrize("script", SCRIPTS)
@@ -48,7 +48,8 @@ def references(model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(model_dir, tmp_path_factory):
-    """Runs that were killed after the state of step 2, {script: directory}: copy them before use."""
+    """Runs that were killed after the state of step 2, {script: directory}: copy them before
+    use."""
     runs = tmp_path_factory.mktemp("stopped")
     for script in SCRIPTS:
         harm = partial(helpers.die_after_save, 2)
@@ -62,7 +63,9 @@ def assert_same(out: Path, reference: Path):
     for name in ("results.json", "transcripts.txt"):
         assert (out / name).read_text() == (reference / name).read_text()
     ours, theirs = (policy.load_model(str(run / "checkpoint"))[0] for run in (out, reference))
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
 
 
 def said(out: Path) -> str:
@@ -78,7 +81,16 @@ def wait_for(path: Path, seconds=300):
 
 def resume_flags(script, model_dir, out, *flags):
     """For a refusal in this process, which must have the flags that the run was started with."""
-    return ("--model", model_dir, "--output_dir", out, *helpers.SMALL, *helpers.FEW[script], "--resume", *flags)
+    return (
+        "--model",
+        model_dir,
+        "--output_dir",
+        out,
+        *helpers.SMALL,
+        *helpers.FEW[script],
+        "--resume",
+        *flags,
+    )
 
 
 # Killed
@@ -103,7 +115,8 @@ def die_at_file_operation(number: int, directory: str):
 
 @both
 def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_path, references):
-    """Every other one at some file operation, most of which are within a save; runs that were not hit start again."""
+    """Every other one at some file operation, most of which are within a save; runs that were not
+    hit start again."""
     rng, kills, runs, duration = random.Random(script), 0, 0, 2.0
     while kills < 20:
         out, done, started = tmp_path / f"{runs}", None, time.monotonic()
@@ -122,7 +135,9 @@ def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_pat
             if not (out / "config.json").exists():
                 shutil.rmtree(out, ignore_errors=True)  # killed before there was a run
         assert_same(out, references[script])
-        assert not [path.name for path in (out / "states").iterdir() if not path.name.startswith("step_")]
+        assert not [
+            path.name for path in (out / "states").iterdir() if not path.name.startswith("step_")
+        ]
         duration, runs = min(duration, time.monotonic() - started), runs + 1
 
 
@@ -134,13 +149,19 @@ def test_a_run_killed_at_step_0_at_the_stage_boundary_or_after_the_last_step_goe
     out = tmp_path / "run"
     harm = partial(helpers.die_after_save, step)
     assert helpers.run(script, model_dir, out, "--save_every", "1", harm=harm) == [-signal.SIGKILL]
-    (out / "states" / "old_step_000000").mkdir()  # as if it was killed within the save, which may have been the last
+    # as if it was killed within the save, which may have been the last
+    (out / "states" / "old_step_000000").mkdir()
     assert helpers.run(script, model_dir, out, "--save_every", "1", "--resume") == [0]
-    assert not [path.name for path in (out / "states").iterdir() if not path.name.startswith("step_")]
-    # The window of the best checkpoint is --save_every, so only the metrics are those of the reference.
+    assert not [
+        path.name for path in (out / "states").iterdir() if not path.name.startswith("step_")
+    ]
+    # The window of the best checkpoint is --save_every, so only the metrics are those of the
+    # reference.
     assert helpers.metrics(out) == helpers.metrics(references[script])
     assert "trained" in json.loads((out / "results.json").read_text())
-    refused = helpers.refusal(SCRIPTS[script], capsys, *resume_flags(script, model_dir, out, "--save_every", "1"))
+    refused = helpers.refusal(
+        SCRIPTS[script], capsys, *resume_flags(script, model_dir, out, "--save_every", "1")
+    )
     assert "is complete" in refused  # no zero steps that look like a success
 
 
@@ -168,9 +189,13 @@ def slow_generation(step: int, marker: Path):
 
 @both
 @pytest.mark.parametrize("world", [0, 2])
-def test_sigterm_during_generation_saves_the_state_and_exits_143(script, world, model_dir, tmp_path, references):
+def test_sigterm_during_generation_saves_the_state_and_exits_143(
+    script, world, model_dir, tmp_path, references
+):
     out, marker = tmp_path / "run", tmp_path / "generating"
-    processes = helpers.start_run(script, model_dir, out, world=world, harm=partial(slow_generation, 1, marker))
+    processes = helpers.start_run(
+        script, model_dir, out, world=world, harm=partial(slow_generation, 1, marker)
+    )
     wait_for(marker)
     time.sleep(0.2)
     for process in processes:
@@ -198,7 +223,9 @@ def slow_evaluation(marker: Path):
 
 
 @both
-def test_sigterm_during_an_evaluation_keeps_the_update_before_it(script, model_dir, tmp_path, references):
+def test_sigterm_during_an_evaluation_keeps_the_update_before_it(
+    script, model_dir, tmp_path, references
+):
     out, marker = tmp_path / "run", tmp_path / "evaluating"
     (process,) = helpers.start_run(script, model_dir, out, harm=partial(slow_evaluation, marker))
     wait_for(marker)
@@ -271,7 +298,9 @@ def full_disk(step: int):
 @pytest.mark.parametrize("script, harm, world", [
     ("score", small_files, 0), ("score", full_disk, 2), ("score", full_disk, 0), ("rrr", full_disk, 0),
 ])  # fmt: skip
-def test_a_full_disk_leaves_the_state_before_it_and_says_so(script, harm, world, model_dir, tmp_path, references):
+def test_a_full_disk_leaves_the_state_before_it_and_says_so(
+    script, harm, world, model_dir, tmp_path, references
+):
     out = tmp_path / "run"
     assert set(helpers.run(script, model_dir, out, world=world, harm=partial(harm, 3))) == {1}
     (line,) = [line for line in said(out).splitlines() if "can't be written" in line]
@@ -302,20 +331,27 @@ def flip_one_bit(path: Path):
     (Path.unlink, "manifest.json", "manifest.json is missing"),
     (truncate, "manifest.json", "manifest.json is no JSON"),
 ])  # fmt: skip
-def test_a_damaged_state_is_named_and_never_used(script, change, file, message, model_dir, stopped, tmp_path, capsys):
+def test_a_damaged_state_is_named_and_never_used(
+    script, change, file, message, model_dir, stopped, tmp_path, capsys
+):
     out = shutil.copytree(stopped[script], tmp_path / "run")
     change(out / "states" / "step_000002" / file)
     refused = helpers.refusal(SCRIPTS[script], capsys, *resume_flags(script, model_dir, out))
-    assert "step_000002 is damaged" in refused and message in refused and "--skip_damaged" in refused
+    assert (
+        "step_000002 is damaged" in refused and message in refused and "--skip_damaged" in refused
+    )
     assert (out / "states" / "step_000002").exists()
     training._locks.clear()
 
 
 @both
-def test_the_state_before_a_damaged_one_is_used_only_if_told_so(script, model_dir, stopped, tmp_path, references):
+def test_the_state_before_a_damaged_one_is_used_only_if_told_so(
+    script, model_dir, stopped, tmp_path, references
+):
     out = shutil.copytree(stopped[script], tmp_path / "run")
     flip_one_bit(out / "states" / "step_000002" / "tensors" / "__0_0.distcp")
-    (out / "states" / "new_000004" / "tensors").mkdir(parents=True)  # what a save that was cut off leaves behind
+    # what a save that was cut off leaves behind
+    (out / "states" / "new_000004" / "tensors").mkdir(parents=True)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"stage": 2, "st')  # and a line
     assert helpers.run(script, model_dir, out, "--resume", "--skip_damaged") == [0]
@@ -328,17 +364,24 @@ def test_without_any_whole_state_nothing_is_made_up(model_dir, stopped, tmp_path
     out = shutil.copytree(stopped["score"], tmp_path / "run")
     for state in checkpoint.states(out):
         (state / "manifest.json").unlink()
-    refused = helpers.refusal(score, capsys, *resume_flags("score", model_dir, out, "--skip_damaged"))
+    refused = helpers.refusal(
+        score, capsys, *resume_flags("score", model_dir, out, "--skip_damaged")
+    )
     assert "no saved state that is whole" in refused
 
 
 def test_the_last_states_are_kept_and_the_best_model_belongs_to_its_state(model_dir, tmp_path):
     out = tmp_path / "run"
     harm = partial(helpers.die_after_save, 4)
-    assert helpers.run("score", model_dir, out, "--save_every", "1", "--keep", "2", harm=harm) == [-signal.SIGKILL]
+    assert helpers.run("score", model_dir, out, "--save_every", "1", "--keep", "2", harm=harm) == [
+        -signal.SIGKILL
+    ]
     assert [path.name for path in checkpoint.states(out)] == ["step_000004", "step_000003"]
     for state in checkpoint.states(out):
-        assert {path.name for path in (state / "best").iterdir()} >= {"model.safetensors", "config.json"}
+        assert {path.name for path in (state / "best").iterdir()} >= {
+            "model.safetensors",
+            "config.json",
+        }
     newest = checkpoint.states(out)[0] / "best" / "model.safetensors"
     assert newest.read_bytes() == (out / "checkpoint" / "model.safetensors").read_bytes()
     shutil.rmtree(out / "checkpoint")  # as if it was killed between the state and the export
@@ -348,7 +391,9 @@ def test_the_last_states_are_kept_and_the_best_model_belongs_to_its_state(model_
     assert kept.read_bytes() == (out / "checkpoint" / "model.safetensors").read_bytes()
 
 
-def test_there_is_a_whole_checkpoint_at_every_moment_of_its_replacement(model_dir, tmp_path, monkeypatch):
+def test_there_is_a_whole_checkpoint_at_every_moment_of_its_replacement(
+    model_dir, tmp_path, monkeypatch
+):
     old, fresh = (shutil.copytree(model_dir, tmp_path / name) for name in ("checkpoint", "fresh"))
     seen, watching = [], [True]
 
@@ -358,7 +403,9 @@ def test_there_is_a_whole_checkpoint_at_every_moment_of_its_replacement(model_di
 
     sys.addaudithook(watch)
     checkpoint.publish(fresh, old)
-    assert len(seen) > 5 and all(seen) and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert (
+        len(seen) > 5 and all(seen) and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    )
     watching.clear()  # for there is no way to take it out
 
 
@@ -382,7 +429,9 @@ def other_weights(model_dir: str, monkeypatch):
 def other_data(model_dir: str, monkeypatch):
     task = TASKS["tiny"]
     generate = task.generate
-    monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(task, generate=lambda *a: generate(*a)[::-1]))
+    monkeypatch.setitem(
+        TASKS, "tiny", dataclasses.replace(task, generate=lambda *a: generate(*a)[::-1])
+    )
     return "train"
 
 
@@ -428,7 +477,9 @@ def test_a_second_run_on_the_directory_refuses(script, model_dir, tmp_path):
 @both
 def test_when_one_rank_is_killed_the_others_end(script, model_dir, tmp_path):
     out, marker = tmp_path / "run", tmp_path / "generating"
-    processes = helpers.start_run(script, model_dir, out, world=2, harm=partial(slow_generation_of_0, marker))
+    processes = helpers.start_run(
+        script, model_dir, out, world=2, harm=partial(slow_generation_of_0, marker)
+    )
     wait_for(marker)
     os.kill(processes[1].pid, signal.SIGKILL)
     codes = helpers.finish(processes)
@@ -450,11 +501,31 @@ def slow_generation_of_0(marker: Path):
 
 def test_torchrun_ends_all_ranks_when_one_is_killed(tmp_path):
     """The README's command line, with real processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "score.py"]
-    command = [*torchrun, "--output_dir", str(tmp_path / "run"), "--final_problems", "8", "--save_every", "1"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "score.py",
+    ]
+    command = [
+        *torchrun,
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--final_problems",
+        "8",
+        "--save_every",
+        "1",
+    ]
     with open(tmp_path / "log", "w") as log:
         run = subprocess.Popen(
-            command, cwd=helpers.ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            cwd=helpers.ROOT,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     wait_for(tmp_path / "run" / "metrics.jsonl")
     ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
@@ -511,19 +582,26 @@ POISONS = {
 def train_only(script, model_dir, out, *flags):
     """`helpers.train_here` without the evaluation at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in {"evaluate_both", "report", "compare_after_failure"} & vars(SCRIPTS[script]).keys():
+        for name in {"evaluate_both", "report", "compare_after_failure"} & vars(
+            SCRIPTS[script]
+        ).keys():
             patch.setattr(SCRIPTS[script], name, lambda *arguments, **more: {})
         patch.setattr(rrr, "side_by_side", lambda *arguments: "")
         return helpers.train_here(SCRIPTS[script], model_dir, out, *helpers.FEW[script], *flags)
 
 
 def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
-    """A run in this process, poisoned while it makes some steps: bad = {step: number}. seen: [(skipped, untouched)]."""
+    """A run in this process, poisoned while it makes some steps: bad = {step: number}. seen:
+    [(skipped, untouched)]."""
     step_of = training.train_step
 
     def trained(scorer, optimizer) -> list[torch.Tensor]:
         tensors = checkpoint.tensors_of(scorer, optimizer)
-        return [tensor.clone() for name, tensor in tensors.items() if not name.startswith("scorer.reference.")]
+        return [
+            tensor.clone()
+            for name, tensor in tensors.items()
+            if not name.startswith("scorer.reference.")
+        ]
 
     def one_step(config, scorer, sampler, optimizer, step, *rest):
         before = trained(scorer, optimizer)
@@ -532,7 +610,9 @@ def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
                 where, name, harmful = poison(bad[step])
                 patch.setattr(where or SCRIPTS[script], name, harmful)
             row = step_of(config, scorer, sampler, optimizer, step, *rest)
-        same = all(torch.equal(a, b) for a, b in zip(before, trained(scorer, optimizer), strict=True))
+        same = all(
+            torch.equal(a, b) for a, b in zip(before, trained(scorer, optimizer), strict=True)
+        )
         seen.append((row["skipped"], same))
         return row
 
@@ -545,7 +625,9 @@ def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
 @pytest.mark.parametrize("what", POISONS)
 def test_what_is_not_finite_changes_no_weight_and_is_counted(script, what, model_dir, tmp_path):
     seen, bad = [], {1: float("nan"), 2: float("inf")}
-    rows = poisoned_run(script, model_dir, tmp_path / "run", POISONS[what], bad, seen, "--eval_every", "0")
+    rows = poisoned_run(
+        script, model_dir, tmp_path / "run", POISONS[what], bad, seen, "--eval_every", "0"
+    )
     assert seen == [(0, False), (1, True), (1, True), (0, False)]
     assert what in rows[1]["not_finite"] and what in rows[2]["not_finite"]
     assert not re.search("NaN|Infinity", (tmp_path / "run" / "metrics.jsonl").read_text())
@@ -555,7 +637,11 @@ def test_what_is_not_finite_changes_no_weight_and_is_counted(script, what, model
 
 @both
 def test_training_stops_after_so_many_bad_steps_in_a_row(script, model_dir, tmp_path, capsys):
-    seen, bad, flags = [], dict.fromkeys((1, 2, 3), float("nan")), ("--max_skipped", "2", "--save_every", "1")
+    seen, bad, flags = (
+        [],
+        dict.fromkeys((1, 2, 3), float("nan")),
+        ("--max_skipped", "2", "--save_every", "1"),
+    )
     with pytest.raises(SystemExit) as exit_:
         poisoned_run(script, model_dir, tmp_path / "run", poison_loss, bad, seen, *flags)
     assert exit_.value.code == 1 and [skipped for skipped, _ in seen] == [0, 1, 1]
@@ -573,7 +659,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_published(model_dir, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train_step", ruin)
         with pytest.raises(SystemExit):
-            helpers.train_here(score, model_dir, tmp_path / "run", *helpers.FEW["score"], "--save_every", "1")
+            helpers.train_here(
+                score, model_dir, tmp_path / "run", *helpers.FEW["score"], "--save_every", "1"
+            )
     assert "after 1 steps the weights are not finite" in capsys.readouterr().err
     assert [path.name for path in checkpoint.states(tmp_path / "run")] == ["step_000000"]
     assert not (tmp_path / "run" / "checkpoint").exists()
@@ -614,7 +702,7 @@ PROGRAM = """
 import dataclasses, os, sys
 import torch
 import helpers, {script}
-from tasks import TASKS
+from tasks.base import TASKS
 torch.set_num_threads(1)
 os.cpu_count = lambda: {workers}
 TASKS["tiny"] = dataclasses.replace(TASKS["tiny"], warm_up=lambda: True)  # verdicts in threads
@@ -624,13 +712,22 @@ helpers.train_here({script}, {model!r}, helpers.Path({out!r}), *helpers.FEW["{sc
 
 
 @both
-def test_hash_seeds_workers_and_global_random_state_change_nothing(script, model_dir, tmp_path, references):
+def test_hash_seeds_workers_and_global_random_state_change_nothing(
+    script, model_dir, tmp_path, references
+):
     runs = []
     for workers in (1, 7):
-        names = {"script": script, "workers": workers, "model": model_dir, "out": str(tmp_path / f"{workers}")}
+        names = {
+            "script": script,
+            "workers": workers,
+            "model": model_dir,
+            "out": str(tmp_path / f"{workers}"),
+        }
         env = os.environ | {"PYTHONHASHSEED": f"{workers}", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", PROGRAM.format(**names)]
-        runs.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        runs.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
     assert [run.wait() for run in runs] == [0, 0]
     for workers in (1, 7):
         assert_same(tmp_path / f"{workers}", references[script])

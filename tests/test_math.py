@@ -1,4 +1,5 @@
-"""verify_math: what is taken for the answer, what counts as equal, and that the grader's processes can't do harm."""
+"""verify_math: what is taken for the answer, what counts as equal, and that the grader's processes
+can't do harm."""
 
 import os
 import signal
@@ -11,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import grader
 import verifiers
 from helpers import ROOT
+from sandbox import grader
 from verifiers import extract_math, verify_batch, verify_math
 
 HANG = r"\boxed{9^{9^{9^{9}}}}"
@@ -78,25 +79,44 @@ def test_odd_responses_are_wrong_and_do_no_harm(response):
 
 
 LATEX = [
-    *("\\boxed{", "\\frac", "\\sqrt", "\\text{", "\\left(", "\\right)", "\\%", "\\\\", "12", "\ud800"),
+    *(
+        "\\boxed{",
+        "\\frac",
+        "\\sqrt",
+        "\\text{",
+        "\\left(",
+        "\\right)",
+        "\\%",
+        "\\\\",
+        "12",
+        "\ud800",
+    ),
     *("\\begin{pmatrix}", "\\end{pmatrix}", "final answer is ", "</think>", *"{}^_$=,&x.!"),
 ]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(LATEX) | st.text(max_size=3), max_size=12).map("".join), st.booleans())
+@given(
+    st.lists(st.sampled_from(LATEX) | st.text(max_size=3), max_size=12).map("".join), st.booleans()
+)
 def test_no_text_makes_verify_math_raise(text, boxed):
-    assert verify_math(rf"\boxed{{{text}}}" if boxed else text, r"\frac{1}{2}", timeout=0.1) in (True, False)
+    assert verify_math(rf"\boxed{{{text}}}" if boxed else text, r"\frac{1}{2}", timeout=0.1) in (
+        True,
+        False,
+    )
 
 
-def test_the_gold_answer_stands_first():  # an equation asked for is not answered by its right side, but may answer it
+# an equation asked for is not answered by its right side, but may answer it
+def test_the_gold_answer_stands_first():
     assert not verify_math(r"\boxed{10}", "2x=10")
     assert verify_math(r"\boxed{2x=10}", "10")
 
 
 def test_a_hung_verdict_is_false_in_time_and_not_tried_again(monkeypatch):
     asked, ask = [], grader._ask
-    monkeypatch.setattr(grader, "_ask", lambda *arguments: asked.append(arguments) or ask(*arguments))
+    monkeypatch.setattr(
+        grader, "_ask", lambda *arguments: asked.append(arguments) or ask(*arguments)
+    )
     start = time.monotonic()
     assert verify_math(HANG, "5", timeout=1.0) is False
     assert time.monotonic() - start < 3.5 and len(asked) == 1
@@ -165,7 +185,9 @@ def server() -> int:
 def test_a_thousand_hung_verdicts_leave_nothing_behind():
     before, files = processes(os.getsid(0)), len(os.listdir("/proc/self/fd"))
     session = server()
-    verdicts = verify_batch(lambda text, _: verify_math(text, "5", timeout=0.008), [HANG] * 1000, [{}] * 1000, 4)
+    verdicts = verify_batch(
+        lambda text, _: verify_math(text, "5", timeout=0.008), [HANG] * 1000, [{}] * 1000, 4
+    )
     assert verdicts == [False] * 1000
     assert server() == session and len(processes(session, zombies=True)) <= 1 + grader.WORKERS
     assert len(os.listdir("/proc/self/fd")) <= files + 2 + grader.WORKERS
@@ -186,7 +208,9 @@ def test_killed_workers_are_replaced_and_no_verdict_is_lost(whole_server):
 
 def test_an_answer_that_kills_its_worker_twice_is_wrong(monkeypatch):
     asked = []
-    monkeypatch.setattr(grader, "_ask", lambda worker, request, timeout: asked.append(worker) or b"")
+    monkeypatch.setattr(
+        grader, "_ask", lambda worker, request, timeout: asked.append(worker) or b""
+    )
     assert verify_math(r"\boxed{5}", "5") is False
     assert len(set(map(id, asked))) == 2
 
@@ -208,8 +232,12 @@ def test_a_grader_that_can_not_start_raises(no_server, monkeypatch):
         verify_math(r"\boxed{5}", "5")
 
 
-def test_a_math_verify_that_can_not_grade_is_a_fault_and_no_verdict(no_server, monkeypatch, tmp_path):
-    (tmp_path / "math_verify.py").write_text("LatexExtractionConfig = dict\ndef parse(): ...\ndef verify(): ...\n")
+def test_a_math_verify_that_can_not_grade_is_a_fault_and_no_verdict(
+    no_server, monkeypatch, tmp_path
+):
+    (tmp_path / "math_verify.py").write_text(
+        "LatexExtractionConfig = dict\ndef parse(): ...\ndef verify(): ...\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="could not start a worker"):
         verify_math(r"\boxed{5}", "5")
@@ -221,7 +249,9 @@ def test_a_forked_child_has_workers_of_its_own():
     if pid == 0:
         status = 1
         try:
-            status = 0 if server() != session and verify_math(HANG, "5", timeout=0.1) is False else 2
+            status = (
+                0 if server() != session and verify_math(HANG, "5", timeout=0.1) is False else 2
+            )
             grader._stop()
         finally:
             os._exit(status)
@@ -231,7 +261,8 @@ def test_a_forked_child_has_workers_of_its_own():
 
 CALLER = """
 import sys, threading, time
-import grader, verifiers
+import verifiers
+from sandbox import grader
 verifiers.verify_math("\\\\boxed{5}", "5")
 threading.Thread(target=verifiers.verify_math, args=(sys.argv[1], "5", 60), daemon=True).start()
 time.sleep(0.5)
@@ -258,7 +289,7 @@ def test_nothing_outlives_its_caller(end):
 
 
 def test_importing_the_verifiers_starts_nothing_and_imports_no_sympy():
-    code = "import sys, verifiers, grader; assert grader._server is None and 'sympy' not in sys.modules"
+    code = "import sys, verifiers\nfrom sandbox import grader\nassert grader._server is None and 'sympy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

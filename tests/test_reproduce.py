@@ -1,4 +1,5 @@
-"""The reproduction: what it plans, how it goes on, chooses and compares, and that its smallest size runs."""
+"""The reproduction: what it plans, how it goes on, chooses and compares, and that its smallest size
+runs."""
 
 import csv
 import json
@@ -15,11 +16,11 @@ import baselines
 import helpers
 import measure
 import rates
-import report
 import reproduce
 import rrr
 import score
-from flags import parse_args
+import tables
+from training.flags import parse_args
 
 SCRIPTS = {"score.py": score, "baselines.py": baselines, "rrr.py": rrr}
 
@@ -68,18 +69,21 @@ def test_every_experiment_has_methods_that_there_are_and_runs_are_shared(config)
         runs = runs_of(table, config)
         directories = [run.directory(config) for run in runs]
         assert len({*directories}) == len(directories)
-    twice = {"a": reproduce.Experiment(("SCoRe",)), "b": reproduce.Experiment(("SCoRe",), more=True)}
+    twice = {
+        "a": reproduce.Experiment(("SCoRe",)),
+        "b": reproduce.Experiment(("SCoRe",), more=True),
+    }
     assert [run.more for run in runs_of(twice, config)] == [True] * 5
 
 
 def test_claims_and_tables_are_about_runs_that_are_made():
     planned = {(m, n) for e in reproduce.EXPERIMENTS.values() for m in e.methods for n in e.steps}
-    for _, one, other, _, steps in report.CLAIMS:
+    for _, one, other, _, steps in tables.CLAIMS:
         for method in (one, other):
             assert method is None or (method, steps) in planned, method
-    assert {*report.TABLE1, *report.TABLE2} <= {m for m, _ in planned}
+    assert {*tables.TABLE1, *tables.TABLE2} <= {m for m, _ in planned}
     known = {*measure.controls("base", "trained"), ""}
-    for _, *sides, _ in report.RRR_CLAIMS:
+    for _, *sides, _ in tables.RRR_CLAIMS:
         assert all(row in known and (method, 250) in planned for method, row in sides)
 
 
@@ -97,8 +101,13 @@ def fake_launch(command, log):
             '{"stage": 2, "step": 0, "acc_t1": 0.5, "seconds_rollout": 1, "seconds_update": 1}\n'
         )
     else:
-        figures = {"greedy": {"acc_t1": 0.5, "acc_t1_se": 0.1}, "sampled": {"acc_t1": 0.25, "acc_t1_se": 0.1}}
-        bits = {mode: {key: measure.bits([1, 0, 1]) for key in ("acc_t1", "acc_t2")} for mode in figures}
+        figures = {
+            "greedy": {"acc_t1": 0.5, "acc_t1_se": 0.1},
+            "sampled": {"acc_t1": 0.25, "acc_t1_se": 0.1},
+        }
+        bits = {
+            mode: {key: measure.bits([1, 0, 1]) for key in ("acc_t1", "acc_t2")} for mode in figures
+        }
         content = {"figures": {"": figures}, "bits": {"": bits}, "more": []}
         reproduce.Path(out).write_text(json.dumps(content))
     launched.append(command)
@@ -115,17 +124,24 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
     monkeypatch.setattr(reproduce, "EXPERIMENTS", small)
     config.only = "tune,main"
     reproduce.main(config)
-    assert not any("bench/measure.py" in c for c in launched[:8])  # a learning rate is chosen without the test split
+    # a learning rate is chosen without the test split
+    assert not any("bench/measure.py" in c for c in launched[:8])
     assert all(c[c.index("--seed") + 1] == "100" for c in launched[:8])
-    assert sum("bench/measure.py" in c for c in launched) == 5  # the base, and two runs of two methods
+    # the base, and two runs of two methods
+    assert sum("bench/measure.py" in c for c in launched) == 5
     assert len(launched) == 8 + 5 + 4 + 2  # and Stage I of both seeds
     stage1 = [c for c in launched if "--save_every" in c]
     star = [c for c in launched if "star" in c]
-    assert {c[c.index("--model") + 1] for c in star} == {c[c.index("--output_dir") + 1] + "/checkpoint" for c in stage1}
-    tried = report.read_csv(config.results / "tuning.csv")
-    assert [(r["method"], r["lr"]) for r in tried if r["chosen"] == "1"] == [("SCoRe", "0.00015"), ("RRR", "0.00015")]
+    assert {c[c.index("--model") + 1] for c in star} == {
+        c[c.index("--output_dir") + 1] + "/checkpoint" for c in stage1
+    }
+    tried = tables.read_csv(config.results / "tuning.csv")
+    assert [(r["method"], r["lr"]) for r in tried if r["chosen"] == "1"] == [
+        ("SCoRe", "0.00015"),
+        ("RRR", "0.00015"),
+    ]
     assert reproduce.learning_rate("alpha 3", config) == 1.5e-4
-    assert len(report.read_csv(config.results / "figures.csv")) == 2 * 5
+    assert len(tables.read_csv(config.results / "figures.csv")) == 2 * 5
     assert "## take-off (tiny)" in (config.results / "tables.md").read_text()
 
     before = len(launched)
@@ -137,7 +153,8 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
     assert {path.name: path.read_bytes() for path in config.results.glob("*.[cm]*")} == files
 
     config.render = False
-    for run in (config.runs / "tiny").glob("*-0.00015-*[01]"):  # of another session: its rows are kept
+    # of another session: its rows are kept
+    for run in (config.runs / "tiny").glob("*-0.00015-*[01]"):
         shutil.rmtree(run)
     config.missing = True
     reproduce.main(config)
@@ -145,14 +162,21 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
     assert {path.name: path.read_bytes() for path in config.results.glob("*.[cm]*")} == files
 
 
-def test_without_a_chosen_rate_nothing_is_trained_and_a_run_that_failed_was_tried(config, monkeypatch, capsys):
+def test_without_a_chosen_rate_nothing_is_trained_and_a_run_that_failed_was_tried(
+    config, monkeypatch, capsys
+):
     launched.clear()
     set_tuned(monkeypatch, "SCoRe")
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=1)})
+    monkeypatch.setattr(
+        reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=1)}
+    )
     config.only = "main"
     with pytest.raises(SystemExit):
         reproduce.main(config)
-    assert "no learning rate is chosen yet for SCoRe: --only tune" in capsys.readouterr().err and not launched
+    assert (
+        "no learning rate is chosen yet for SCoRe: --only tune" in capsys.readouterr().err
+        and not launched
+    )
 
     def collapse(command, log):
         if "--lr" in command and command[command.index("--lr") + 1] == "0.0005":
@@ -163,9 +187,9 @@ def test_without_a_chosen_rate_nothing_is_trained_and_a_run_that_failed_was_trie
     config.only = "tune,main"
     with pytest.raises(SystemExit, match="1 runs failed"):
         reproduce.main(config)
-    tried = {row["lr"]: row for row in report.read_csv(config.results / "tuning.csv")}
+    tried = {row["lr"]: row for row in tables.read_csv(config.results / "tuning.csv")}
     assert tried["0.0005"]["score"] == "-inf" and tried["0.00015"]["chosen"] == "1"
-    assert len(report.read_csv(config.results / "figures.csv")) == 2
+    assert len(tables.read_csv(config.results / "figures.csv")) == 2
 
 
 def test_a_best_rate_at_the_edge_has_the_next_one_tried_too():
@@ -174,12 +198,18 @@ def test_a_best_rate_at_the_edge_has_the_next_one_tried_too():
     assert rates.rates_due(grid | {5e-5: 0.6}) == []
     assert rates.rates_due(grid | {1.5e-5: 0.6}) == [5e-6]
     assert rates.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.55}) == []
-    assert rates.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.65, 1.5e-6: 0.7}) == []  # the end of the ladder
+    # the end of the ladder
+    assert rates.rates_due(grid | {1.5e-5: 0.6, 5e-6: 0.65, 1.5e-6: 0.7}) == []
     assert rates.rates_due(grid | {5e-4: 0.6}) == [1.5e-3]
 
 
 def test_a_rate_is_judged_by_what_the_method_trains():
-    results = {"trained": {"greedy": {"acc_t1": 0.5, "acc_t2": 0.6}, "sampled": {"acc_t1": 0.3, "acc_t2": 0.5}}}
+    results = {
+        "trained": {
+            "greedy": {"acc_t1": 0.5, "acc_t2": 0.6},
+            "sampled": {"acc_t1": 0.3, "acc_t2": 0.5},
+        }
+    }
     assert rates.score_of(results, "single-turn RL") == pytest.approx(0.4)
     assert rates.score_of(results, "RRR") == pytest.approx(0.55)
 
@@ -191,16 +221,25 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(config, monkeypatch, cap
         fake_launch(command, log)
 
     monkeypatch.setattr(reproduce, "launch", fail_once)
-    monkeypatch.setattr(reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=3)})
+    monkeypatch.setattr(
+        reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=3)}
+    )
     monkeypatch.setattr(rates, "chosen_rate", lambda method, config: 1.5e-4)
     config.only = "main"
     with pytest.raises(SystemExit, match="1 runs failed: call it again"):
         reproduce.main(config)
-    assert [r["seed"] for r in report.read_csv(config.results / "figures.csv")] == ["0", "0", "2", "2"]
+    assert [r["seed"] for r in tables.read_csv(config.results / "figures.csv")] == [
+        "0",
+        "0",
+        "2",
+        "2",
+    ]
     assert "SCoRe-320-0.00015-1.log: broken" in capsys.readouterr().err
 
 
-def test_when_it_is_stopped_its_runs_are_told_to_save_and_no_other_begins(config, monkeypatch, tmp_path):
+def test_when_it_is_stopped_its_runs_are_told_to_save_and_no_other_begins(
+    config, monkeypatch, tmp_path
+):
     log, saved = tmp_path / "log", tmp_path / "saved"
     script = (
         "import signal, sys, time\n"
@@ -216,45 +255,54 @@ def test_when_it_is_stopped_its_runs_are_told_to_save_and_no_other_begins(config
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    # a shell's background jobs ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            reproduce.complete_all([reproduce.Run("tiny", "SCoRe", 320, seed, 1e-4) for seed in range(4)], config, "")
+            reproduce.complete_all(
+                [reproduce.Run("tiny", "SCoRe", 320, seed, 1e-4) for seed in range(4)], config, ""
+            )
     finally:
         signal.signal(signal.SIGINT, before)
     assert saved.read_text() == "xx" and log.read_text().count("ready") == 2
 
 
-@pytest.mark.parametrize("only, message", [("mian", "--only mian: choose from"), ("before_rl", "tiny.py")])
+@pytest.mark.parametrize(
+    "only, message", [("mian", "--only mian: choose from"), ("before_rl", "tiny.py")]
+)
 def test_bad_input_is_one_line_and_exit_code_2(only, message, capsys, tmp_path):
     said = helpers.refusal(reproduce, capsys, "--only", only, "--pretrained", tmp_path / "none")
     assert message in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("df, expected", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (60, 2.000)])
+@pytest.mark.parametrize(
+    "df, expected", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (60, 2.000)]
+)
 def test_quantiles_of_students_t(df, expected):
-    assert report.quantile(df) == pytest.approx(expected, abs=0.01)
+    assert tables.quantile(df) == pytest.approx(expected, abs=0.01)
 
 
 def test_effects_where_only_seeds_or_only_problems_differ_are_those_of_one_sample():
     seeds = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    mean, low, high = report.effect(np.repeat(seeds[:, None], 1000, axis=1))
+    mean, low, high = tables.effect(np.repeat(seeds[:, None], 1000, axis=1))
     half = 2.776 * seeds.std(ddof=1) / 5**0.5
     assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-2)
     problems = np.random.default_rng(0).normal(size=1000)
-    mean, low, high = report.effect(np.repeat(problems[None], 5, axis=0))
+    mean, low, high = tables.effect(np.repeat(problems[None], 5, axis=0))
     half = 1.96 * problems.std(ddof=1) / 1000**0.5
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=1e-3)
-    assert report.effect(np.zeros((3, 10))) == (0, 0, 0)
-    alone = report.effect(problems[None])
+    assert tables.effect(np.zeros((3, 10))) == (0, 0, 0)
+    alone = tables.effect(problems[None])
     assert alone == pytest.approx((mean, mean - half, mean + half), abs=1e-3)
 
 
 def test_intervals_of_effects_cover_the_truth_nineteen_times_of_twenty():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(400):
-        crossed = 0.6 * rng.normal(size=(20, 1)) + rng.normal(size=(1, 60)) + rng.normal(size=(20, 60))
-        _, low, high = report.effect(0.5 + crossed)
+        crossed = (
+            0.6 * rng.normal(size=(20, 1)) + rng.normal(size=(1, 60)) + rng.normal(size=(20, 60))
+        )
+        _, low, high = tables.effect(0.5 + crossed)
         covered += low < 0.5 < high
     assert 0.92 <= covered / 400 <= 0.98
 
@@ -262,15 +310,27 @@ def test_intervals_of_effects_cover_the_truth_nineteen_times_of_twenty():
 def test_bits_come_back_and_effects_are_paired():
     rows = []
     for seed, second in enumerate(([1, 1, 1, 0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1])):
-        identity = {"base": "tiny", "method": "SCoRe", "steps": "320", "seed": str(seed), "row": "", "mode": "greedy"}
+        identity = {
+            "base": "tiny",
+            "method": "SCoRe",
+            "steps": "320",
+            "seed": str(seed),
+            "row": "",
+            "mode": "greedy",
+        }
         rows += [identity | {"key": "acc_t1", "bits": measure.bits([1, 0, 0, 0, 0, 0, 0, 0, 1])}]
         rows += [identity | {"key": "acc_t2", "bits": measure.bits(second)}]
-    delta = report.outcomes(rows, "delta", method="SCoRe")
+    delta = tables.outcomes(rows, "delta", method="SCoRe")
     assert delta["0"].tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0]
-    found = {claim: rest for _, claim, *rest in report.effects(rows)}
+    found = {claim: rest for _, claim, *rest in tables.effects(rows)}
     assert [*found] == ["Delta is above 0: SCoRe"]
     steps, mode, seeds, mean, low, high = found["Delta is above 0: SCoRe"]
-    assert (steps, mode, seeds, mean) == (320, "greedy", 2, pytest.approx(100 * 1.5 / 9)) and low < mean < high
+    assert (steps, mode, seeds, mean) == (
+        320,
+        "greedy",
+        2,
+        pytest.approx(100 * 1.5 / 9),
+    ) and low < mean < high
 
 
 def test_take_off_is_above_five_points_and_counts_steps_from_one():
@@ -279,16 +339,21 @@ def test_take_off_is_above_five_points_and_counts_steps_from_one():
         {"base": "tiny", "method": "SCoRe", "steps": "80", "seed": "0", "step": str(step),
          "eval_acc_t1": t1, "eval_acc_t2": t2} for step, (t1, t2) in at.items()
     ]  # fmt: skip
-    assert report.takeoff_table(rows, "tiny").endswith("| SCoRe | 80 | 80 |")
+    assert tables.takeoff_table(rows, "tiny").endswith("| SCoRe | 80 | 80 |")
 
 
 def test_the_noise_of_a_gradient_is_without_the_noise_of_its_mean():
     rng = np.random.default_rng(0)
     gradients = measure.torch.tensor(3 + 2 * rng.normal(size=(400, 50)))
     found = measure.noise_of(gradients)
-    assert found["variance"] == pytest.approx(50 * 4, rel=0.05) and found["signal"] == pytest.approx(50 * 9, rel=0.05)
+    assert found["variance"] == pytest.approx(50 * 4, rel=0.05) and found[
+        "signal"
+    ] == pytest.approx(50 * 9, rel=0.05)
     assert found["batches"] == pytest.approx(found["variance"] / found["signal"])
-    twins = [measure.noise_of(measure.torch.tensor(3 + 2 * rng.normal(size=(20, 50)))) for _ in range(200)]
+    twins = [
+        measure.noise_of(measure.torch.tensor(3 + 2 * rng.normal(size=(20, 50))))
+        for _ in range(200)
+    ]
     for key in ("variance", "signal"):
         spread = np.std([twin[key] for twin in twins])
         assert np.mean([twin[key + "_se"] for twin in twins]) == pytest.approx(spread, rel=0.2), key
@@ -308,18 +373,29 @@ def test_a_model_is_measured_with_all_curves(model, tmp_path, monkeypatch):
     found = json.loads(output.read_text())
     assert found["figures"][""]["sampled"]["n"] == 5
     kinds = [kind for kind, _, _ in found["more"]]
-    assert kinds.count("attempts") == 3 and kinds.count("vote_parallel") == kinds.count("vote_corrected") == 2
-    assert sum(value for kind, _, value in found["more"] if kind == "edit_ratio") == pytest.approx(1)
-    assert report.unpacked(found["bits"][""]["sampled"]["vote_parallel_4"]).shape == (3,)
-    assert report.unpacked(found["bits"][""]["greedy"]["acc_t2"]).shape == (5,)
+    assert (
+        kinds.count("attempts") == 3
+        and kinds.count("vote_parallel") == kinds.count("vote_corrected") == 2
+    )
+    assert sum(value for kind, _, value in found["more"] if kind == "edit_ratio") == pytest.approx(
+        1
+    )
+    assert tables.unpacked(found["bits"][""]["sampled"]["vote_parallel_4"]).shape == (3,)
+    assert tables.unpacked(found["bits"][""]["greedy"]["acc_t2"]).shape == (5,)
 
 
-def test_the_controls_of_rrr_are_measured_once_for_the_base_and_once_for_each_model(model, tmp_path):
+def test_the_controls_of_rrr_are_measured_once_for_the_base_and_once_for_each_model(
+    model, tmp_path
+):
     other = helpers.save_random_model(tmp_path / "other")
     rows = {}
     for name in (model, other):
         output = tmp_path / "test.json"
-        measure.main(measure.Config(model=name, base=model, method="reflect_retry", limit=3, output=str(output)))
+        measure.main(
+            measure.Config(
+                model=name, base=model, method="reflect_retry", limit=3, output=str(output)
+            )
+        )
         rows[name] = [row for row in json.loads(output.read_text())["figures"] if row]
     assert all(row.startswith("base,") for row in rows[model]) and len(rows[model]) == 4
     assert not any(row.startswith("base,") for row in rows[other]) and len(rows[other]) == 6
@@ -332,40 +408,50 @@ def test_noise_is_measured_for_every_design(model, tmp_path, monkeypatch):
     output = tmp_path / "noise.json"
     measure.main(measure.Config(model=model, noise=True, batches=3, output=str(output)))
     rows = json.loads(output.read_text())
-    assert [(row["design"], row["alpha"]) for row in rows] == [(d, a) for a in (0, 10) for d in ("nested", "flat")]
+    assert [(row["design"], row["alpha"]) for row in rows] == [
+        (d, a) for a in (0, 10) for d in ("nested", "flat")
+    ]
     assert all(row["variance"] > 0 for row in rows)
 
 
 def test_pictures_and_tables_are_drawn_from_the_csvs_alone(tmp_path):
     identities = [["tiny", m, n, s, "0.0001"] for m, n in (("base", 0), ("SCoRe", 320), ("RRR", 250))
                   for s in range(2 if n else 1)]  # fmt: skip
-    curve = ["1", "9", *["0.5"] * (len(report.MEANS) + len(report.LAST))]
+    curve = ["1", "9", *["0.5"] * (len(tables.MEANS) + len(tables.LAST))]
     contents = {
-        "figures": ([*report.IDENTITY, "row", "mode", "seconds", *report.FIGURES],
-                    [[*i, "", mode, "10", *["0.5"] * len(report.FIGURES)] for i in identities
+        "figures": ([*tables.IDENTITY, "row", "mode", "seconds", *tables.FIGURES],
+                    [[*i, "", mode, "10", *["0.5"] * len(tables.FIGURES)] for i in identities
                      for mode in ("greedy", "sampled")]),
-        "curves": ([*report.IDENTITY, *report.CURVES],
+        "curves": ([*tables.IDENTITY, *tables.CURVES],
                    [[*i, *[s, str(t)], *curve[2:]] for i in identities for s, t in (("1", 9), ("2", 19))]),
-        "more": ([*report.IDENTITY, "kind", "x", "value"],
+        "more": ([*tables.IDENTITY, "kind", "x", "value"],
                  [[*i, kind, x, 0.5] for i in identities for x in (1, 2)
                   for kind in ("edit_ratio", "attempts", "vote_parallel", "vote_corrected")]),
-        "problems": ([*report.IDENTITY, "row", "mode", "key", "bits"],
+        "problems": ([*tables.IDENTITY, "row", "mode", "key", "bits"],
                      [[*i, "", "greedy", key, measure.bits([0, 1, 1])] for i in identities
                       for key in ("acc_t1", "acc_t2")]),
     }  # fmt: skip
     for name, (header, rows) in contents.items():
-        report.write_csv(tmp_path / f"{name}.csv", header, rows)
-    report.render(tmp_path)
+        tables.write_csv(tmp_path / f"{name}.csv", header, rows)
+    tables.render(tmp_path)
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     assert pictures == {"training", "rollouts", "edits", "attempts", "votes", "frontier", "rrr"}
     text = (tmp_path / "tables.md").read_text()
-    assert "| SCoRe | 320 | 2 | greedy | 50.0 ± 50.0 |" in text and "SCoRe raises first attempts" in text
-    assert next(csv.reader(open(tmp_path / "curves.csv"))) == [*report.IDENTITY, *report.CURVES]
+    assert (
+        "| SCoRe | 320 | 2 | greedy | 50.0 ± 50.0 |" in text
+        and "SCoRe raises first attempts" in text
+    )
+    assert next(csv.reader(open(tmp_path / "curves.csv"))) == [*tables.IDENTITY, *tables.CURVES]
 
 
 def test_a_runs_metrics_are_thinned_to_means_and_last_evaluations():
     steps = [{"stage": 1, "step": t, "acc_t1": t / 10, "eval_acc_t2": t} for t in range(10)]
-    (row,) = report.thinned([*steps[:9], steps[9] | {"eval_acc_t2": 0.75}])
-    found = dict(zip(report.CURVES, row))
-    assert (found["stage"], found["step"], found["acc_t1"], found["eval_acc_t2"]) == (1, 9, "0.45", "0.75")
+    (row,) = tables.thinned([*steps[:9], steps[9] | {"eval_acc_t2": 0.75}])
+    found = dict(zip(tables.CURVES, row))
+    assert (found["stage"], found["step"], found["acc_t1"], found["eval_acc_t2"]) == (
+        1,
+        9,
+        "0.45",
+        "0.75",
+    )
     assert found["kl_t1"] == ""

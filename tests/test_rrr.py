@@ -1,4 +1,5 @@
-"""RRR's own arithmetic, its file of failures, and short whole runs on a randomly initialised model."""
+"""RRR's own arithmetic, its file of failures, and short whole runs on a randomly initialised
+model."""
 
 import copy
 import dataclasses
@@ -10,14 +11,21 @@ import pytest
 import torch
 
 import helpers
-import policy
 import rrr
-import training
-from chat import first_turn_ids, follow_up_ids
 from sampler import Sampler
-from scorer import Scorer
-from tasks import TASKS
-from test_exactness import TOLERANCE, every_batch, expected_loss_gradient, gradient, make_world, turn_logprobs
+from sampling.turns import first_turn_ids, follow_up_ids
+from tasks.base import TASKS
+from test_exactness import (
+    TOLERANCE,
+    every_batch,
+    expected_loss_gradient,
+    gradient,
+    make_world,
+    turn_logprobs,
+)
+from training import loop as training
+from training import policy
+from training.scorer import Scorer
 
 run_rrr = functools.partial(helpers.from_command_line, "rrr.py")
 FEW = ["--steps", "3", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
@@ -37,7 +45,9 @@ def model_dir(tmp_path_factory):
 @pytest.mark.parametrize("baseline, V, G, R", [
     ("none", 4, 1, 1), ("leave_one_out", 4, 2, 1), ("leave_one_out", 2, 2, 2), ("group_mean", 4, 2, 1),
 ])  # fmt: skip
-def test_expected_gradient_is_that_of_the_retrys_reward_through_the_rewarded_tokens(reward_on, baseline, V, G, R):
+def test_expected_gradient_is_that_of_the_retrys_reward_through_the_rewarded_tokens(
+    reward_on, baseline, V, G, R
+):
     world = make_world(V)  # y1 is the reflection, y2 the retry
     config = rrr.Config(reward_on=reward_on, baseline=baseline, normalise=False)
     y1, y2 = every_batch(V, G, R)
@@ -45,16 +55,23 @@ def test_expected_gradient_is_that_of_the_retrys_reward_through_the_rewarded_tok
     per_turn = rrr.turn_advantages(rewards, torch.ones(y1.shape), config)
     estimate = expected_loss_gradient(world, y1, y2, per_turn, [0.0, 0.0])
 
-    p1, p2 = (p.exp()[..., None] if i == 0 else p.exp() for i, p in enumerate(turn_logprobs(world.policy, V)))
+    p1, p2 = (
+        p.exp()[..., None] if i == 0 else p.exp()
+        for i, p in enumerate(turn_logprobs(world.policy, V))
+    )
     p1 = p1 if reward_on != "retry" else p1.detach()
     p2 = p2 if reward_on != "reflection" else p2.detach()
     objective = (p1 * p2 * world.r2).sum() + 0 * sum(table.sum() for table in world.policy)
     shrunk = (G * R - 1) / (G * R) if baseline == "group_mean" else 1
-    torch.testing.assert_close(estimate, shrunk * gradient(objective, world), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        estimate, shrunk * gradient(objective, world), atol=TOLERANCE, rtol=0
+    )
 
 
 def test_groups_are_compared_within_themselves_and_no_variance_gives_no_gradient():
-    rewards = torch.tensor([[[1.0], [0.0], [0.0], [1.0]], [[1.0], [1.0], [1.0], [1.0]], [[0.0], [0.0], [0.0], [1.0]]])
+    rewards = torch.tensor(
+        [[[1.0], [0.0], [0.0], [1.0]], [[1.0], [1.0], [1.0], [1.0]], [[0.0], [0.0], [0.0], [1.0]]]
+    )
     adv = rrr.turn_advantages(rewards, torch.ones(3, 4), rrr.Config())
     root3 = 3**0.5
     expected = torch.tensor([1, -1, -1, 1, 0, 0, 0, 0, -1 / root3, -1 / root3, -1 / root3, root3])
@@ -63,7 +80,10 @@ def test_groups_are_compared_within_themselves_and_no_variance_gives_no_gradient
 
 
 def test_absent_episodes_count_nowhere():
-    rewards, present = torch.tensor([[1.0, 0.0, 7.0], [1.0, 7.0, 7.0]]), torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    rewards, present = (
+        torch.tensor([[1.0, 0.0, 7.0], [1.0, 7.0, 7.0]]),
+        torch.tensor([[1.0, 1, 0], [1, 0, 0]]),
+    )
     adv = rrr.turn_advantages(rewards[..., None], present, rrr.Config())
     torch.testing.assert_close(adv[:, 0], torch.tensor([1.0, -1.0, 0.0]))
 
@@ -71,11 +91,17 @@ def test_absent_episodes_count_nowhere():
 def make_rollout(model_dir, retries=2, reflection_tokens=6):
     model, tokenizer = policy.load_model(model_dir)
     sampler, task = Sampler(model, tokenizer), TASKS["tiny"]
-    config = rrr.Config(group_size=2, retries=retries, max_reflection_tokens=reflection_tokens, max_new_tokens=4)
+    config = rrr.Config(
+        group_size=2, retries=retries, max_reflection_tokens=reflection_tokens, max_new_tokens=4
+    )
     failures = []
-    for problem, answer in zip(task.generate("train", 0), ("1 + 1 = 2 <end>", "3 - 2 <end>", "4 *"), strict=False):
+    for problem, answer in zip(
+        task.generate("train", 0), ("1 + 1 = 2 <end>", "3 - 2 <end>", "4 *"), strict=False
+    ):
         prompt = first_turn_ids(tokenizer, task.prompt(problem))
-        failures.append({"problem": problem, "prompt_ids": prompt, "answer_ids": tokenizer(answer).input_ids})
+        failures.append(
+            {"problem": problem, "prompt_ids": prompt, "answer_ids": tokenizer(answer).input_ids}
+        )
     calls = []
     generate, extend = sampler.generate, sampler.extend
     sampler.generate = lambda *a, **k: (calls.append("generate"), generate(*a, **k))[1]
@@ -105,7 +131,9 @@ def test_the_retry_stands_on_the_exact_ids_of_problem_failure_and_reflection(mod
     assert shared[0] == shared[1]  # R retries after the same reflection
 
 
-@pytest.mark.parametrize("reward_on, rewarded", [("reflection", {1}), ("retry", {2}), ("both", {1, 2})])
+@pytest.mark.parametrize(
+    "reward_on, rewarded", [("reflection", {1}), ("retry", {2}), ("both", {1, 2})]
+)
 def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
     rollout, rewards, held, *_, config, _ = make_rollout(model_dir, retries=1)
     config.reward_on = reward_on
@@ -115,7 +143,9 @@ def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
     assert ((batch.advantages != 0) == wanted).all()
 
 
-@pytest.mark.parametrize("kl_on, turns", [("reflection", {1}), ("both", {1, 2}), ("all", {0, 1, 2})])
+@pytest.mark.parametrize(
+    "kl_on, turns", [("reflection", {1}), ("both", {1, 2}), ("all", {0, 1, 2})]
+)
 def test_the_kl_covers_what_its_flag_says(model_dir, kl_on, turns):
     rollout, rewards, held, *_, config, _ = make_rollout(model_dir)
     config.kl_on = kl_on
@@ -137,11 +167,20 @@ def test_a_reflection_that_hits_the_token_limit_is_closed_and_counted(model_dir)
 
 def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, monkeypatch):
     whole = train_here(model_dir, tmp_path / "whole")
-    assert [row["step"] for row in whole] == [0, 1, 2] and all(r["ratio_error"] < 1e-4 for r in whole)
+    assert [row["step"] for row in whole] == [0, 1, 2] and all(
+        r["ratio_error"] < 1e-4 for r in whole
+    )
     assert all(whole[0][key] == pytest.approx(0, abs=1e-6) for key in ("kl_t1", "kl_t2", "kl_t3"))
     assert "eval_retry_given_failure" in whole[1]
     written = {p.name for p in (tmp_path / "whole").iterdir()}
-    assert written >= {"config.json", "failures.jsonl", "results.json", "reflections.txt", "checkpoint", "curves.png"}
+    assert written >= {
+        "config.json",
+        "failures.jsonl",
+        "results.json",
+        "reflections.txt",
+        "checkpoint",
+        "curves.png",
+    }
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert len(results["controls"]) == 10 and "retry_given_failure" in results["trained"]["sampled"]
 
@@ -156,12 +195,16 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         train_here(model_dir, tmp_path / "cut")
     monkeypatch.undo()
-    assert helpers.without_times(train_here(model_dir, tmp_path / "cut", "--resume")) == helpers.without_times(whole)
+    assert helpers.without_times(
+        train_here(model_dir, tmp_path / "cut", "--resume")
+    ) == helpers.without_times(whole)
 
 
 def test_whole_episodes_as_groups(model_dir, tmp_path):
     rows = train_here(model_dir, tmp_path / "run", "--group", "episode", "--retries", "2")
-    assert len(rows) == 3 and "kl_t1" in rows[0] and not (tmp_path / "run" / "failures.jsonl").exists()
+    assert (
+        len(rows) == 3 and "kl_t1" in rows[0] and not (tmp_path / "run" / "failures.jsonl").exists()
+    )
 
 
 def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypatch):
@@ -170,7 +213,9 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
     problems = task.generate("train", 0)[:2]
     chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
     config = rrr.Config(group_size=2, baseline="none", normalise=False)
-    rollout, rewards, present = rrr.roll_out_episodes(Sampler(model, tokenizer), tokenizer, task, chosen, 0, config)
+    rollout, rewards, present = rrr.roll_out_episodes(
+        Sampler(model, tokenizer), tokenizer, task, chosen, 0, config
+    )
     batch = rrr.make_batch(rollout, rewards, present, None, config)
     assert len(rollout.ids) == 0 and "reward" not in batch.figures
     optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
@@ -179,17 +224,28 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_no_failure_at_all_is_said_before_anything_is_written(model_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(TASKS, "tiny", dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True))
-    said = helpers.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", "--probe", 0, *FEW)
-    assert "no failure in 2 answers to each of 6 queries" in said and not (tmp_path / "run").exists()
+def test_no_failure_at_all_is_said_before_anything_is_written(
+    model_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(
+        TASKS, "tiny", dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True)
+    )
+    said = helpers.refusal(
+        rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", "--probe", 0, *FEW
+    )
+    assert (
+        "no failure in 2 answers to each of 6 queries" in said and not (tmp_path / "run").exists()
+    )
 
 
 def test_first_attempts_that_the_data_gives_are_the_failures(model_dir, tmp_path, monkeypatch):
     task = dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
     monkeypatch.setitem(TASKS, "tiny", task)
     train_here(model_dir, tmp_path / "run")
-    failures = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()[1:]]
+    failures = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()[1:]
+    ]
     assert failures and {row["answer"] for row in failures} == {"1 + 1 = 2"}
 
 
@@ -201,17 +257,32 @@ def test_the_papers_preset_leaves_given_flags_alone():
 
 def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
     path = tmp_path / "failures.jsonl"
-    assert run_rrr("--model", model_dir, "--collect", "--failures", path, "--queries", "5").returncode == 0
+    assert (
+        run_rrr("--model", model_dir, "--collect", "--failures", path, "--queries", "5").returncode
+        == 0
+    )
     origin, *rows = map(json.loads, path.read_text().splitlines())
-    assert origin["origin"].keys() >= {"model", "task", "seed", "success_rate", "fingerprint"} and len(rows) == 5
+    assert (
+        origin["origin"].keys() >= {"model", "task", "seed", "success_rate", "fingerprint"}
+        and len(rows) == 5
+    )
     model, tokenizer = policy.load_model(model_dir)
     for row in rows:
         assert row["prompt_ids"] == first_turn_ids(tokenizer, TASKS["tiny"].prompt(row["problem"]))
         assert tokenizer.decode(row["answer_ids"]).removesuffix(" <end>") == row["answer"]
         assert not TASKS["tiny"].verify(row["answer"], row["problem"])
-    assert rrr.read_failures(str(path), Sampler(model, tokenizer), tokenizer, TASKS["tiny"], rrr.Config()) == rows
+    assert (
+        rrr.read_failures(
+            str(path), Sampler(model, tokenizer), tokenizer, TASKS["tiny"], rrr.Config()
+        )
+        == rows
+    )
     again = run_rrr("--model", model_dir, "--collect", "--failures", path)
-    assert again.returncode == 2 and "does not exist yet" in again.stderr and len(path.read_text().splitlines()) == 6
+    assert (
+        again.returncode == 2
+        and "does not exist yet" in again.stderr
+        and len(path.read_text().splitlines()) == 6
+    )
 
 
 @pytest.mark.parametrize("change, message", [
@@ -244,6 +315,10 @@ def test_a_bad_failures_file_is_refused_in_one_line(model_dir, tmp_path, change,
     (["--collect"], "--collect writes a new file"),
     (["--preset", "fast"], "argument --preset: invalid choice"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
-    said = helpers.refusal(rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+    flags, message, model_dir, tmp_path, capsys
+):
+    said = helpers.refusal(
+        rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags
+    )
     assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
-import fused
 import sampler as sampler_module
-from attention import ragged_mask
 from conftest import EOS, TINY, VOCAB, build
-from cpu_kernels import compiled, linear, one_query
-from fused import fusable
+from fast import fused
+from fast.cpu_kernels import compiled, linear, one_query
+from fast.fused import fusable
 from sampler import KVCache, Sampler, sample, uniform
+from sampling.attention import ragged_mask
 
 PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
 needs_compiler = pytest.mark.skipif(compiled(1, 8) is None, reason="needs a C compiler")
@@ -26,7 +26,8 @@ def plain_logits(model, ids):
 
 
 def check(model, rollout, temperature=1.0):
-    """Recorded log-probs are those of a plain forward pass, row by row; the masks agree with each other."""
+    """Recorded log-probs are those of a plain forward pass, row by row; the masks agree with each
+    other."""
     error = 0.0
     for r, length in enumerate(rollout.lengths.tolist()):
         logprobs = (plain_logits(model, rollout.ids[r, :length]) / temperature).log_softmax(-1)
@@ -52,7 +53,9 @@ def three_turns(sampler, temperature=1.0, max_new_tokens=9, seeds=None):
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     first = sampler.generate(PROMPTS, 2, seeds=seeds, **options)
     rows = [8, 0, 3, 4, 9, 3]
-    second = sampler.extend(first, [[4, 5, 6, 2 + i][: i + 1] for i in range(6)], 2, rows=rows, **options)
+    second = sampler.extend(
+        first, [[4, 5, 6, 2 + i][: i + 1] for i in range(6)], 2, rows=rows, **options
+    )
     third = sampler.extend(second, [[6, 10]] * 12, **options)
     return first, second, third
 
@@ -112,8 +115,12 @@ def test_greedy_equals_generate(tiny, tokenizer, name):
     for turn in (0, 1):
         sampled = rollout.action_mask & (rollout.turn == turn)
         starts = sampled.long().argmax(1)
-        for row, start, answer in zip(rollout.ids, starts, rollout.completion_ids(turn), strict=True):
-            expected = model.generate(row[None, :start], max_new_tokens=12, do_sample=False, pad_token_id=0)
+        for row, start, answer in zip(
+            rollout.ids, starts, rollout.completion_ids(turn), strict=True
+        ):
+            expected = model.generate(
+                row[None, :start], max_new_tokens=12, do_sample=False, pad_token_id=0
+            )
             expected = expected[0, start:].tolist()
             assert answer == (expected[:-1] if expected[-1] == EOS else expected)
 
@@ -158,7 +165,10 @@ def test_all_stop_ids_of_the_generation_config_and_tokenizer_stop(tokenizer):
     rollout = Sampler(model, tokenizer).generate(PROMPTS, 32, max_new_tokens=12)
     last = rollout.ids.gather(1, rollout.lengths[:, None] - 1)[:, 0]
     assert set(last[rollout.stopped[:, 0]].tolist()) == {EOS, 3, 4}
-    assert sum(rollout.ids[rollout.action_mask] == i for i in (EOS, 3, 4)).sum() == rollout.stopped.sum()
+    assert (
+        sum(rollout.ids[rollout.action_mask] == i for i in (EOS, 3, 4)).sum()
+        == rollout.stopped.sum()
+    )
     model.generation_config.eos_token_id = None
     none = SimpleNamespace(eos_token_id=None, pad_token_id=None)
     assert not Sampler(model, none).generate(PROMPTS, 4, max_new_tokens=12).stopped.any()
@@ -234,7 +244,8 @@ def two_threads():
 @pytest.mark.parametrize("N, K", [(1, 5), (48, 96), (121, 32), (200, 33)])
 def test_products_with_weights_in_c_are_those_in_torch(rows, N, K, two_threads):
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(K, rows).T, torch.randn(N, K), torch.randn(N)  # x is not contiguous
+    # x is not contiguous
+    x, weight, bias = torch.randn(K, rows).T, torch.randn(N, K), torch.randn(N)
     for b in (bias, None):
         slow = F.linear(x.double(), weight.double(), None if b is None else b.double())
         fast = linear(compiled(1, 8), weight, b)(x[:, None])[:, 0]
@@ -243,7 +254,8 @@ def test_products_with_weights_in_c_are_those_in_torch(rows, N, K, two_threads):
 
 @needs_compiler
 @pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 24), (9, 3, 64), (6, 1, 10)])
-@pytest.mark.parametrize("scale, error", [(0.3, 1e-5), (10.0, 1e-3)])  # the second's exp overflows without its maximum
+# the second's exp overflows without its maximum
+@pytest.mark.parametrize("scale, error", [(0.3, 1e-5), (10.0, 1e-3)])
 def test_attention_in_c_is_that_in_torch_and_reads_no_further_than_its_own_row(
     heads, kv_heads, size, scale, error, two_threads
 ):
@@ -251,8 +263,12 @@ def test_attention_in_c_is_that_in_torch_and_reads_no_further_than_its_own_row(
     n, group, capacity, angle = 5, heads // kv_heads, 40, torch.rand(5, 1, size)
     positions = torch.tensor([[0], [39], [7], [17], [3]])
     stores = [torch.randn(8, kv_heads, capacity, size) for _ in "kv"]
-    joined = torch.randn(n, 1, (heads + 2 * kv_heads) * size)  # of which queries, keys and values are views
-    new = [t.view(n, 1, -1, size) for t in joined.split([heads * size, kv_heads * size, kv_heads * size], -1)]
+    # of which queries, keys and values are views
+    joined = torch.randn(n, 1, (heads + 2 * kv_heads) * size)
+    new = [
+        t.view(n, 1, -1, size)
+        for t in joined.split([heads * size, kv_heads * size, kv_heads * size], -1)
+    ]
     one, two = KVCache(8, capacity, "cpu"), KVCache(8, capacity, "cpu")
     two.layers[0] = [store.double() for store in stores]
     one.layers[0] = [store.clone() for store in stores]
@@ -264,10 +280,14 @@ def test_attention_in_c_is_that_in_torch_and_reads_no_further_than_its_own_row(
     fast = one_query(compiled(group, size), one, cos, sin, positions, scale, 0, *new)
     signed = torch.cat([-sin[..., : size // 2], sin[..., size // 2 :]], -1)[:, :, None].double()
     mask = ragged_mask(positions, capacity, group, None, torch.float64)
-    slow = fused._attention(two, cos[:, :, None].double(), signed, mask, scale, 0, *(t.double() for t in new))
+    slow = fused._attention(
+        two, cos[:, :, None].double(), signed, mask, scale, 0, *(t.double() for t in new)
+    )
     torch.testing.assert_close(fast, slow.float(), atol=error, rtol=error)
     for written, store in zip(one.layers[0], two.layers[0], strict=True):
-        torch.testing.assert_close(written.nan_to_num(7.0), store.float().where(~written.isnan(), 7.0))
+        torch.testing.assert_close(
+            written.nan_to_num(7.0), store.float().where(~written.isnan(), 7.0)
+        )
 
 
 def test_the_fused_path_follows_the_weights_and_yields_to_hooks_and_changed_layers(tokenizer):
@@ -301,11 +321,21 @@ def test_the_fused_path_follows_the_weights_and_yields_to_hooks_and_changed_laye
 
 
 @pytest.mark.parametrize("max_batch", [3, 256])
-def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(tokenizer, max_batch, monkeypatch):
-    """All of the CUDA graph's bookkeeping but the graph: idle rows that fill a bucket, fixed state, wider caches."""
-    sampler = Sampler(build(tf.LlamaConfig, max_position_embeddings=400), tokenizer, max_batch, block=5)
+def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(
+    tokenizer, max_batch, monkeypatch
+):
+    """All of the CUDA graph's bookkeeping but the graph: idle rows that fill a bucket, fixed state,
+    wider caches."""
+    sampler = Sampler(
+        build(tf.LlamaConfig, max_position_embeddings=400), tokenizer, max_batch, block=5
+    )
     sampler.is_stop[:] = False
-    long = {"prompt_ids": [[5, 7] * 55, [6] * 90], "group_size": 2, "max_new_tokens": [60, 20, 50, 9]}  # up to 170
+    # up to 170
+    long = {
+        "prompt_ids": [[5, 7] * 55, [6] * 90],
+        "group_size": 2,
+        "max_new_tokens": [60, 20, 50, 9],
+    }
     plain = [*three_turns(sampler), sampler.generate(**long)]
     captured = []
     monkeypatch.setattr(sampler, "_capture", lambda step: captured.append(step) or step)
@@ -315,9 +345,13 @@ def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(tokeni
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_rows_of_unlike_length_read_no_more_of_the_cache_than_their_neighbours_need(tiny, tokenizer, name, monkeypatch):
+def test_rows_of_unlike_length_read_no_more_of_the_cache_than_their_neighbours_need(
+    tiny, tokenizer, name, monkeypatch
+):
     used, aim = [], KVCache.aim
-    monkeypatch.setattr(KVCache, "aim", lambda cache, *a: aim(cache, *a) or used.append(cache.spans))
+    monkeypatch.setattr(
+        KVCache, "aim", lambda cache, *a: aim(cache, *a) or used.append(cache.spans)
+    )
     sampler = Sampler(tiny(name), tokenizer, max_batch=35, block=3)
     prompts = [[5 + i % 7] * (2 + 47 * (i % 13 == 0) + i) for i in range(26)]
     rollout = sampler.generate(prompts, 2, max_new_tokens=12)
@@ -329,21 +363,29 @@ def test_rows_of_unlike_length_read_no_more_of_the_cache_than_their_neighbours_n
 def test_no_token_is_fed_twice(tokenizer):
     model, fed = build(tf.LlamaConfig), []
     sampler = Sampler(model, tokenizer, block=1, prefill_tokens=1)  # so no row is fed in vain
-    model.register_forward_pre_hook(lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True
+    )
     first = sampler.generate(PROMPTS, 4, max_new_tokens=8)
     sampled = int(first.action_mask.sum())
-    assert sum(fed) == sum(len(p) - 1 for p in PROMPTS) + sampled  # each prompt once for its group of 4
+    # each prompt once for its group of 4
+    assert sum(fed) == sum(len(p) - 1 for p in PROMPTS) + sampled
     fed.clear()
     second = sampler.extend(first, [[4, 5, 6]] * 3, 4, rows=[2, 5, 11], max_new_tokens=8)
     sampled = int((second.action_mask & (second.turn == 1)).sum())
-    assert sum(fed) == 3 * 3 + sampled  # what was pending and the instruction but for its last token
+    # what was pending and the instruction but for its last token
+    assert sum(fed) == 3 * 3 + sampled
 
 
 @pytest.mark.parametrize("config_class", [tf.LlamaConfig, tf.Gemma3TextConfig])
-def test_what_all_prompts_begin_with_is_fed_once_and_changes_no_sample(tokenizer, config_class, monkeypatch):
+def test_what_all_prompts_begin_with_is_fed_once_and_changes_no_sample(
+    tokenizer, config_class, monkeypatch
+):
     prompts = [[7, 3, 9, 2, 11, 4, *rest] for rest in ([5], [6, 2], [5], [3, 3, 3, 8])]
     model, fed, runs, counts = build(config_class), [], [], []
-    hook = model.register_forward_pre_hook(lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True
+    )
     sampler = Sampler(model, tokenizer, prefill_tokens=1)  # so no row is fed in vain
     for shared in (6, 7):  # they have six in common
         monkeypatch.setattr(sampler_module, "SHARED", shared)
@@ -355,7 +397,9 @@ def test_what_all_prompts_begin_with_is_fed_once_and_changes_no_sample(tokenizer
     check(model, runs[0][1])
     assert counts[1] - counts[0] == 3 * 5  # the sixth is each row's own pending token
     for one, two in zip(*runs):
-        assert all(torch.equal(getattr(one, n), getattr(two, n)) for n in TENSORS if n != "logprobs")
+        assert all(
+            torch.equal(getattr(one, n), getattr(two, n)) for n in TENSORS if n != "logprobs"
+        )
 
 
 def test_a_rollout_can_be_branched_from_again(tiny, tokenizer):
@@ -364,7 +408,8 @@ def test_a_rollout_can_be_branched_from_again(tiny, tokenizer):
     before = {name: getattr(first, name).clone() for name in TENSORS}
     layers = [store.clone() for stores in first.cache.layers.values() for store in stores]
     check(tiny("llama"), sampler.extend(first, [[8, 2]] * 10, 3, max_new_tokens=20))
-    check(tiny("llama"), sampler.extend(first, [[8]] * 10, max_new_tokens=1))  # needs no larger cache
+    # needs no larger cache
+    check(tiny("llama"), sampler.extend(first, [[8]] * 10, max_new_tokens=1))
     assert all(torch.equal(before[name], getattr(first, name)) for name in TENSORS)
     now = [store for stores in first.cache.layers.values() for store in stores]
     assert all(map(torch.equal, layers, now))
@@ -388,7 +433,9 @@ def test_what_was_before_is_restored_even_after_an_error(tokenizer):
     sampler = Sampler(model, tokenizer)
 
     def same():
-        return model.config._attn_implementation == "eager" and modes == [m.training for m in model.modules()]
+        return model.config._attn_implementation == "eager" and modes == [
+            m.training for m in model.modules()
+        ]
 
     rollout = sampler.generate(PROMPTS, max_new_tokens=4)
     assert same() and torch.is_grad_enabled()
@@ -404,8 +451,12 @@ def test_what_was_before_is_restored_even_after_an_error(tokenizer):
 
 def test_generation_config_has_no_say_but_for_stop_ids(tiny, tokenizer):
     model = build(tf.LlamaConfig)
-    model.generation_config.update(repetition_penalty=9.0, temperature=0.1, top_k=1, suppress_tokens=[5, 6])
-    assert equal(three_turns(Sampler(model, tokenizer))[2], three_turns(Sampler(tiny("llama"), tokenizer))[2])
+    model.generation_config.update(
+        repetition_penalty=9.0, temperature=0.1, top_k=1, suppress_tokens=[5, 6]
+    )
+    assert equal(
+        three_turns(Sampler(model, tokenizer))[2], three_turns(Sampler(tiny("llama"), tokenizer))[2]
+    )
 
 
 def test_bfloat16_stays_close_to_a_plain_forward_pass(tokenizer):
@@ -476,13 +527,21 @@ def test_the_last_position_can_be_used(tiny, tokenizer):
 
 
 WINDOWED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-MOE = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+MOE = {
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+}
 CHUNKED = {"attention_chunk_size": 4, "intermediate_size_mlp": 16}
 REFUSED = {
     "softcap": (tf.Gemma2Config, WINDOWED),
     "s_aux": (tf.GptOssConfig, WINDOWED | MOE),
     "chunked_attention": (tf.Llama4TextConfig, CHUNKED | MOE),
-    "is not told its sliding window": (tf.Qwen2MoeConfig, WINDOWED | MOE | {"use_sliding_window": True}),
+    "is not told its sliding window": (
+        tf.Qwen2MoeConfig,
+        WINDOWED | MOE | {"use_sliding_window": True},
+    ),
     "bidirectional": (tf.Gemma3TextConfig, {"use_bidirectional_attention": True}),
     "recurrent": (tf.MambaConfig, {}),
     "keeps to its own": (tf.BloomConfig, {"n_head": 4}),
@@ -501,12 +560,19 @@ def test_a_model_it_would_be_wrong_for_is_refused(tokenizer, reason):
 def test_an_encoder_decoder_is_refused(tokenizer):
     config = tf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     model = tf.T5ForConditionalGeneration(config)
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration can't .*: it is an encoder-decoder"):
+    with pytest.raises(
+        ValueError, match="T5ForConditionalGeneration can't .*: it is an encoder-decoder"
+    ):
         Sampler(model, tokenizer)
 
 
 def test_longrope_is_refused_where_one_row_would_change_another(tokenizer):
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    rope = {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "rope_theta": 1e4,
+    }
     model = build(tf.Phi3Config, rope_parameters=rope, original_max_position_embeddings=32)
     sampler = Sampler(model, tokenizer)
     check(model, sampler.generate([[3] * 20, [4]], 4, max_new_tokens=12))
@@ -550,7 +616,10 @@ def test_the_two_level_search_finds_the_word_of_a_plain_cdf(V):
     u = torch.rand(300, generator=torch.Generator().manual_seed(1))
     cdf = (logits.double() / 0.8).softmax(-1).cumsum(-1)
     token, logprob = sample(logits, 0.8, u)
-    low, high = F.pad(cdf, (1, 0)).gather(1, token[:, None])[:, 0], cdf.gather(1, token[:, None])[:, 0]
+    low, high = (
+        F.pad(cdf, (1, 0)).gather(1, token[:, None])[:, 0],
+        cdf.gather(1, token[:, None])[:, 0],
+    )
     assert (low - 1e-6 <= u).all() and (u <= high + 1e-6).all()
     expected = (logits / 0.8).log_softmax(-1).gather(1, token[:, None])[:, 0]
     torch.testing.assert_close(logprob, expected, atol=1e-5, rtol=0)

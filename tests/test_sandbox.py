@@ -1,4 +1,5 @@
-"""Hostile programs. Each must be a plain False, in time, and leave nothing behind; an honest one must still be True."""
+"""Hostile programs. Each must be a plain False, in time, and leave nothing behind; an honest one
+must still be True."""
 
 import json
 import os
@@ -16,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import jail
-import sandbox
+from sandbox import jail
+from sandbox import run as sandbox
 from verifiers import extract_code, verify_code
 
 TEST = ["assert f(3) == 4"]
@@ -88,7 +89,8 @@ def test_no_object_can_answer_what_its_test_asks(test):
 
 def test_modules_that_tests_use_are_not_the_programs_even_if_nobody_imports_them():
     assert not verify_code(
-        "class math:\n isclose = lambda *a: True\ndef f(x): return 0", ["assert math.isclose(f(3), 4)"]
+        "class math:\n isclose = lambda *a: True\ndef f(x): return 0",
+        ["assert math.isclose(f(3), 4)"],
     )
     assert verify_code(HONEST, ["assert math.isclose(f(3), 4)"])
 
@@ -146,30 +148,70 @@ ESCAPES = {
 def test_what_a_program_must_not_do_fails_in_it(name, tmp_path):
     tmp_path.chmod(0o777)
     attempt = ESCAPES[name].format(path=tmp_path / "escaped")
-    program = f"def f(x):\n try:\n  {attempt}\n except Exception:\n  return 'held'\n return 'escaped'"
+    program = (
+        f"def f(x):\n try:\n  {attempt}\n except Exception:\n  return 'held'\n return 'escaped'"
+    )
     assert verify_code(program, ["assert f(3) == 'held'"])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "test", ["f(3) // 3 ** 10 ** 6 == 4", "[f(3) for _ in range(99)] == 4", "math.factorial(f(3) % 10 ** 9)"]
+    "test",
+    [
+        "f(3) // 3 ** 10 ** 6 == 4",
+        "[f(3) for _ in range(99)] == 4",
+        "math.factorial(f(3) % 10 ** 9)",
+    ],
 )
 def test_tests_that_hang_or_starve_on_an_answer_are_false_in_time(test):
     started = time.monotonic()
-    assert not verify_code("def f(x): return 2 ** (1 << 25) - 1", ["import math", f"assert {test}"], timeout=0.5)
+    assert not verify_code(
+        "def f(x): return 2 ** (1 << 25) - 1", ["import math", f"assert {test}"], timeout=0.5
+    )
     assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\0", "x = 1" * 10**7, "\ud800", "def f(x):", "(" * 10**5, "x = " + "9" * 10**6, "é" * 10**6]
+    "text",
+    [
+        "",
+        "\0",
+        "x = 1" * 10**7,
+        "\ud800",
+        "def f(x):",
+        "(" * 10**5,
+        "x = " + "9" * 10**6,
+        "é" * 10**6,
+    ],
 )
 def test_no_text_raises(text):
     assert not verify_code(text, TEST, timeout=2)
 
 
 PIECES = [
-    *("def f(x):", "return ", "x", "4", "yield ", "class A:", "import os", "os._exit(0)", "f", "raise ", "lambda: "),
-    *("while 1: ", '"""', "async ", "await ", "del ", "global ", "nonlocal ", *"()[]:,.=`'\\é \n\0\ud800\x0c"),
+    *(
+        "def f(x):",
+        "return ",
+        "x",
+        "4",
+        "yield ",
+        "class A:",
+        "import os",
+        "os._exit(0)",
+        "f",
+        "raise ",
+        "lambda: ",
+    ),
+    *(
+        "while 1: ",
+        '"""',
+        "async ",
+        "await ",
+        "del ",
+        "global ",
+        "nonlocal ",
+        *"()[]:,.=`'\\é \n\0\ud800\x0c",
+    ),
 ]
 
 
@@ -181,12 +223,31 @@ def test_no_text_makes_verify_code_raise(text):
 
 
 TAGS = st.sampled_from(
-    ["i", "f", "c", "b", "a", "d", "p", "l", "t", "s", "z", "q", "Decimal", "range", "date", "timedelta"]
+    [
+        "i",
+        "f",
+        "c",
+        "b",
+        "a",
+        "d",
+        "p",
+        "l",
+        "t",
+        "s",
+        "z",
+        "q",
+        "Decimal",
+        "range",
+        "date",
+        "timedelta",
+    ]
 )
 SAID = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | TAGS,
     lambda inner: (
-        st.lists(inner, max_size=4) | st.tuples(TAGS, inner).map(list) | st.dictionaries(TAGS, inner, max_size=2)
+        st.lists(inner, max_size=4)
+        | st.tuples(TAGS, inner).map(list)
+        | st.dictionaries(TAGS, inner, max_size=2)
     ),
 )
 
@@ -203,15 +264,16 @@ def test_nothing_that_a_program_says_on_the_wire_makes_a_verdict(one, two, three
 def test_plain_values_come_back_as_they_are():
     values = "[None, True, 3, -2.5, 10**50, 1j, 'é\\ud800', b'b', [1, (2,)], {3, 4}, frozenset({5}), {(1,): [2]}]"
     assert verify_code(f"def f(): return {values}", [f"assert f() == {values}"])
-    assert verify_code("def f(x): return x", [f"for v in {values}:\n    assert f(v) == v and type(f(v)) is type(v)"])
+    assert verify_code(
+        "def f(x): return x",
+        [f"for v in {values}:\n    assert f(v) == v and type(f(v)) is type(v)"],
+    )
     assert verify_code("def f(): return float('nan')", ["x = f()\nassert x != x"])
     assert not verify_code("def f(): return 1", ["assert f() is True"])
 
 
 def test_values_of_the_standard_library_come_back_as_they_are():
-    head = (
-        "from collections import deque\nfrom datetime import *\nfrom decimal import Decimal\nfrom fractions import *\n"
-    )
+    head = "from collections import deque\nfrom datetime import *\nfrom decimal import Decimal\nfrom fractions import *\n"
     values = "[Fraction(1, 3), Decimal('1.50'), range(1, 9, 2), date(2020, 2, 29), deque([1]), bytearray(b'a'), "
     values += "datetime(2020, 1, 1, tzinfo=timezone.utc), timedelta(1, 2, 3)]"
     assert verify_code(f"{head}def f(): return {values}", [head, f"v = {values}\nassert f() == v"])
@@ -247,33 +309,51 @@ def test_exceptions_are_those_that_the_tests_expect():
 
 def test_what_tests_do_with_programs_works():
     endless = "import itertools\ndef f(n): yield from itertools.count(n)\nclass A:\n def __iter__(s): return iter('ab')"
-    assert verify_code(endless, ["import itertools", "assert list(itertools.islice(f(3), 5)) == [3, 4, 5, 6, 7]"])
+    assert verify_code(
+        endless, ["import itertools", "assert list(itertools.islice(f(3), 5)) == [3, 4, 5, 6, 7]"]
+    )
     assert verify_code(endless, ["assert [*A()] == ['a', 'b'] and 'b' in A() and 9999 in f(0)"])
     assert verify_code("def f(a=None): a.append(1)", ["a = []\nf(a=a)\nassert a == [1]"])
-    assert verify_code("def f(n):\n yield from range(n)", ["g = f(3)\nassert next(g) == 0 and next(g) == 1"])
     assert verify_code(
-        "class A(dict): pass\nclass B:\n d = 0", ["a = B()\na.d = 1\nassert a.d == 1 and isinstance(a, B)"]
+        "def f(n):\n yield from range(n)", ["g = f(3)\nassert next(g) == 0 and next(g) == 1"]
     )
     assert verify_code(
-        "def f(x): return x + 1", ["def g(f): return f", "assert f(3) == 4 and [f for f in [1]] == [g(1)]"]
+        "class A(dict): pass\nclass B:\n d = 0",
+        ["a = B()\na.d = 1\nassert a.d == 1 and isinstance(a, B)"],
     )
-    assert verify_code(HONEST, ["if __name__ == '__main__':\n    assert f(3) == 4\nelse:\n    assert False"])
+    assert verify_code(
+        "def f(x): return x + 1",
+        ["def g(f): return f", "assert f(3) == 4 and [f for f in [1]] == [g(1)]"],
+    )
+    assert verify_code(
+        HONEST, ["if __name__ == '__main__':\n    assert f(3) == 4\nelse:\n    assert False"]
+    )
     assert verify_code("def sum(a, b): return a - b", ["assert sum(abs(-3), 1) == 2"])
     assert verify_code("def f(x): x.sort()", ["a = [2, 1]\nf(a)\nassert a == [1, 2]"])
     assert verify_code("def f(n):\n yield from range(n)", ["assert list(f(3)) == [0, 1, 2]"])
-    assert verify_code("def f(x): raise KeyError(x)", ["try:\n    f(1)\n    assert False\nexcept KeyError:\n    pass"])
-    node = (
-        "class Node:\n def __init__(s, v): s.v, s.next = v, None\ndef f(n): return n.v + (f(n.next) if n.next else 0)"
+    assert verify_code(
+        "def f(x): raise KeyError(x)",
+        ["try:\n    f(1)\n    assert False\nexcept KeyError:\n    pass"],
     )
-    assert verify_code(node, ["root = Node(1)\nroot.next = Node(2)", "assert f(root) == 3 and root.next.v == 2"])
-    assert verify_code("def f(x, t): return isinstance(x, t)", ["assert f(3, int) and not f(3, str)"])
-    assert verify_code("def sum(a, b): return a - b", ["assert sum(3, 1) == 2"])  # named as a builtin, and asked for
+    node = "class Node:\n def __init__(s, v): s.v, s.next = v, None\ndef f(n): return n.v + (f(n.next) if n.next else 0)"
+    assert verify_code(
+        node, ["root = Node(1)\nroot.next = Node(2)", "assert f(root) == 3 and root.next.v == 2"]
+    )
+    assert verify_code(
+        "def f(x, t): return isinstance(x, t)", ["assert f(3, int) and not f(3, str)"]
+    )
+    # named as a builtin, and asked for
+    assert verify_code("def sum(a, b): return a - b", ["assert sum(3, 1) == 2"])
 
 
 def test_a_program_cannot_redefine_what_its_tests_are_written_with():
-    assert not verify_code("def f(x): return 9\ndef abs(x): return 0", ["assert abs(f(3) - 4) < 1e-6"])
+    assert not verify_code(
+        "def f(x): return 9\ndef abs(x): return 0", ["assert abs(f(3) - 4) < 1e-6"]
+    )
     check = "def check(candidate):\n    assert abs(candidate(3) - 4) < 1e-6"
-    assert not verify_code("def f(x): return 9\ndef abs(x): return 0\ndef check(c): pass", check, "f")
+    assert not verify_code(
+        "def f(x): return 9\ndef abs(x): return 0\ndef check(c): pass", check, "f"
+    )
     assert verify_code(HONEST, check, "f") and not verify_code(HONEST, check, "g")
 
 
@@ -284,7 +364,9 @@ def test_tests_that_loop_are_false_and_tests_that_do_not_compile_are_an_error():
             verify_code(HONEST, tests)
     started = time.monotonic()
     assert not verify_code(
-        HONEST, ["while True:\n    try:\n        f(3)\n    except BaseException:\n        pass"], timeout=0.5
+        HONEST,
+        ["while True:\n    try:\n        f(3)\n    except BaseException:\n        pass"],
+        timeout=0.5,
     )
     assert time.monotonic() - started < sandbox.GRACE
 
@@ -328,7 +410,8 @@ def test_faults_of_the_machine_are_raised_and_the_self_test_is_made_up_for(monke
     monkeypatch.setattr(sandbox, "_server", sandbox._Server())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox, "_self_test", lambda: [os.dup(0) for _ in range(10**6)])  # too many open files
+        # too many open files
+        patch.setattr(sandbox, "_self_test", lambda: [os.dup(0) for _ in range(10**6)])
         before = set(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
         with pytest.raises(sandbox.SandboxError, match="Too many open files"):
@@ -380,7 +463,9 @@ def test_a_thousand_endless_loops_leave_nothing_behind():
     verify_code(HONEST, TEST)
     server, before = sandbox._server.process.pid, len(os.listdir("/proc/self/fd"))
     with ThreadPoolExecutor(8) as threads:
-        verdicts = list(threads.map(lambda _: verify_code("while True: pass", TEST, timeout=0.02), range(1000)))
+        verdicts = list(
+            threads.map(lambda _: verify_code("while True: pass", TEST, timeout=0.02), range(1000))
+        )
     assert not any(verdicts) and len(os.listdir("/proc/self/fd")) == before
     deadline = time.monotonic() + 5
     while children(server) and time.monotonic() < deadline:
@@ -392,7 +477,9 @@ def test_a_thousand_endless_loops_leave_nothing_behind():
 
 def test_threads_get_their_own_verdicts():
     with ThreadPoolExecutor(8) as threads:
-        right = threads.map(lambda i: verify_code(f"def f(): return {i % 3}", ["assert f() == 1"]), range(60))
+        right = threads.map(
+            lambda i: verify_code(f"def f(): return {i % 3}", ["assert f() == 1"]), range(60)
+        )
         assert list(right) == [i % 3 == 1 for i in range(60)]
 
 
@@ -409,7 +496,9 @@ def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch
         "sandbox.unsafe = True\n"
         "print(sandbox.run_tests('def f(): return 1', 'assert f() == 1'))"
     )
-    run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     error, verdict = run.stdout.splitlines()
     assert "no seccomp" in error and "--unsafe" in error and verdict == "True"
 
@@ -417,7 +506,7 @@ def test_without_a_jail_there_is_no_verdict_unless_that_is_asked_for(monkeypatch
 IN_A_CONTAINER = """
 import ctypes, os, sys
 sys.path.insert(0, sys.argv[1])
-import sandbox
+from sandbox import run as sandbox
 here, there = os.pipe(), os.pipe()
 child = os.fork()
 if child == 0:
@@ -467,6 +556,12 @@ def test_the_program_in_a_response(response, program):
 
 def test_long_responses_are_searched_in_no_time():
     started = time.monotonic()
-    for text in ("`" * 10**6, "```\n" * 10**5, "``` " * 10**5, "[BEGIN]" * 10**5, " " * 10**6 + "```"):
+    for text in (
+        "`" * 10**6,
+        "```\n" * 10**5,
+        "``` " * 10**5,
+        "[BEGIN]" * 10**5,
+        " " * 10**6 + "```",
+    ):
         extract_code(text)
     assert time.monotonic() - started < 2

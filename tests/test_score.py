@@ -9,21 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import helpers
-import policy
 import score
-import training
-from chat import first_turn_ids
 from sampler import Sampler
-from tasks import TASKS
+from sampling.turns import first_turn_ids
+from tasks.base import TASKS
+from training import checkpoint, policy
+from training import loop as training
 
 run_score = functools.partial(helpers.from_command_line, "score.py")
 
 
 def train_here(model_dir, out, *flags):
     return helpers.train_here(
-        score, model_dir, out, "--problems", "2", "--group_size", "2", "--second_attempts", "2", *flags
+        score,
+        model_dir,
+        out,
+        "--problems",
+        "2",
+        "--group_size",
+        "2",
+        "--second_attempts",
+        "2",
+        *flags,
     )
 
 
@@ -34,9 +42,13 @@ def model_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("r1, r2, reward", [(0, 1, 11), (1, 1, 1), (0, 0, 0), (1, 0, -10)])
 def test_the_bonus_has_the_papers_sign_and_size(r1, r2, reward):
-    first, second = score.returns(torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]]), 2, score.Config())
+    first, second = score.returns(
+        torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]]), 2, score.Config()
+    )
     assert (first, second) == (r1, reward)
-    first, second = score.returns(torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]]), 1, score.Config())
+    first, second = score.returns(
+        torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]]), 1, score.Config()
+    )
     assert (first, second) == (0, r2)  # Stage I: no reward for y1, no bonus for y2
 
 
@@ -56,12 +68,17 @@ def test_second_attempts_are_compared_within_one_first_attempt_and_firsts_within
     torch.testing.assert_close(flat, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
 
 
-@pytest.mark.parametrize("normalise, alpha_matters", [("none", True), ("joint", True), ("per_turn", False)])
+@pytest.mark.parametrize(
+    "normalise, alpha_matters", [("none", True), ("joint", True), ("per_turn", False)]
+)
 def test_per_turn_normalisation_cancels_alpha_as_its_help_says(normalise, alpha_matters):
     generator = torch.Generator().manual_seed(0)
     r1 = torch.randint(2, (4, 4), generator=generator).float()
     r2 = torch.randint(2, (4, 4, 4), generator=generator).float()
-    one, ten = (score.turn_advantages(r1, r2, 2, score.Config(normalise=normalise, alpha=a)) for a in (1.0, 10.0))
+    one, ten = (
+        score.turn_advantages(r1, r2, 2, score.Config(normalise=normalise, alpha=a))
+        for a in (1.0, 10.0)
+    )
     assert torch.allclose(one, ten, atol=1e-5) != alpha_matters
 
 
@@ -69,7 +86,10 @@ def test_a_baseline_within_one_first_attempt_turns_the_bonus_into_a_weight():
     generator = torch.Generator().manual_seed(0)
     r1 = torch.randint(2, (4, 4), generator=generator).float()
     r2 = torch.randint(2, (4, 4, 4), generator=generator).float()
-    plain, bonus = (score.turn_advantages(r1, r2, 2, score.Config(normalise="none", alpha=a)) for a in (0.0, 10.0))
+    plain, bonus = (
+        score.turn_advantages(r1, r2, 2, score.Config(normalise="none", alpha=a))
+        for a in (0.0, 10.0)
+    )
     torch.testing.assert_close(bonus[:, 1], 11 * plain[:, 1])
     torch.testing.assert_close(bonus[:, 0], plain[:, 0])
 
@@ -89,12 +109,25 @@ def test_a_run_writes_its_directory_and_its_update_is_on_policy(model_dir, tmp_p
     assert written == {"config.json", "metrics.jsonl", "states", ".lock", "checkpoint", "results.json", "curves.png",
                        "transcripts.txt"}  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["base"]["greedy"].keys() == results["trained"]["sampled"].keys() >= {"n", "acc_t1", "delta_se"}
+    assert (
+        results["base"]["greedy"].keys()
+        == results["trained"]["sampled"].keys()
+        >= {"n", "acc_t1", "delta_se"}
+    )
     policy.load_model(str(tmp_path / "run" / "checkpoint"))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypatch):
-    flags = ("--stage1_steps", "2", "--stage2_steps", "4", "--reference", "stage1", "--kl_target", "0.001")
+    flags = (
+        "--stage1_steps",
+        "2",
+        "--stage2_steps",
+        "4",
+        "--reference",
+        "stage1",
+        "--kl_target",
+        "0.001",
+    )
     whole = train_here(model_dir, tmp_path / "whole", *flags)
 
     logged = training.log
@@ -110,11 +143,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypa
     monkeypatch.undo()
     resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
     assert helpers.without_times(resumed) == helpers.without_times(whole)
-    assert (tmp_path / "cut" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
+    assert (tmp_path / "cut" / "results.json").read_text() == (
+        tmp_path / "whole" / "results.json"
+    ).read_text()
 
 
 def test_single_turn_trains_first_attempts_alone(model_dir, tmp_path):
-    rows = train_here(model_dir, tmp_path / "run", "--single_turn", "--stage1_steps", "0", "--stage2_steps", "2")
+    rows = train_here(
+        model_dir, tmp_path / "run", "--single_turn", "--stage1_steps", "0", "--stage2_steps", "2"
+    )
     assert "acc_t2" not in rows[0] and "kl_t2" not in rows[0] and rows[0]["stage"] == 2
 
 
@@ -124,25 +161,49 @@ def test_first_attempts_that_the_data_gives_are_no_measure_of_the_model_and_get_
     task = dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
     monkeypatch.setitem(TASKS, "tiny", task)
     rows = train_here(model_dir, tmp_path / "run", "--stage1_steps", "1", "--stage2_steps", "2")
-    assert all("acc_t1" not in row and "kl_t1" not in row and row["reward"] == row["acc_t2"] for row in rows)
+    assert all(
+        "acc_t1" not in row and "kl_t1" not in row and row["reward"] == row["acc_t2"]
+        for row in rows
+    )
     assert (tmp_path / "run" / "checkpoint").is_dir()
 
 
 def test_stage_2_can_refer_to_the_result_of_stage_1(model_dir, tmp_path):
     kl = {}
     for reference in ("base", "stage1"):
-        flags = ("--stage1_steps", "3", "--stage2_steps", "1", "--reference", reference, "--lr", "0.01")
+        flags = (
+            "--stage1_steps",
+            "3",
+            "--stage2_steps",
+            "1",
+            "--reference",
+            reference,
+            "--lr",
+            "0.01",
+        )
         kl[reference] = train_here(model_dir, tmp_path / reference, *flags)[3]["kl_t1"]
     assert kl["stage1"] == pytest.approx(0, abs=1e-6) and kl["base"] > 1e-3
 
 
 def test_training_at_another_temperature_scores_at_that_temperature(model_dir, tmp_path):
-    rows = train_here(model_dir, tmp_path / "run", "--stage1_steps", "0", "--stage2_steps", "2", "--temperature", "0.5")
+    rows = train_here(
+        model_dir,
+        tmp_path / "run",
+        "--stage1_steps",
+        "0",
+        "--stage2_steps",
+        "2",
+        "--temperature",
+        "0.5",
+    )
     assert all(r["ratio_error"] < 1e-4 for r in rows)
 
 
-def test_the_kept_checkpoint_is_that_of_the_best_window_of_the_last_stage(model_dir, tmp_path, monkeypatch):
-    rewards = [9.0, 9.0, 9.0, 1.0, 3.0, 2.0, 0.0, 0.0]  # Stage I: steps 0 to 2; windows end after 2, 4, 6, 8
+def test_the_kept_checkpoint_is_that_of_the_best_window_of_the_last_stage(
+    model_dir, tmp_path, monkeypatch
+):
+    # Stage I: steps 0 to 2; windows end after 2, 4, 6, 8
+    rewards = [9.0, 9.0, 9.0, 1.0, 3.0, 2.0, 0.0, 0.0]
     saved, made = [], score.make_batch
 
     def scripted(*arguments):
@@ -152,9 +213,12 @@ def test_the_kept_checkpoint_is_that_of_the_best_window_of_the_last_stage(model_
 
     monkeypatch.setattr(score, "make_batch", scripted)
     save_model = checkpoint.save_model
-    monkeypatch.setattr(checkpoint, "save_model", lambda *a: (saved.append(len(rewards)), save_model(*a)))
+    monkeypatch.setattr(
+        checkpoint, "save_model", lambda *a: (saved.append(len(rewards)), save_model(*a))
+    )
     train_here(model_dir, tmp_path / "run", "--stage1_steps", "3", "--stage2_steps", "5")
-    assert saved == [4, 2]  # after step 4 (mean 1) and after step 6 (mean 2.5); never for Stage I's 9s
+    # after step 4 (mean 1) and after step 6 (mean 2.5); never for Stage I's 9s
+    assert saved == [4, 2]
 
 
 def test_a_run_killed_before_its_first_save_can_be_resumed(model_dir, tmp_path, monkeypatch):
@@ -162,14 +226,24 @@ def test_a_run_killed_before_its_first_save_can_be_resumed(model_dir, tmp_path, 
     with pytest.raises(ZeroDivisionError):
         train_here(model_dir, tmp_path / "run", "--stage2_steps", "2", "--stage1_steps", "0")
     monkeypatch.undo()
-    rows = train_here(model_dir, tmp_path / "run", "--stage2_steps", "2", "--stage1_steps", "0", "--resume")
+    rows = train_here(
+        model_dir, tmp_path / "run", "--stage2_steps", "2", "--stage1_steps", "0", "--resume"
+    )
     assert [row["step"] for row in rows] == [0, 1]
 
 
 def test_resuming_with_another_flag_is_refused(model_dir, tmp_path, capsys):
     train_here(model_dir, tmp_path / "run", "--stage1_steps", "0", "--stage2_steps", "1")
     said = helpers.refusal(
-        score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", "--resume", "--alpha", "1"
+        score,
+        capsys,
+        "--model",
+        model_dir,
+        "--output_dir",
+        tmp_path / "run",
+        "--resume",
+        "--alpha",
+        "1",
     )
     assert "--alpha was 10.0, is 1.0" in said
 
@@ -180,7 +254,10 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.5)
-    task, config = TASKS["tiny"], score.Config(problems=2, group_size=2, second_attempts=2, offline_ratio=0.5)
+    task, config = (
+        TASKS["tiny"],
+        score.Config(problems=2, group_size=2, second_attempts=2, offline_ratio=0.5),
+    )
     problems = task.generate("train", 0)[:2]
     chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
     samplers = [Sampler(m, tokenizer) for m in (model, base)]
@@ -191,7 +268,10 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
         assert score.is_offline(step, config) == (step == 1)
     assert set(rollouts[0].turn[rollouts[0].action_mask].tolist()) == {0, 1}
     offline = rollouts[1]
-    assert set(offline.turn[offline.action_mask].tolist()) == {1} and offline.stopped.shape == (8, 2)
+    assert set(offline.turn[offline.action_mask].tolist()) == {1} and offline.stopped.shape == (
+        8,
+        2,
+    )
     seeds = policy.row_seeds(4, "first", 0, 1)
     firsts = samplers[1].generate([ids for _, ids in chosen], 2, seeds=seeds, max_new_tokens=16)
     for row in range(8):
@@ -219,8 +299,12 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     (["--single_turn", "--reference", "stage1"], "--reference stage1"),
     (["--stage1_steps", "0", "--reference", "stage1"], "--reference stage1"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_exit_code_2_and_nothing_written(flags, message, model_dir, tmp_path, capsys):
-    said = helpers.refusal(score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags)
+def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
+    flags, message, model_dir, tmp_path, capsys
+):
+    said = helpers.refusal(
+        score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags
+    )
     assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()
 
 
@@ -236,7 +320,9 @@ def test_damaged_weights_are_named(model_dir, tmp_path, capsys):
     shutil.copytree(model_dir, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    said = helpers.refusal(score, capsys, "--model", tmp_path / "cut", "--output_dir", tmp_path / "run")
+    said = helpers.refusal(
+        score, capsys, "--model", tmp_path / "cut", "--output_dir", tmp_path / "run"
+    )
     assert "can't be loaded" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 

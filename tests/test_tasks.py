@@ -7,9 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import SPLITS, read_rows, split_of
 from evaluate import Config
-from tasks import TASKS, countdown_key, enumerate_steps, generate_countdown, load_task, tiny_splits
+from tasks.base import (
+    TASKS,
+    countdown_key,
+    enumerate_steps,
+    generate_countdown,
+    load_task,
+    tiny_splits,
+)
+from tasks.sources import SPLITS, read_rows, split_of
 from verifiers import run_steps
 
 
@@ -17,11 +24,15 @@ def test_splits_are_disjoint_whatever_the_order_of_the_numbers():
     seen = [{countdown_key(p) for p in split} for split in tiny_splits().values()]
     assert [len(s) for s in seen] == [1500, 1500, 13004]
     assert sum(len(s) for s in seen) == len(set.union(*seen))
-    assert countdown_key({"nums": [3, 1, 2], "target": 6}) == countdown_key({"nums": [1, 2, 3], "target": 6})
+    assert countdown_key({"nums": [3, 1, 2], "target": 6}) == countdown_key(
+        {"nums": [1, 2, 3], "target": 6}
+    )
 
 
 def test_generated_countdown_splits_are_disjoint_for_any_seeds():
-    train, test = (generate_countdown(s, seed, count=300) for s, seed in (("train", 0), ("test", 1)))
+    train, test = (
+        generate_countdown(s, seed, count=300) for s, seed in (("train", 0), ("test", 1))
+    )
     assert not {countdown_key(p) for p in train} & {countdown_key(p) for p in test}
     assert train == generate_countdown("train", 0, count=300)
 
@@ -43,7 +54,9 @@ def test_tiny_verdict_word_is_no_part_of_the_answer():
 
 
 def write(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -80,7 +93,14 @@ BFCL = {
     "question": [[{"role": "user", "content": "Area of a triangle of base 10 and height 5?"}]],
     "function": [{"name": "area", "description": "", "parameters": {}}],
     "ground_truth": [
-        {"area": {"base": [10, "ten"], "height": [5], "unit": ["cm", ""], "at": [{"x": [1], "y": [2, ""]}]}}
+        {
+            "area": {
+                "base": [10, "ten"],
+                "height": [5],
+                "unit": ["cm", ""],
+                "at": [{"x": [1], "y": [2, ""]}],
+            }
+        }
     ],
 }
 XLAM = {
@@ -90,8 +110,16 @@ XLAM = {
 }
 ROWS = {  # of each task, as published
     "countdown": COUNTDOWN,
-    "math": {"problem": "One half?", "solution": "It is $\\boxed{\\frac{1}{2}}$.", "level": "1", "type": "Algebra"},
-    "gsm8k": {"question": "How many?", "answer": "It is 500 * 2 = <<500*2=1000>>1,000.\n#### 1,000"},
+    "math": {
+        "problem": "One half?",
+        "solution": "It is $\\boxed{\\frac{1}{2}}$.",
+        "level": "1",
+        "type": "Algebra",
+    },
+    "gsm8k": {
+        "question": "How many?",
+        "answer": "It is 500 * 2 = <<500*2=1000>>1,000.\n#### 1,000",
+    },
     "mbpp": {
         "task_id": 700,
         "text": "Add.",
@@ -113,8 +141,12 @@ ROWS["mbpp_r"] = ROWS["mbpp"] | {"first_attempt": "def add(a, b):\n  return a - 
 @pytest.mark.parametrize("name, row", [*ROWS.items(), ("function_call", XLAM)])
 def test_a_few_shot_answer_is_right_and_the_prompt_shows_the_problem(name, row):
     task = TASKS[name]
-    problem = json.loads(json.dumps(task.parse(row)))  # it is kept in files of failures and conversations
-    assert task.verify(task.solution(problem), problem) and task.answer(task.solution(problem), problem) is not None
+    # it is kept in files of failures and conversations
+    problem = json.loads(json.dumps(task.parse(row)))
+    assert (
+        task.verify(task.solution(problem), problem)
+        and task.answer(task.solution(problem), problem) is not None
+    )
     for part in task.view.values():
         assert part(problem) in task.prompt(problem)
     assert not task.verify("", problem) and task.answer("", problem) is None
@@ -125,7 +157,19 @@ def test_no_text_makes_a_task_raise(name):
     task, rng = TASKS[name], random.Random(0)
     problem = task.parse(ROWS[name]) if name in ROWS else task.generate("train", 0)[0]
     pieces = [
-        *("<answer>", "</answer>", "</think>", "\\boxed{", "}", "#### ", "[", "]", "{", '"name": "area"', "]" * 9),
+        *(
+            "<answer>",
+            "</answer>",
+            "</think>",
+            "\\boxed{",
+            "}",
+            "#### ",
+            "[",
+            "]",
+            "{",
+            '"name": "area"',
+            "]" * 9,
+        ),
         *("```", "```python\n", "bad ", "1", "+", "null", " ", "\n", "\x00", "\ud800", "٣"),
     ]
     for _ in range(30 if task.published or name == "humaneval" else 300):
@@ -151,7 +195,9 @@ def test_a_few_shot_call_has_the_first_accepted_values_and_nothing_optional():
 def test_a_wrong_program_given_as_first_attempt_is_the_answer_of_the_first_turn():
     task = TASKS["mbpp_r"]
     problem = task.parse(ROWS["mbpp_r"])
-    assert "a - b" in task.answer(task.given(problem), problem) and not task.verify(task.given(problem), problem)
+    assert "a - b" in task.answer(task.given(problem), problem) and not task.verify(
+        task.given(problem), problem
+    )
 
 
 @pytest.mark.parametrize("name, change, field", [
@@ -183,15 +229,25 @@ def countdown_rows(count):
 
 def test_a_files_splits_do_not_depend_on_order_or_format_and_do_not_overlap(tmp_path):
     rows = countdown_rows(60)
-    lines, reverse = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.json", [json.dumps(rows[::-1], indent=1)])
-    splits, again = (load_task(Config(task="countdown", data=path), SPLITS)[1] for path in (lines, reverse))
+    lines, reverse = (
+        write(tmp_path / "a.jsonl", rows),
+        write(tmp_path / "b.json", [json.dumps(rows[::-1], indent=1)]),
+    )
+    splits, again = (
+        load_task(Config(task="countdown", data=path), SPLITS)[1] for path in (lines, reverse)
+    )
     for name in SPLITS:
         assert splits[name] == again[name][::-1] and splits[name]
-    assert sorted(p["target"] for name in SPLITS for p in splits[name]) == [r["target"] for r in rows]
+    assert sorted(p["target"] for name in SPLITS for p in splits[name]) == [
+        r["target"] for r in rows
+    ]
 
 
 def test_named_files_are_their_splits_and_validation_is_a_tenth_of_train(tmp_path):
-    train, test = write(tmp_path / "train.jsonl", countdown_rows(60)), write(tmp_path / "test.jsonl", [OTHER])
+    train, test = (
+        write(tmp_path / "train.jsonl", countdown_rows(60)),
+        write(tmp_path / "test.jsonl", [OTHER]),
+    )
     splits = load_task(Config(task="countdown", data=f"train={train},test={test}"), SPLITS)[1]
     assert splits["test"] == [OTHER] and len(splits["train"]) + len(splits["validation"]) == 60
     assert {split_of(countdown_key(p)) for p in splits["validation"]} == {"validation"}
@@ -205,24 +261,37 @@ def test_a_problem_in_two_splits_is_named_by_both_places(tmp_path):
         write(tmp_path / "a.jsonl", countdown_rows(3)),
         write(tmp_path / "b.jsonl", [{"nums": [1, 2], "target": 3}]),
     )
-    with pytest.raises(ValueError, match=r"b.jsonl, line 1 \(test\) is the problem of .*a.jsonl, line 2 \(train\)"):
+    with pytest.raises(
+        ValueError, match=r"b.jsonl, line 1 \(test\) is the problem of .*a.jsonl, line 2 \(train\)"
+    ):
         load_task(Config(task="countdown", data=f"train={train},test={test}"), ["train"])
 
 
-@pytest.mark.parametrize("data", ["train=a.jsonl,tset=b.jsonl", "train=a.jsonl,train=b.jsonl", "train="])
+@pytest.mark.parametrize(
+    "data", ["train=a.jsonl,tset=b.jsonl", "train=a.jsonl,train=b.jsonl", "train="]
+)
 def test_a_mistake_in_naming_splits_is_shown(tmp_path, data):
     with pytest.raises(ValueError, match="is not SPLIT=SOURCE"):
         load_task(
-            Config(task="countdown", data=data.replace("a.jsonl", write(tmp_path / "a.jsonl", [COUNTDOWN]))), SPLITS
+            Config(
+                task="countdown",
+                data=data.replace("a.jsonl", write(tmp_path / "a.jsonl", [COUNTDOWN])),
+            ),
+            SPLITS,
         )
 
 
 def test_mbpp_keeps_its_published_split_and_its_examples_are_in_none(tmp_path):
-    rows = [ROWS["mbpp"] | {"task_id": i, "text": f"Add {i}."} for i in (1, 2, 10, 11, 510, 511, 600, 601, 974)]
+    rows = [
+        ROWS["mbpp"] | {"task_id": i, "text": f"Add {i}."}
+        for i in (1, 2, 10, 11, 510, 511, 600, 601, 974)
+    ]
     task, splits = load_task(Config(task="mbpp", data=write(tmp_path / "mbpp.jsonl", rows)), SPLITS)
     ids = {name: [p["task_id"] for p in splits[name]] for name in SPLITS}
     assert ids == {"train": [601, 974], "validation": [511, 600], "test": [11, 510]}
-    assert ["Add 1." in asked for asked, _ in task.shots] == [True, False, False] and len(task.shots) == 3
+    assert ["Add 1." in asked for asked, _ in task.shots] == [True, False, False] and len(
+        task.shots
+    ) == 3
 
 
 def test_a_task_without_problems_of_its_own_says_where_to_get_some():
@@ -240,7 +309,10 @@ def test_few_shot_examples_leave_the_train_split_and_do_not_depend_on_the_seed(t
     shown = [p for p in bare["train"] if p not in splits["train"]]
     assert {asked for asked, _ in task.shots} == {task.prompt(p) for p in shown} and len(shown) == 4
     assert splits["test"] == bare["test"] and splits["validation"] == bare["validation"]
-    generated = [load_task(Config(task="countdown", shots=2, seed=seed), ["validation"])[0].shots for seed in (0, 1)]
+    generated = [
+        load_task(Config(task="countdown", shots=2, seed=seed), ["validation"])[0].shots
+        for seed in (0, 1)
+    ]
     assert generated[0] == generated[1] and len(generated[0]) == 2
 
 
@@ -250,7 +322,10 @@ def test_a_file_of_examples_is_shown_with_its_own_responses_and_kept_out_of_ever
     own = splits["train"][0] | {"response": "I add. <answer>1 + 1</answer>"}
     examples = write(tmp_path / "shots.jsonl", [own, splits["train"][1]])
     task, left = load_task(Config(task="countdown", data=path, shots_file=examples), SPLITS)
-    assert [answer for _, answer in task.shots] == [own["response"], task.solution(splits["train"][1])]
+    assert [answer for _, answer in task.shots] == [
+        own["response"],
+        task.solution(splits["train"][1]),
+    ]
     assert left["train"] == splits["train"][2:]
     taken = write(tmp_path / "taken.jsonl", [splits["test"][0]])
     with pytest.raises(ValueError, match="is a problem of the test split"):
@@ -274,7 +349,10 @@ def test_a_mistake_in_a_file_of_prompts_is_shown(tmp_path, prompts, message):
 
 
 def test_prompts_of_a_file_replace_those_of_the_task(tmp_path):
-    path = write(tmp_path / "prompts.json", [{"first": '{"x": 1} {target} from {numbers}', "retry": "Again."}])
+    path = write(
+        tmp_path / "prompts.json",
+        [{"first": '{"x": 1} {target} from {numbers}', "retry": "Again."}],
+    )
     task = load_task(Config(task="countdown", prompts=path), ["validation"])[0]
     assert task.prompt(COUNTDOWN) == '{"x": 1} 3 from 1, 2'
     assert task.retry == "Again." and task.correct == TASKS["countdown"].correct
@@ -302,7 +380,10 @@ def test_a_hub_datasets_splits_are_kept_and_one_alone_is_split_by_content(monkey
     assert splits["test"] == rows[50:] and len(splits["train"]) + len(splits["validation"]) == 50
     hub(monkeypatch, {"test": rows})
     assert len(load_task(Config(task="countdown", data="hub:there/data"), SPLITS)[1]["train"]) > 30
-    assert len(load_task(Config(task="countdown", data="test=hub:there/data"), ["test"])[1]["test"]) == 60
+    assert (
+        len(load_task(Config(task="countdown", data="test=hub:there/data"), ["test"])[1]["test"])
+        == 60
+    )
 
 
 def test_what_is_wrong_with_a_hub_dataset_is_one_line(monkeypatch):
@@ -317,7 +398,10 @@ def test_what_is_wrong_with_a_hub_dataset_is_one_line(monkeypatch):
 
 
 def test_lines_end_at_newlines_only(tmp_path):
-    path = write(tmp_path / "a.jsonl", [json.dumps(ROWS["math"] | {"problem": "a\u2028b\x85c"}, ensure_ascii=False)])
+    path = write(
+        tmp_path / "a.jsonl",
+        [json.dumps(ROWS["math"] | {"problem": "a\u2028b\x85c"}, ensure_ascii=False)],
+    )
     assert [row["problem"] for _, row in read_rows(path)] == ["a\u2028b\x85c"]
 
 

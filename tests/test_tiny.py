@@ -6,7 +6,7 @@ import torch
 import evaluate
 import helpers
 import tiny
-from tasks import TASKS
+from tasks.base import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,9 @@ def test_conversations_are_honest_and_only_the_models_turns_are_learnt(tokenizer
             *nums, _, target = turns[0][0].split()
             problem, last = {"nums": [int(n) for n in nums], "target": int(target)}, None
             for said, answer in turns:
-                seen.add(said.split()[0] if said in ("fix", "judge", "reflect", "retry") else "attempt")
+                seen.add(
+                    said.split()[0] if said in ("fix", "judge", "reflect", "retry") else "attempt"
+                )
                 if said == "judge":
                     assert answer == ("yes" if task.verify(last, problem) else "no")
                 elif said == "reflect":
@@ -65,5 +67,9 @@ def test_the_embedded_base_stands_where_the_papers_start():
     task, sampler, tokenizer, splits = evaluate.prepare(config, {"validation": None})
     shared = (sampler, tokenizer, task, *zip(*splits["validation"], strict=True), config)
     sampled, greedy = (evaluate.evaluate(*shared, T)[0] for T in (1.0, 0.0))
-    assert 0.3 < sampled["acc_t1"] < 0.5 and -0.1 < sampled["delta"] < -0.02 and greedy["delta"] <= 0.001
+    assert (
+        0.3 < sampled["acc_t1"] < 0.5
+        and -0.1 < sampled["delta"] < -0.02
+        and greedy["delta"] <= 0.001
+    )
     assert sampled["well_formed"] > 0.85

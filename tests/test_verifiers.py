@@ -30,11 +30,16 @@ def test_wrong_or_malformed_answers_are_false(response):
 
 
 def test_the_last_answer_after_the_last_thought_counts():
-    assert verify_countdown("<answer>1</answer></think> so <answer>3 * 4</answer> or <answer>3+4</answer>.", [3, 4], 7)
+    assert verify_countdown(
+        "<answer>1</answer></think> so <answer>3 * 4</answer> or <answer>3+4</answer>.", [3, 4], 7
+    )
 
 
 def test_the_last_complete_pair_of_tags_counts():
-    for text in ("<answer>3 * 4</answer> no </answer>", "<answer>1</answer><answer>3 * 4</answer> <answer>7"):
+    for text in (
+        "<answer>3 * 4</answer> no </answer>",
+        "<answer>1</answer><answer>3 * 4</answer> <answer>7",
+    ):
         assert verify_countdown(text, [3, 4], 12)
 
 
@@ -98,11 +103,33 @@ def test_equal_numbers_are_counted():
     assert run_steps("5 / 5 = 1 ; 5 + 1 = 6", [5, 5, 1]) is None
 
 
-PIECES = ["<answer>", "</answer>", "</think>", "(", ")", "+", "-", "*", "/", "3", "4", "5", "0", " ", "=", "\ud800"]
+PIECES = [
+    "<answer>",
+    "</answer>",
+    "</think>",
+    "(",
+    ")",
+    "+",
+    "-",
+    "*",
+    "/",
+    "3",
+    "4",
+    "5",
+    "0",
+    " ",
+    "=",
+    "\ud800",
+]
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(PIECES) | st.text(max_size=2), max_size=16).map("".join), st.booleans())
+@given(
+    st.lists(st.sampled_from(PIECES) | st.text(max_size=2), max_size=16).map("".join), st.booleans()
+)
 def test_no_text_makes_verify_countdown_raise(text, tagged):
-    response, numbers = f"<answer>{text}</answer>" if tagged else text, [int(n) for n in re.findall("[0-9]+", text)]
+    response, numbers = (
+        f"<answer>{text}</answer>" if tagged else text,
+        [int(n) for n in re.findall("[0-9]+", text)],
+    )
     assert verify_countdown(response, numbers, 7) in (True, False)

@@ -1,0 +1,110 @@
+"""cpu_kernels.c from Python: two operations of a decoding step on CPU, compiled on first use where
+there is a compiler.
+
+For a few rows torch's products with weights, oneDNN's packed ones too, don't overlap reading and
+computing, and its batched products of one query reach half the bandwidth and read every row as far
+as the longest. Both are float32; for another type, and without a compiler, fused.py takes torch's,
+which are the tests' twins.
+"""
+
+import ctypes
+import subprocess
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sampling.attention import require
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC")
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = {
+    "linear": [POINTER] * 4 + [INTEGER] * 3,
+    "attend": [POINTER] * 3 + [INTEGER] * 3 + [POINTER] * 7 + [INTEGER] * 3 + [ctypes.c_float],
+}
+
+
+def _build(*sizes: str):
+    with TemporaryDirectory() as folder:
+        made, linked = f"{folder}/cpu_kernels.o", f"{folder}/cpu_kernels.so"
+        # Linked without OpenMP, so that it runs on torch's own threads: two pools would fight for
+        # the cores. Without -ffast-math too, with which loading it would make the whole process
+        # flush denormals.
+        steps = (
+            ["cc", *FLAGS, *sizes, "-c", SOURCE, "-o", made],
+            ["cc", "-shared", made, "-o", linked, "-lm"],
+        )
+        for step in steps:
+            subprocess.run(step, check=True, capture_output=True)
+        return ctypes.CDLL(linked)
+
+
+@cache
+def compiled(group: int, head: int):
+    """cpu_kernels.c for heads of size `head`, `group` of which share keys and values; None without
+    a C compiler."""
+    try:
+        library = _build(f"-DGROUP={group}", f"-DHEAD={head}")
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace")[-500:]
+        message = (
+            f"sampling on CPU will be slower, since cpu_kernels.c can't be compiled: {error} {said}"
+        )
+        warnings.warn(message, stacklevel=2)
+        return None
+    for name, types in ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    return library
+
+
+def linear(library, weight: Tensor, bias: Tensor | None) -> Callable:
+    """x (..., K) -> x times a copy of weight (N, K) as it is now, plus bias (N,): (..., N). All
+    float32."""
+    (N, K), width = weight.shape, INTEGER.in_dll(library, "panel_width").value
+    pad = -N % width
+    panels = F.pad(weight, (0, 0, 0, pad)).view(-1, width, K).transpose(1, 2).contiguous()
+    bias = weight.new_zeros(N + pad) if bias is None else F.pad(bias, (0, pad))
+
+    def forward(x):
+        x = x.float().contiguous()  # autocast may have made it bfloat16
+        y = x.new_empty(*x.shape[:-1], N)
+        pointers = (t.data_ptr() for t in (x, panels, bias, y))
+        library.linear(*pointers, x.numel() // K, K, N)
+        return y
+
+    return forward
+
+
+def one_query(
+    library, cache, cos, sin, positions, scale: float, layer: int, query, key, value
+) -> Tensor:
+    """Rotate, write to the cache, attend: query (n, 1, heads, D), key, value (n, 1, kv_heads, D) ->
+    (n, 1, heads * D).
+
+    All float32, heads of a row side by side; cos and sin (n, 1, D), positions (n, 1). `cache` is a
+    KVCache that aims at these rows. ValueError for another dtype or device: C would write where it
+    must not.
+    """
+    n, _, heads, size = query.shape
+    keys, values = (
+        store[cache.rows]
+        for store in cache.stores(layer, key.transpose(1, 2), value.transpose(1, 2))
+    )
+    floats = (query, key, value, cos, sin, keys, values)
+    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in floats)
+    require(
+        plain,
+        "the cache or the model is not float32 on CPU: was the model changed between two turns?",
+    )
+    out, scratch = query.new_empty(n, 1, heads * size), query.new_empty(n, heads, cache.capacity)
+    new, rest = (query, key, value), (cos, sin, positions, keys, values, scratch, out)
+    pointers = [t.data_ptr() for t in new], [t.stride(0) for t in new], [t.data_ptr() for t in rest]
+    library.attend(*sum(pointers, []), n, key.shape[2], cache.capacity, scale)
+    return out

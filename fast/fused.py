@@ -1,0 +1,144 @@
+"""The forward pass of Llama-like models over the sampler's cache, written out for speed.
+
+Decoding is a sequence of small operations, and of transformers' modules each costs some time of its
+own. `fuse(model)` does without them, and on CPU takes the C of cpu_kernels.py for the two that cost
+most. The general path, the model's own forward, is its test twin: `Sampler` takes this one only for
+models that it knows and where both agree.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast.cpu_kernels import compiled, linear, one_query
+from sampling.attention import attend, ragged_mask
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+
+
+class Layer(NamedTuple):
+    """One block: norms map x -> x; the others are linear, x -> one output for each of the weights
+    joined in them."""
+
+    norm1: Callable
+    qkv: Callable
+    q_norm: Callable
+    k_norm: Callable
+    out: Callable
+    norm2: Callable
+    gate_up: Callable
+    down: Callable
+
+
+def fusable(model) -> bool:
+    """A known model with full attention, all of it as transformers builds it: no adapter, wrapper,
+    patch or hook."""
+    config, family = model.config, type(model).__name__.removesuffix("ForCausalLM")
+    kinds = getattr(config, "layer_types", None) or ()
+    windowed = "sliding_attention" in kinds or (
+        not kinds and getattr(config, "sliding_window", None)
+    )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if (
+        family not in FAMILIES
+        or windowed
+        or rope in ("dynamic", "longrope")
+        or config.hidden_act != "silu"
+    ):
+        return False
+    names = {family + part for part in PARTS} | {"SiLUActivation"}
+    for m in model.modules():
+        stock = type(m).__module__.startswith("transformers.") and type(m).__name__ in names
+        touched = m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
+        if touched or not (stock or type(m) in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)):
+            return False
+    return True
+
+
+def _linear(library, *layers: nn.Linear) -> Callable:
+    """x -> the outputs of several linear layers that have the same input."""
+    if library is None:
+        return lambda x: [F.linear(x, layer.weight, layer.bias) for layer in layers]
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    joined = linear(library, torch.cat([layer.weight for layer in layers]), bias)
+    sizes = [layer.out_features for layer in layers]
+    return lambda x: joined(x).split(sizes, -1)
+
+
+def _norm(module) -> Callable:
+    return lambda x: F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def _layer(library, block) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+    q_norm, k_norm = (
+        _norm(m) if (m := getattr(attention, n, None)) else lambda x: x
+        for n in ("q_norm", "k_norm")
+    )
+    return Layer(
+        _norm(block.input_layernorm),
+        _linear(library, attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm,
+        k_norm,
+        _linear(library, attention.o_proj),
+        _norm(block.post_attention_layernorm),
+        _linear(library, mlp.gate_proj, mlp.up_proj),
+        _linear(library, mlp.down_proj),
+    )
+
+
+def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Each half of x (..., D) turned against the other; the sine of the left half comes negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+def _attention(
+    cache, cos, sin, mask, scale: float, layer: int, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """q (n, Q, heads, D), k and v (n, Q, kv_heads, D), of these angles (n, Q, 1, D) -> (n, Q, heads
+    * D)."""
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    key, value = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
+    return attend(q.transpose(1, 2), key, value, mask, scale, cache.spans).flatten(2)
+
+
+@torch.no_grad()
+def fuse(model) -> Callable:
+    """forward(cache, ids (n, Q), positions (n, Q)) -> logits of the last position (n, V), with the
+    weights of now."""
+    decoder, config = model.get_decoder(), model.config
+    first, group = (
+        decoder.layers[0].self_attn,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
+    plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
+    library, scale = compiled(group, first.head_dim) if plain else None, first.scaling
+    layers = [_layer(library, block) for block in decoder.layers]
+    head, norm = _linear(library, model.lm_head), _norm(decoder.norm)
+
+    def forward(cache, ids: Tensor, positions: Tensor) -> Tensor:
+        n, Q = ids.shape
+        x = decoder.embed_tokens(ids)  # (n, Q, H)
+        cos, sin = decoder.rotary_emb(x, positions)  # (n, Q, D)
+        if library and Q == 1:
+            attention = partial(one_query, library, cache, cos, sin, positions, scale)
+        else:
+            left, right = sin[:, :, None].chunk(2, -1)
+            mask = ragged_mask(positions, cache.width, group, None, x.dtype)
+            attention = partial(
+                _attention, cache, cos[:, :, None], torch.cat((-left, right), -1), mask, scale
+            )
+        for i, layer in enumerate(layers):
+            # (n, Q, heads, D)
+            q, k, v = (t.view(n, Q, -1, first.head_dim) for t in layer.qkv(layer.norm1(x)))
+            x = x + layer.out(attention(i, layer.q_norm(q), layer.k_norm(k), v))[0]
+            gate, up = layer.gate_up(layer.norm2(x))
+            x = x + layer.down(F.silu(gate) * up)[0]
+        return head(norm(x[:, -1]))[0]
+
+    return forward

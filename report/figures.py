@@ -1,0 +1,229 @@
+"""Figures of conversations: what is counted, averaged, voted on, printed and drawn. No model here.
+
+A conversation is a dict: the problem, its `attempts` (each a text with the answer in it, right or
+wrong), what was `said` between them, and its `values`, of which a figure is the mean.
+
+    acc_t1, acc_t2   right at the first, the second attempt      i_to_c   wrong, then right, of all
+                     problems
+    delta            acc_t2 - acc_t1 = i_to_c - c_to_i           c_to_i   right, then wrong, of all
+                     problems
+    changed          the two answers differ                      edit_ratio   edit distance /
+                     (len(y1) + len(y2))
+    well_formed      attempts with an answer that can be graded  truncated    attempts cut off by
+                     the token limit
+    tokens           sampled for a problem, all told             retry_given_failure   acc_t2 of
+                     those wrong at t1
+    acc_t3, ...      with more attempts than two                 well_formed_retry   well_formed, of
+    those retries
+    reflection_tokens   of a reflection, without its stop token
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+COLUMNS = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "edit_ratio", "well_formed")
+AFTER_FAILURE = ("retry_given_failure", "well_formed_retry", "reflection_tokens")
+
+
+def values_of(attempts: list[dict], said: list[list[int]], total: int) -> dict:
+    """The values of one conversation. It may end early, before `total` attempts: the last answer
+    stands for the rest.
+
+    attempts: dicts with text, answer, right (0 or 1), ids, stopped; said: ids of the reflections
+        and critiques.
+    """
+    stands = attempts + attempts[-1:] * (total - len(attempts))
+    a, b = stands[0], stands[min(1, total - 1)]
+    values = {f"acc_t{t}": y["right"] for t, y in enumerate(stands, 1)}
+    values |= {
+        "acc_t2": b["right"],
+        "delta": b["right"] - a["right"],
+        "i_to_c": (1 - a["right"]) * b["right"],
+        "c_to_i": a["right"] * (1 - b["right"]),
+        "changed": float(a["answer"] != b["answer"]),
+        "edit_ratio": edit_distance(a["ids"], b["ids"]) / max(1, len(a["ids"]) + len(b["ids"])),
+        "well_formed": sum(y["answer"] is not None for y in attempts) / len(attempts),
+        "truncated": sum(not y["stopped"] for y in attempts) / len(attempts),
+        "tokens": sum(len(y["ids"]) + y["stopped"] for y in attempts) + sum(map(len, said)),
+        "well_formed_retry": float(b["answer"] is not None),
+    }
+    return values | ({"reflection_tokens": len(said[0])} if said else {})
+
+
+def edit_distance(a: list[int], b: list[int]) -> int:
+    """Levenshtein distance of two id sequences, a row of the table at a time."""
+    b = np.asarray(b)
+    steps = np.arange(len(b) + 1)
+    row = steps
+    for i, token in enumerate(a, 1):
+        best = np.minimum(row[1:] + 1, row[:-1] + (b != token))
+        row = np.minimum.accumulate(np.concatenate([[i], best]) - steps) + steps
+    return int(row[-1])
+
+
+def summarize(talks: list[dict], samples: int = 1) -> dict:
+    """Mean and standard error (`_se`) of each value; `samples` conversations a problem are related,
+    and come together.
+
+    Those of AFTER_FAILURE are over conversations that began with a wrong answer alone.
+    """
+    rows = [talk["values"] for talk in talks]
+    wrong = np.array([1.0 - row["acc_t1"] for row in rows])
+    everyone = np.ones_like(wrong)
+    figures = {"n": len(rows) // samples}
+    for name in (n for n in rows[0] if n not in AFTER_FAILURE):
+        figures |= _mean(name, [row[name] for row in rows], everyone, samples)
+    figures["failures"] = int(wrong.sum())
+    if figures["failures"]:
+        figures |= _mean("retry_given_failure", [row["acc_t2"] for row in rows], wrong, samples)
+        figures |= _mean(
+            "well_formed_retry", [row["well_formed_retry"] for row in rows], wrong, samples
+        )
+    said = np.array([float("reflection_tokens" in row) for row in rows])
+    if said.any():
+        figures |= _mean(
+            "reflection_tokens", [row.get("reflection_tokens", 0) for row in rows], said, samples
+        )
+    return figures
+
+
+def _mean(name: str, values: list[float], weights, samples: int) -> dict:
+    """{name, name_se} over rows of weight 1; the error is that of a ratio of sums over problems."""
+    mean = float((weights * values).sum() / weights.sum())
+    residuals = (weights * (np.array(values, dtype=float) - mean)).reshape(-1, samples).sum(axis=1)
+    n = len(residuals)
+    error = np.sqrt((residuals**2).sum() * n / max(1, n - 1)) / weights.sum()
+    return {name: mean, f"{name}_se": float(error)}
+
+
+def votes(talks: list[dict], samples: int) -> dict:
+    """Majority votes at growing budgets of answers a problem: {"vote_parallel_B",
+    "vote_corrected_B"} and their errors.
+
+    parallel: B first attempts vote. corrected: B / 2 second attempts vote, which with their first
+        ones cost B answers
+    too (SCoRe's inference-time scaling). No answer, no vote; of equals the earliest wins.
+    """
+    groups = [talks[i : i + samples] for i in range(0, len(talks), samples)]
+    figures, budget = {}, 2
+    while budget <= samples:
+        for kind, turn, voters in (("parallel", 0, budget), ("corrected", 1, budget // 2)):
+            right = [
+                _majority([talk["attempts"][: turn + 1][-1] for talk in group[:voters]])
+                for group in groups
+            ]
+            figures |= _mean(f"vote_{kind}_{budget}", right, np.ones(len(right)), 1)
+        budget *= 2
+    return figures
+
+
+def _majority(attempts: list[dict]) -> float:
+    """Whether the most frequent answer is right."""
+    count = Counter(y["answer"] for y in attempts if y["answer"] is not None)
+    if not count:
+        return 0.0
+    # the first of equals: a Counter keeps the order in which keys came
+    winner = max(count, key=count.get)
+    return next(y["right"] for y in attempts if y["answer"] == winner)
+
+
+def format_table(results: dict, columns=COLUMNS) -> str:
+    """`results` maps names to `greedy` and `sampled` to figures -> a Markdown table in percent, ±
+    standard error."""
+    lines = ["| % | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for name, modes in results.items():
+        for mode, figures in modes.items():
+            cells = [
+                f"{100 * figures[c]:.1f} ± {100 * figures[c + '_se']:.1f}" if c in figures else ""
+                for c in columns
+            ]
+            lines.append(f"| {name} | {mode} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def format_votes(figures: dict) -> str:
+    """The figures of `votes` as a Markdown table."""
+    budgets = [
+        int(key.rpartition("_")[2])
+        for key in figures
+        if key.startswith("vote_parallel_") and key[-1] != "e"
+    ]
+    lines = ["| answers | all in parallel | half, each with a correction |", "|---|---|---|"]
+    for budget in budgets:
+        cells = [
+            (figures[f"vote_{k}_{budget}"], figures[f"vote_{k}_{budget}_se"])
+            for k in ("parallel", "corrected")
+        ]
+        lines.append(
+            f"| {budget} | " + " | ".join(f"{100 * v:.1f} ± {100 * e:.1f}" for v, e in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def format_transcripts(talks: list[dict], count: int = 4) -> str:
+    """The first few conversations, a line an attempt, marked right or wrong."""
+    lines = []
+    for talk in talks[:count]:
+        lines.append(json.dumps(talk["problem"]))
+        for turn, attempt in enumerate(talk["attempts"]):
+            if 0 < turn <= len(talk["said"]):
+                lines.append(f"  {talk['said'][turn - 1]}")
+            lines.append(f"  {'right' if attempt['right'] else 'wrong'}: {attempt['text']}")
+    return "\n".join(lines)
+
+
+def format_reflections(earlier: list[dict], later: list[dict], count: int = 20) -> str:
+    """Two models' reflections on the same few failures, and the retries after them, as text."""
+    lines = []
+    for before, after in zip(earlier, later, strict=True):
+        if before["said"] and len(lines) < 6 * count:
+            lines += [json.dumps(before["problem"]), f"  wrong: {before['attempts'][0]['text']}"]
+            for name, talk in (("before", before), ("after", after)):
+                retry = talk["attempts"][1]
+                lines += [
+                    f"  {name}: {talk['said'][0]}",
+                    f"    {'right' if retry['right'] else 'wrong'}: {retry['text']}",
+                ]
+    return "\n".join(lines) + "\n"
+
+
+def plot_curves(run: Path, smooth: int = 10) -> None:
+    """`curves.png` of a run, from metrics.jsonl: what it got right, step by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    curves = {"acc_t1": "first attempt", "acc_t2": "second attempt"}
+    if not any("reward" in row for row in rows):  # imitation: no batch is an attempt of now
+        curves = {f"eval_{key}": label for key, label in curves.items()}
+    elif "acc_t1" not in rows[0]:
+        curves = {"reward": "retry after a failure"}
+    for key, label in curves.items():
+        steps, values = (
+            [i for i, row in enumerate(rows) if key in row],
+            [row[key] for row in rows if key in row],
+        )
+        if values:
+            width = 1 if key.startswith("eval") else min(smooth, len(values))
+            mean = np.convolve(values, np.ones(width) / width, "valid") * 100
+            axis.plot(steps[width - 1 :], mean, label=label)
+    boundary = next((i for i, row in enumerate(rows) if row["stage"] == 2), 0)
+    if boundary and "eval_acc_t1" not in curves:
+        axis.axvline(boundary, color="gray", linestyle=":", label="Stage II begins")
+    batch = (
+        "validation"
+        if "eval_acc_t1" in curves
+        else f"the training batch (mean of the last {smooth})"
+    )
+    axis.set(xlabel="step", ylabel=f"right, % of {batch}")
+    if axis.get_lines():
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(run / "curves.png", dpi=120)
+    plt.close(figure)

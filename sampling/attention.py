@@ -1,0 +1,203 @@
+"""Attention functions of our own, put under any transformers model of standard attention while it
+samples or scores.
+
+`attention_is(model, name)` switches them on for a while; a layer then hands over its queries, keys
+and values and is told where they stand by `position_ids`. This file has the switch, the check that
+a layer asks for nothing we ignore, the sampler's cache and its attention over it, "ragged"; the
+scorer's, "prefix_tree", is in scorer.py.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+
+def require(condition, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_layer(module, attention_mask, window, kwargs) -> None:
+    """ValueError if a layer asks for what our attention functions can't do; what is unknown is
+    refused."""
+    name = f"{type(module).__name__} is not supported: its attention"
+    known = {"position_ids", "is_causal", "use_cache", "dropout", "cache_position"}
+    unknown = [k for k, v in kwargs.items() if k not in known and v is not None and v is not False]
+    causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
+    kinds = getattr(module.config, "layer_types", None)
+    sliding = kinds and kinds[module.layer_idx] == "sliding_attention"
+    require(not unknown, f"{name} asks for {', '.join(unknown)}")
+    told = attention_mask is None and kwargs.get("position_ids") is not None
+    require(told, f"{name} has a mask of its own or is not told the position_ids")
+    require(causal, f"{name} is bidirectional")
+    require(window or not sliding, f"{name} is not told its sliding window")
+
+
+@contextmanager
+def attention_is(model, name: str):
+    """All layers of the model use the registered attention function `name`; afterwards what they
+    used before."""
+    configs = {
+        id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)
+    }.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        for config, _ in before:  # the public setter would also overwrite nested configs
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+class KVCache:
+    """Keys and values of all rows, (rows, kv_heads, capacity, D) a layer, for use as
+    past_key_values."""
+
+    def __init__(self, rows, capacity, device):
+        # widths are multiples of 8, as attention kernels like them
+        self.capacity = -(-capacity // 8) * 8
+        self.slots = torch.arange(rows, device=device)  # (B,) where each row of the rollout lives
+        self.layers = {}
+
+    def aim(self, first, positions, widths):
+        """Write the next tokens of rows first, first + 1, ... at positions (n, Q); read slots [0,
+        width).
+
+        widths: one for each run of ceil(n / len(widths)) rows.
+        """
+        n, run = len(positions), -(-len(positions) // len(widths))
+        row = torch.arange(first, first + n, device=positions.device)
+        self.rows, self.spot = slice(first, first + n), (row[:, None], slice(None), positions)
+        widths = [min(-(-width // 8) * 8, self.capacity) for width in widths]
+        self.width, self.spans = (
+            max(widths),
+            [(i * run, min(i * run + run, n), w) for i, w in enumerate(widths)],
+        )
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        """Store key and value (n, kv_heads, Q, D); return these rows so far, (n, kv_heads, width,
+        D)."""
+        stores = self.stores(layer_idx, key, value)
+        for store, new in zip(stores, (key, value), strict=True):
+            store[self.spot] = new.transpose(1, 2)
+        return tuple(store[self.rows, :, : self.width] for store in stores)
+
+    def stores(self, layer_idx, key, value):
+        """The layer's keys and values, made when it first has a key and value (n, kv_heads, Q, D)
+        to keep."""
+        if layer_idx not in self.layers:
+            self.layers[layer_idx] = [store.zero_() for store in self._empty(key, value)]
+        return self.layers[layer_idx]
+
+    def _empty(self, key, value):
+        return [
+            x.new_empty(len(self.slots), x.shape[1], self.capacity, x.shape[3])
+            for x in (key, value)
+        ]
+
+    def get_seq_length(self, layer_idx=0):
+        return 0  # models ask only to make up position ids, and ours are given
+
+    def gather(self, slots, capacity, used):
+        """A new cache whose rows are copies of the first `used` positions of `slots` (rows,)."""
+        new = KVCache(len(slots), capacity, slots.device)
+        for layer, stores in self.layers.items():
+            new.layers[layer] = new._empty(*stores)
+            for store, copy in zip(stores, new.layers[layer], strict=True):
+                torch.index_select(store[:, :, :used], 0, slots, out=copy[:, :, :used])
+                # not left as it is, since 0 * NaN would leak through a masked slot
+                copy[:, :, used:] = 0
+        return new
+
+    def move(self, before, after, used):
+        """Reorder rows: slot s held row before[s] and shall hold row after[s] (host lists)."""
+        moves = [(slot, before.index(row)) for slot, row in enumerate(after) if before[slot] != row]
+        if moves:
+            target, source = torch.tensor(moves, device=self.slots.device).T
+            for store in (s for stores in self.layers.values() for s in stores):
+                store[target, :, :used] = store[source, :, :used]
+
+
+def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, dtype) -> Tensor:
+    """What queries at positions (n, Q) may see of slots [0, width): (n, 1, heads * Q, width), to be
+    added.
+
+    Slot j iff j <= position and within the window; the same for each of the `heads` that share a
+    key-value head.
+    """
+    slot, position = torch.arange(width, device=positions.device), positions[:, :, None]
+    hidden = slot > position  # (n, Q, width)
+    if window is not None:
+        hidden |= slot <= position - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+        hidden, -torch.inf
+    )
+    return mask.repeat(1, heads, 1)[:, None]
+
+
+def _one_query(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float
+) -> Tensor:
+    """Attention as it is written: on CPU, for a single position, faster than torch's kernel made
+    for many.
+
+    The long side of a product comes first: keys times queries takes two thirds of the time of
+    queries times keys.
+    """
+    return torch.add(attn_mask, (key @ query.mT).mT, alpha=scale).softmax(-1) @ value
+
+
+def _many_queries(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float
+) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, spans: list
+) -> Tensor:
+    """query (n, heads, Q, D), key and value (n, kv_heads, K, D), mask of `ragged_mask` -> (n, Q,
+    heads, D).
+
+    spans: (first row, end, width) of neighbours in length, which need not read the cache as far as
+        the longest row.
+    """
+    # Heads that share a KV head become queries of it: no expanded copy of it, and any kernel will
+    # do. (n, kv_heads, heads / kv_heads * Q, D)
+    folded = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    single = query.shape[2] == 1 and query.device.type == "cpu" and query.dtype == torch.float32
+    kernel = _one_query if single else _many_queries
+    parts = [
+        kernel(
+            folded[a:b],
+            key[a:b, :, :width],
+            value[a:b, :, :width],
+            attn_mask=mask[a:b, ..., :width],
+            scale=scale,
+        )
+        for a, b, width in spans
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2)
+
+
+def ragged_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
+):
+    """Over the sampler's cache, where slot j of a row holds the token at position j."""
+    check_layer(module, attention_mask, sliding_window, kwargs)
+    positions, heads, width = kwargs["position_ids"], query.shape[1] // key.shape[1], key.shape[2]
+    # all layers of one forward pass share their masks
+    masks = positions.__dict__.setdefault("masks", {})
+    if (width, sliding_window) not in masks:
+        masks[width, sliding_window] = ragged_mask(
+            positions, width, heads, sliding_window, query.dtype
+        )
+    return attend(query, key, value, masks[width, sliding_window], scaling, positions.spans), None
+
+
+AttentionInterface.register("ragged", ragged_attention)

@@ -1,0 +1,72 @@
+"""Conversations as token ids: what stands before an answer, and between two.
+
+Nothing that was sampled is ever decoded and encoded again. The chat template makes the first
+prompt, and the seam: all that stands between an answer's text and the next one. A template that
+    rewrites history (one that strips thoughts, say)
+is therefore not followed in that: the model goes on from what it did say.
+"""
+
+PLACEHOLDER = "PLACEHOLDER"
+
+
+def first_turn_ids(tokenizer, message: str, shots: tuple[tuple[str, str], ...] = ()) -> list[int]:
+    """A conversation's first prompt, up to where the model's answer begins.
+
+    shots: (user's message, good answer) of few-shot examples, which stand before it as turns of the
+        same conversation;
+    without a chat template, as plain text in which every answer ends with the eos token, as the
+    model's own has to.
+    """
+    if tokenizer.chat_template is None:
+        require_end(tokenizer)
+        turns = [f"{asked}\n{answer}{tokenizer.eos_token}\n" for asked, answer in shots]
+        return tokenizer("".join(turns) + message + "\n").input_ids
+    turns = [turn for asked, answer in shots for turn in (("user", asked), ("assistant", answer))]
+    return encode(tokenizer, render(tokenizer, [*turns, ("user", message)]))
+
+
+def seam_ids(tokenizer, message: str) -> list[int]:
+    """What the chat template puts between an answer's text and the next one, with the user's
+    `message` within.
+
+    It begins with the token that ends the model's turn. Only this seam is encoded, around a
+    placeholder.
+    """
+    if tokenizer.chat_template is None:
+        require_end(tokenizer)
+        return encode(tokenizer, f"{tokenizer.eos_token}\n{message}\n")
+    text = render(tokenizer, [("user", "?"), ("assistant", PLACEHOLDER), ("user", message)])
+    if PLACEHOLDER not in text:
+        raise ValueError(
+            "the chat template leaves out what the model said: it can't be used for several turns"
+        )
+    return encode(tokenizer, text.partition(PLACEHOLDER)[2].lstrip(" "))
+
+
+def follow_up_ids(tokenizer, message: str, last_ids: list[int]) -> list[list[int]]:
+    """The ids to append to rows that end with `last_ids` (B,), so that the model answers the user's
+    `message`.
+
+    A row that ended its turn has sampled the seam's first token itself. One that was cut off, or
+    stopped at another stop token, gets the whole seam.
+    """
+    seam = seam_ids(tokenizer, message)
+    return [seam[1:] if last == seam[0] else seam for last in last_ids]
+
+
+def render(tokenizer, turns: list[tuple[str, str]]) -> str:
+    """(role, content) turns as the chat template writes them, up to where the model's answer
+    begins."""
+    chat = [{"role": role, "content": content} for role, content in turns]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def require_end(tokenizer) -> None:
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "the tokenizer has neither a chat template nor an eos token: set one in its config"
+        )

@@ -1,0 +1,250 @@
+"""Saved states and exported models: complete or not at all, checked before use, and read by any
+number of processes.
+
+A state is a directory run/states/step_000020 with
+
+    tensors/         weights of policy and reference, and the optimiser's moments
+                     (torch.distributed.checkpoint)
+    memory.json      all else: the step, the best window so far, the algorithm's own memory
+    best/            the best model so far, in Hugging Face format; run/checkpoint is a copy of it
+    manifest.json    size and SHA-256 of every file, written last
+
+It is written under another name, synced, and renamed, so a state with its name is whole unless the
+disk has lost some of it, which the manifest shows. There is no random state in it and no place in
+the data: every sample's seed and every step's problems are functions of the run's seed and the step
+    (policy.row_seeds, policy.pick_problems).
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from training import distributed
+
+# one process is no mistake
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+STATE = re.compile(r"step_\d+")
+
+
+def save_model(model, tokenizer, path: Path, weights: dict | None = None) -> None:
+    """In Hugging Face format, complete or not at all; `weights` in place of the model's own."""
+    fresh = path.with_name(path.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh, state_dict=weights)
+    tokenizer.save_pretrained(fresh)
+    publish(fresh, path)
+
+
+def save_policy(scorer, model, tokenizer, path: Path) -> None:
+    """The trained policy; if it is spread over the ranks, the first one collects and writes it,
+    built as `model` is."""
+    weights = None
+    if distributed.together():
+        pairs = ((name, tensor.cpu()) for name, tensor in distributed.whole_tensors(scorer.model))
+        weights = dict(pairs) if distributed.rank() == 0 else {name: None for name, _ in pairs}
+    distributed.on_first(save_model, model, tokenizer, path, weights)
+
+
+def publish(fresh: Path, path: Path) -> None:
+    """Puts `fresh` where `path` is, in one step: at any moment the old or the new one is there, and
+    whole."""
+    for file in [*fresh.rglob("*"), fresh]:
+        sync(file)
+    if path.exists():
+        swap(fresh, path)
+        shutil.rmtree(fresh, ignore_errors=True)
+    else:
+        fresh.rename(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def swap(a: Path, b: Path) -> None:
+    """Two directories change names at once (Linux); where that can't be done, b is gone for a
+    moment."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        failed = ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange)
+    except AttributeError:  # not this C library
+        failed = True
+    if failed:
+        shutil.rmtree(b)
+        a.rename(b)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file, complete or not at all."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    sync(fresh)
+    fresh.replace(path)
+
+
+def states(run: Path) -> list[Path]:
+    """All that are there, the newest first."""
+    found = (run / "states").glob("step_*")
+    return sorted(
+        (path for path in found if STATE.fullmatch(path.name)),
+        key=lambda p: int(p.name[5:]),
+        reverse=True,
+    )
+
+
+def tensors_of(scorer, optimizer) -> dict:
+    """Of a state, by name; the optimiser's are made if it has none yet."""
+    tensors = {f"scorer.{name}": tensor for name, tensor in scorer.state_dict().items()}
+    for name, parameter in scorer.model.named_parameters():
+        moments = optimizer.state[parameter]
+        if not moments:
+            zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            moments.update(
+                step=torch.zeros((), dtype=torch.float32, device=zeros["exp_avg"].device), **zeros
+            )
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    return tensors
+
+
+def save_state(run: Path, scorer, optimizer, memory: dict, save_best, keep: int) -> None:
+    """Adds a state, and drops all but the `keep` newest. `save_best(path)` writes the model if it
+    is the best by now;
+    None: the best one is that of the state before."""
+    step, here = memory["step"], run / "states"
+    fresh, path = here / f"new_{step:06d}", here / f"step_{step:06d}"
+
+    def begin():
+        clean(run)
+        fresh.mkdir(parents=True)
+        write_text(fresh / "memory.json", json.dumps(memory))
+        before = [state / "best" for state in states(run) if (state / "best").is_dir()]
+        if save_best is None and before:
+            link(before[0], fresh / "best")
+
+    def end():
+        write_text(fresh / "manifest.json", json.dumps(digests(fresh), indent=1))
+        publish(fresh, path)
+        if save_best is not None:
+            publish_best(run, path)
+        for old in states(run)[keep:]:
+            old.rename(here / f"old_{old.name}")
+        clean(run)
+
+    distributed.on_first(begin)
+    if save_best is not None:
+        save_best(fresh / "best")
+    alone = not distributed.together()
+    dcp.save(tensors_of(scorer, optimizer), checkpoint_id=fresh / "tensors", no_dist=alone)
+    distributed.on_first(end)
+
+
+def load_state(path: Path, scorer, optimizer) -> dict:
+    """All tensors into their places, over whatever ranks they are spread now; returns the
+    memory."""
+    tensors = tensors_of(scorer, optimizer)
+    dcp.load(tensors, checkpoint_id=path / "tensors", no_dist=not distributed.together())
+    return distributed.on_first(lambda: json.loads((path / "memory.json").read_text()))
+
+
+def clean(run: Path) -> None:
+    """Deletes what a save that was cut off has left behind."""
+    for path in (run / "states").glob("*"):
+        if path.name.startswith(("new_", "old_")):
+            shutil.rmtree(path)
+
+
+def link(source: Path, target: Path) -> None:
+    """A copy of an exported model, whose weights take no second place on the disk, where it can do
+    that."""
+    target.mkdir()
+    for file in source.iterdir():
+        try:
+            (os.link if file.suffix == ".safetensors" else shutil.copy2)(file, target / file.name)
+        except OSError:
+            shutil.copy2(file, target / file.name)
+
+
+def publish_best(run: Path, state: Path | None) -> None:
+    """run/checkpoint is the best model as of this state, or nothing if there was none yet."""
+    fresh = run / "checkpoint.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    if state is not None and (state / "best").is_dir():
+        link(state / "best", fresh)
+        publish(fresh, run / "checkpoint")
+    else:
+        shutil.rmtree(run / "checkpoint", ignore_errors=True)
+
+
+def digests(state: Path) -> dict:
+    """{file: [size, SHA-256]} of all but the manifest."""
+
+    def digest(path: Path) -> list:
+        with open(path, "rb") as file:
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+    files = sorted(
+        path for path in state.rglob("*") if path.is_file() and path.name != "manifest.json"
+    )
+    with ThreadPoolExecutor() as threads:
+        return {
+            str(path.relative_to(state)): d
+            for path, d in zip(files, threads.map(digest, files), strict=True)
+        }
+
+
+def damage(state: Path) -> str | None:
+    """What is wrong with a state, if anything is."""
+    try:
+        expected = json.loads((state / "manifest.json").read_text())
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except ValueError:
+        return "manifest.json is no JSON"
+    found = digests(state)
+    for name, (size, digest) in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]} bytes in place of {size}"
+        if found[name][1] != digest:
+            return f"{name} has changed"
+    return None
+
+
+def newest_state(run: Path, skip_damaged: bool) -> Path | None:
+    """The newest state, None if there never was one. A damaged one is a ValueError, or set aside if
+    so asked."""
+    found = states(run)
+    for state in found:
+        fault = damage(state)
+        if fault is None:
+            return state
+        if not skip_damaged:
+            raise ValueError(
+                f"--resume: {state} is damaged ({fault}): take the one before it with --skip_damaged"
+            )
+        print(f"{state} is damaged ({fault}) and set aside", file=sys.stderr)
+        aside = state.with_name(f"damaged_{state.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        state.rename(aside)
+    if found:
+        raise ValueError(
+            f"--resume: {run} has no saved state that is whole: start a new run elsewhere"
+        )
+    return None

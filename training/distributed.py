@@ -1,0 +1,261 @@
+"""Many processes: which one this is, what they tell each other, and weights that are spread over
+them (FSDP2).
+
+`torchrun` starts them; without it there is one, and everything here does nothing. All that ranks
+must agree on goes through `exchange`, so that control flow never depends on one rank's data: a rank
+that went its own way would leave the others waiting. It is also where a run that was told to stop
+(SIGTERM) stops, on all ranks at the same place.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+STOPPED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM ended, as a shell would report it
+PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others
+
+
+class Stopped(BaseException):
+    """The run was told to stop, and every rank has come to the same place. No Exception, so that
+    nothing swallows it"""
+
+
+class _Interrupted(BaseException):
+    """This rank was told to stop, in the midst of work that may be left undone."""
+
+
+# SIGTERM came; it may end this very line; we are within `interruptible`
+_told = _may_stop = _inside = False
+
+
+def start() -> None:
+    """Joins the other processes that torchrun has started, if it has. Only the first one says
+    anything on stdout."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
+    )
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def together() -> bool:
+    """Whether torchrun has started this process, be it the only one."""
+    return dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def share(count: int) -> range:
+    """Which of `count` things are this rank's: neighbours, as many as any other rank's or one more
+    or less."""
+    return range(count * rank() // world(), count * (rank() + 1) // world())
+
+
+def exchange(x=None) -> list:
+    """Every rank's x, in order, on every rank. A run that was told to stop raises Stopped here, on
+    all of them."""
+    global _may_stop
+    before, _may_stop = _may_stop, False
+    parts = [(x, _told)] * world()
+    if world() > 1:
+        dist.all_gather_object(parts, (x, _told))
+    if _inside and any(told for _, told in parts):
+        raise Stopped
+    _may_stop = before
+    return [x for x, _ in parts]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """All ranks' rows (dim 0), in order."""
+    return torch.cat(exchange(rows)) if world() > 1 else rows
+
+
+def own(rows: Tensor, count: int) -> Tensor:
+    """This rank's rows of what `gather` would give: `count` of them."""
+    counts = exchange(count)
+    first = sum(counts[: rank()])
+    return rows[first : first + count]
+
+
+def on_first(function, *arguments):
+    """function(...) on the first rank alone. All ranks get its result; what it raises, they
+    raise."""
+    result = error = None
+    if rank() == 0:
+        try:
+            result = function(*arguments)
+        except Exception as e:
+            error = e
+    result, error = exchange((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+@contextmanager
+def listening():
+    """Within it SIGTERM no longer kills: it asks for an end where `interruptible` says. A second
+    one exits at once."""
+
+    def hear(*_):
+        global _told
+        if _told:
+            os._exit(STOPPED)
+        _told = True
+        if _may_stop:
+            raise _Interrupted
+
+    global _told
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        told, _told = _told, False
+    if told:  # after the last place to stop at
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def interruptible():
+    """Around work that may be left undone: SIGTERM on any rank ends it at once, or where ranks next
+    meet: Stopped."""
+    global _may_stop, _inside
+    _inside = True
+    try:
+        try:
+            _may_stop = True
+            if _told:
+                raise _Interrupted
+            yield
+            _may_stop = False
+        except _Interrupted:
+            pass
+        exchange()  # the others are still at work, or here too: all go on, or none does
+    finally:
+        _may_stop = _inside = False
+
+
+def shard(
+    module: nn.Module,
+    models: list,
+    dtype: torch.dtype,
+    replicas: int = 1,
+    cpu_offload: bool = False,
+) -> None:
+    """Spreads the weights of `module` over the ranks: those of each block of its `models`, and the
+    rest with its root.
+
+    Forward and backward gather a block at a time, in `dtype`; weights, gradients and their sum stay
+    in float32. Gradients are added up, not averaged: each rank's loss is its part of one sum.
+    `replicas` > 1 keeps so many copies, each spread over its own group of neighbours (HSDP: one for
+    each node, say).
+    """
+    shape, names = (
+        ((world(),), ("shard",))
+        if replicas == 1
+        else ((replicas, world() // replicas), ("copy", "shard"))
+    )
+    mesh = dist.init_device_mesh(device().type, shape, mesh_dim_names=names)
+    pinned = device().type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for part in [*(block for model in models for block in model.get_decoder().layers), module]:
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            # else a factor takes an operation that gloo has not
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def tensors_of(model) -> list[Tensor]:
+    """All that a model computes with: parameters, and the buffers that are in no file."""
+    return [*model.parameters(), *model.buffers()]
+
+
+@torch.no_grad()
+def send(model, *copies) -> None:
+    """From the first rank's `model`, which the others have without values, to all ranks' copies of
+    it, whole or
+    sharded: one tensor at a time, so that no rank but the first ever holds a whole model for
+        this."""
+    for source, *targets in zip(tensors_of(model), *map(tensors_of, copies), strict=True):
+        tensor = torch.empty(source.shape, dtype=source.dtype, device=device())
+        if rank() == 0:
+            tensor.copy_(source)
+        dist.broadcast(tensor, 0)
+        for target in targets:
+            if isinstance(target, DTensor):
+                placed = distribute_tensor(
+                    tensor, target.device_mesh, target.placements, src_data_rank=None
+                )
+                target.to_local().copy_(placed.to_local())
+            else:
+                target.copy_(tensor)
+
+
+def whole_tensors(model) -> Iterator[tuple[str, Tensor]]:
+    """(name, parameter) with the values of all ranks, one at a time, on this rank's device and in
+    float32."""
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local().to(device())  # offloaded ones are on the CPU
+            shape, stride = tensor.shape, tensor.stride()
+            placed = (tensor.device_mesh, tensor.placements)
+            tensor = DTensor.from_local(
+                local, *placed, run_check=False, shape=shape, stride=stride
+            ).full_tensor()
+        yield name, tensor
+
+
+def gather_weights(sharded, plain) -> None:
+    """`plain`, a model of the same build, gets the whole weights, in its own dtype; `drop_weights`
+    frees them."""
+    for (_, tensor), parameter in zip(whole_tensors(sharded), plain.parameters(), strict=True):
+        parameter.data = tensor.to(parameter.dtype)
+
+
+def drop_weights(plain) -> None:
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.new_empty(0)

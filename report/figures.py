@@ -18,9 +18,7 @@ wrong), what was `said` between them, and its `values`, of which a figure is the
     reflection_tokens   of a reflection, without its stop token
 """
 
-import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
@@ -129,101 +127,11 @@ def _majority(attempts: list[dict]) -> float:
     winner = max(count, key=count.get)
     return next(y["right"] for y in attempts if y["answer"] == winner)
 
-
-def format_table(results: dict, columns=COLUMNS) -> str:
-    """`results` maps names to `greedy` and `sampled` to figures -> a Markdown table in percent, ±
-    standard error."""
-    lines = ["| % | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, modes in results.items():
-        for mode, figures in modes.items():
-            cells = [
-                f"{100 * figures[c]:.1f} ± {100 * figures[c + '_se']:.1f}" if c in figures else ""
-                for c in columns
-            ]
-            lines.append(f"| {name} | {mode} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def format_votes(figures: dict) -> str:
-    """The figures of `votes` as a Markdown table."""
-    budgets = [
-        int(key.rpartition("_")[2])
-        for key in figures
-        if key.startswith("vote_parallel_") and key[-1] != "e"
-    ]
-    lines = ["| answers | all in parallel | half, each with a correction |", "|---|---|---|"]
-    for budget in budgets:
-        cells = [
-            (figures[f"vote_{k}_{budget}"], figures[f"vote_{k}_{budget}_se"])
-            for k in ("parallel", "corrected")
-        ]
-        lines.append(
-            f"| {budget} | " + " | ".join(f"{100 * v:.1f} ± {100 * e:.1f}" for v, e in cells) + " |"
-        )
-    return "\n".join(lines)
-
-
-def format_transcripts(talks: list[dict], count: int = 4) -> str:
-    """The first few conversations, a line an attempt, marked right or wrong."""
-    lines = []
-    for talk in talks[:count]:
-        lines.append(json.dumps(talk["problem"]))
-        for turn, attempt in enumerate(talk["attempts"]):
-            if 0 < turn <= len(talk["said"]):
-                lines.append(f"  {talk['said'][turn - 1]}")
-            lines.append(f"  {'right' if attempt['right'] else 'wrong'}: {attempt['text']}")
-    return "\n".join(lines)
-
-
-def format_reflections(earlier: list[dict], later: list[dict], count: int = 20) -> str:
-    """Two models' reflections on the same few failures, and the retries after them, as text."""
-    lines = []
-    for before, after in zip(earlier, later, strict=True):
-        if before["said"] and len(lines) < 6 * count:
-            lines += [json.dumps(before["problem"]), f"  wrong: {before['attempts'][0]['text']}"]
-            for name, talk in (("before", before), ("after", after)):
-                retry = talk["attempts"][1]
-                lines += [
-                    f"  {name}: {talk['said'][0]}",
-                    f"    {'right' if retry['right'] else 'wrong'}: {retry['text']}",
-                ]
-    return "\n".join(lines) + "\n"
-
-
-def plot_curves(run: Path, smooth: int = 10) -> None:
-    """`curves.png` of a run, from metrics.jsonl: what it got right, step by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figure, axis = plt.subplots(figsize=(7, 4))
-    curves = {"acc_t1": "first attempt", "acc_t2": "second attempt"}
-    if not any("reward" in row for row in rows):  # imitation: no batch is an attempt of now
-        curves = {f"eval_{key}": label for key, label in curves.items()}
-    elif "acc_t1" not in rows[0]:
-        curves = {"reward": "retry after a failure"}
-    for key, label in curves.items():
-        steps, values = (
-            [i for i, row in enumerate(rows) if key in row],
-            [row[key] for row in rows if key in row],
-        )
-        if values:
-            width = 1 if key.startswith("eval") else min(smooth, len(values))
-            mean = np.convolve(values, np.ones(width) / width, "valid") * 100
-            axis.plot(steps[width - 1 :], mean, label=label)
-    boundary = next((i for i, row in enumerate(rows) if row["stage"] == 2), 0)
-    if boundary and "eval_acc_t1" not in curves:
-        axis.axvline(boundary, color="gray", linestyle=":", label="Stage II begins")
-    batch = (
-        "validation"
-        if "eval_acc_t1" in curves
-        else f"the training batch (mean of the last {smooth})"
-    )
-    axis.set(xlabel="step", ylabel=f"right, % of {batch}")
-    if axis.get_lines():
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(run / "curves.png", dpi=120)
-    plt.close(figure)
+# for a while, until all that uses them knows their new homes
+from report.curves import plot_curves  # noqa: E402, F401
+from report.tables import (  # noqa: E402, F401
+    format_reflections,
+    format_table,
+    format_transcripts,
+    format_votes,
+)

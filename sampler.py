@@ -23,6 +23,7 @@ from sampling.attention import KVCache, attention_is, require
 from sampling.draws import child_seeds, sample, uniform
 from sampling.rollout import Rollout
 
+ENCODE_ANEW = "give `seeds`, one for each new row, to have the conversation encoded anew"
 SHARED = 64  # tokens that all prompts begin with, from which on they are fed once
 
 
@@ -81,7 +82,8 @@ class Sampler:
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
-        self.model, self.max_batch, self.prefill_tokens = model, max_batch, prefill_tokens
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self.block = block or (4 if model.device.type == "cpu" else 16)
         self.fused, self._fused = False, None
         self._probe()
@@ -172,6 +174,7 @@ class Sampler:
         rest = [prompt[common:] for prompt in prompt_ids]
         rollout = self._turn(start, index, rest, group_size, limits, temperature, seeds.long())
         rollout.parents = torch.arange(count, device=device).repeat_interleave(group_size)
+        rollout.prompt = rollout.parents
         return rollout
 
     def _start(self, prompts):
@@ -192,7 +195,7 @@ class Sampler:
             torch.zeros_like(ids, dtype=torch.bool),
             torch.zeros(1, 0, dtype=torch.bool, device=device),
         )
-        cache, lengths = KVCache(1, 0, device), row + len(common)
+        cache, lengths = KVCache(1, 0, device, self.model), row + len(common)
         start = Rollout(
             ids,
             mask,
@@ -200,6 +203,7 @@ class Sampler:
             torch.zeros(ids.shape, device=device),
             lengths,
             none,
+            row,
             row,
             row,
             cache,
@@ -210,21 +214,33 @@ class Sampler:
         return start, len(common)
 
     def extend(
-        self, rollout, more_prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, rows=None
+        self,
+        rollout,
+        more_prompt_ids,
+        group_size=1,
+        *,
+        max_new_tokens,
+        temperature=1.0,
+        rows=None,
+        seeds=None,
     ):
-        """Append more_prompt_ids[i] to row rows[i] (default: all) and sample group_size completions
-        of each.
+        """Append more_prompt_ids[i] to row rows[i] (default: all) and sample completions of each.
 
-        Only new tokens are fed. Returns a new Rollout with one more turn, its seeds derived from
-        their parents'; the old one stays as it is. Raises ValueError as `generate` does.
+        From a cache that this model has made, only new tokens are fed, and the new rows' seeds
+        derive from their parents': `seeds` is then ignored. A rollout without a cache, or with
+        another model's, is encoded anew, which needs `seeds`, an int for each of the B new rows;
+        what it said before was then not sampled by this model: its action_mask is False, its
+        logprobs are 0. Returns a new Rollout with one more turn; the old one stays as it is.
+        Raises ValueError as `generate` does.
         """
         if not more_prompt_ids:
             return self._no_rows(rollout.stopped.shape[1] + 1)
         total, count = len(rollout.lengths), len(more_prompt_ids)
         rows = range(total) if rows is None else [int(r) for r in rows]
-        require(
-            rollout.cache is not None, "this rollout's cache was freed: keep it until the last turn"
-        )
+        own = rollout.cache is not None and rollout.cache.owner is self.model
+        freed = "was freed: keep it until the last turn, or" if rollout.cache is None else ""
+        fault = freed or "is another model's:"
+        require(own or seeds is not None, f"this rollout's cache {fault} {ENCODE_ANEW}")
         require(
             count == len(rows), f"more_prompt_ids has {count} lists, need {len(rows)}: one a row"
         )
@@ -234,8 +250,22 @@ class Sampler:
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.model.device)
         old = rollout.lengths[index].tolist()
         limits = self._check(more_prompt_ids, old, group_size, max_new_tokens, temperature)
+        if not own:
+            limits = {"max_new_tokens": limits, "temperature": temperature}
+            return self._encode_anew(rollout, index, more_prompt_ids, group_size, seeds, limits)
         seeds = child_seeds(rollout.seeds[index], group_size).flatten()
         return self._turn(rollout, index, more_prompt_ids, group_size, limits, temperature, seeds)
+
+    def _encode_anew(self, rollout, index, prompts, group_size, seeds, limits):
+        """`extend` without a cache: what was said before becomes part of the prompt."""
+        said, turns = rollout.row_ids(), rollout.stopped.shape[1]
+        whole = [said[row] + more for row, more in zip(index.tolist(), prompts, strict=True)]
+        new = self.generate(whole, group_size, seeds=seeds, **limits)
+        new.parents = index[new.parents]
+        old = rollout._take(new.parents, new.ids.shape[1], self.pad_id)
+        new.turn = torch.where(old.turn < 0, new.turn + turns * (new.turn >= 0), old.turn)
+        new.stopped, new.prompt = torch.cat([old.stopped, new.stopped], 1), old.prompt
+        return new
 
     def _no_rows(self, turns):
         rows, columns = (
@@ -250,7 +280,8 @@ class Sampler:
             rows.long(),
             columns.bool().expand(0, turns),
         )
-        return Rollout(*shape, rows.long(), rows.long(), cache=KVCache(0, 0, rows.device))
+        cache = KVCache(0, 0, rows.device, self.model)
+        return Rollout(*shape, rows.long(), rows.long(), rows.long(), cache)
 
     def _check(self, prompts, lengths, group_size, max_new_tokens, temperature):
         """ValueError for input that makes no sense; else max_new_tokens of every row, a list of

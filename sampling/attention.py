@@ -57,11 +57,12 @@ class KVCache:
     """Keys and values of all rows, (rows, kv_heads, capacity, D) a layer, for use as
     past_key_values."""
 
-    def __init__(self, rows, capacity, device):
+    def __init__(self, rows, capacity, device, owner=None):
         # widths are multiples of 8, as attention kernels like them
         self.capacity = -(-capacity // 8) * 8
         self.slots = torch.arange(rows, device=device)  # (B,) where each row of the rollout lives
         self.layers = {}
+        self.owner = owner  # the model whose keys and values they are: no other can go on from them
 
     def aim(self, first, positions, widths):
         """Write the next tokens of rows first, first + 1, ... at positions (n, Q); read slots [0,
@@ -104,7 +105,7 @@ class KVCache:
 
     def gather(self, slots, capacity, used):
         """A new cache whose rows are copies of the first `used` positions of `slots` (rows,)."""
-        new = KVCache(len(slots), capacity, slots.device)
+        new = KVCache(len(slots), capacity, slots.device, self.owner)
         for layer, stores in self.layers.items():
             new.layers[layer] = new._empty(*stores)
             for store, copy in zip(stores, new.layers[layer], strict=True):

@@ -23,6 +23,7 @@ class Rollout:
     stopped: torch.Tensor  # (B, turns) bool, ended by a stop token rather than by max_new_tokens
     parents: torch.Tensor  # (B,) int64, row of the rollout extended, or index of the prompt
     seeds: torch.Tensor  # (B,) int64
+    prompt: torch.Tensor  # (B,) int64, index of the prompt of `generate` that the row began with
     cache: KVCache | None  # set it to None to free the memory; the rollout can't be extended then
 
     def completion_ids(self, turn):
@@ -77,7 +78,5 @@ def rollout_of(rows: list[list[list[int]]], turns: int, parents, seeds, sampler)
         sampler.is_stop.cpu()[ends],
         parents,
     )
-    return Rollout(
-        *(tensor.to(sampler.model.device) for tensor in (*tensors, torch.as_tensor(seeds))),
-        cache=None,
-    )
+    tensors = (*tensors, torch.as_tensor(seeds), parents)
+    return Rollout(*(tensor.to(sampler.model.device) for tensor in tensors), cache=None)

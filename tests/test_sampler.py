@@ -1,5 +1,6 @@
 """The sampler against a plain forward pass: no cache, no batch, no padding."""
 
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,11 @@ from fast.cpu_kernels import compiled, linear, one_query
 from fast.fused import fusable
 from sampler import KVCache, Sampler, sample, uniform
 from sampling.attention import ragged_mask
+from sampling.rollout import Rollout, rollout_of
 
 PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
 needs_compiler = pytest.mark.skipif(compiled(1, 8) is None, reason="needs a C compiler")
-TENSORS = ("ids", "action_mask", "turn", "logprobs", "lengths", "stopped", "parents", "seeds")
+TENSORS = [f.name for f in fields(Rollout) if f.name != "cache"]
 
 
 def plain_logits(model, ids):
@@ -498,6 +500,74 @@ def test_a_rank_without_prompts_has_a_rollout_without_rows(tiny, tokenizer):
     assert second.last_ids() == second.completion_ids(1) == []
 
 
+def test_a_row_keeps_the_index_of_the_prompt_that_it_began_with(tiny, tokenizer):
+    sampler = Sampler(tiny("llama"), tokenizer)
+    first, second, third = three_turns(sampler)
+    assert first.prompt.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert second.prompt.tolist() == [4, 4, 0, 0, 1, 1, 2, 2, 4, 4, 1, 1]
+    assert third.prompt.tolist() == second.prompt.tolist()
+    assert third.parents.tolist() == list(range(12))
+    given = rollout_of([[[5, 6], [7, EOS]]] * 3, 1, torch.tensor([2, 0, 0]), [7, 8, 9], sampler)
+    assert given.prompt.tolist() == [2, 0, 0]
+    more = sampler.extend(given, [[4]] * 2, 2, rows=[1, 0], max_new_tokens=3, seeds=range(4))
+    assert more.prompt.tolist() == [0, 0, 2, 2] and more.parents.tolist() == [1, 1, 0, 0]
+    assert sampler.generate([], max_new_tokens=3).prompt.tolist() == []
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_without_a_cache_of_its_own_a_conversation_is_encoded_anew(tokenizer, turns):
+    """Against `generate` on the whole conversation, whose bookkeeping is of one turn."""
+    model, other = (build(tf.LlamaConfig, initializer_range=r) for r in (0.2, 0.3))
+    maker, sampler = Sampler(model, tokenizer, max_batch=3, block=2), Sampler(other, tokenizer)
+    before, limits = three_turns(maker)[turns - 1], {"max_new_tokens": 5, "temperature": 0.8}
+    rows, more, seeds = [4, 0, 7, 4], [[4], [5, 6], [7, 8, 9], [4]], [*range(100, 108)]
+    said = [before.row_ids()[row] + ids for row, ids in zip(rows, more, strict=True)]
+    plain = sampler.generate(said, 2, seeds=seeds, **limits)
+    freed = replace(before, cache=None)
+    for rollout in (before, freed):
+        after = sampler.extend(rollout, more, 2, rows=rows, seeds=seeds, **limits)
+        for name in ("ids", "action_mask", "logprobs", "lengths", "seeds"):
+            assert torch.equal(getattr(after, name), getattr(plain, name))
+        parents = torch.tensor(rows).repeat_interleave(2)
+        assert torch.equal(after.parents, parents)
+        assert torch.equal(after.prompt, before.prompt[parents])
+        stopped = torch.cat([before.stopped[parents], plain.stopped], 1)
+        assert torch.equal(after.stopped, stopped) and stopped.shape == (8, turns + 1)
+        for r, parent in enumerate(parents.tolist()):
+            old, length = before.lengths[parent], after.lengths[r]
+            assert torch.equal(after.turn[r, :old], before.turn[parent, :old])
+            assert (after.turn[r, old:length] == turns).all() and (after.turn[r, length:] < 0).all()
+            assert after.action_mask[r].nonzero()[0] == old + len(more[r // 2])
+        for seed, row in zip(seeds, after.completion_ids(turns), strict=True):
+            assert row == plain.completion_ids(0)[seed - 100]
+        # and with a cache of its own it goes on as any other
+        one, two = (sampler.extend(r, [[6, 10]] * 8, **limits) for r in (after, plain))
+        for name in ("ids", "action_mask", "logprobs", "lengths", "seeds"):
+            assert torch.equal(getattr(one, name), getattr(two, name))
+    sampled = sampler.extend(before, more, rows=rows, seeds=seeds[:4], max_new_tokens=1)
+    assert sampled.stopped.shape == (4, turns + 1)  # no row as long as the longest one before
+
+
+def test_a_cache_belongs_to_a_model_and_with_ones_own_seeds_derive_from_the_parents(tokenizer):
+    model, limits = build(tf.LlamaConfig), {"max_new_tokens": 5}
+    first = Sampler(model, tokenizer).generate(PROMPTS, 2, **limits)
+    assert first.cache.owner is model
+    more = [[4, 6]] * 10
+    once = Sampler(model, tokenizer).extend(first, more, **limits)
+    again = Sampler(model, tokenizer).extend(first, more, seeds=[0] * 10, **limits)
+    assert equal(once, again) and once.cache.owner is model
+    with pytest.raises(ValueError, match="cache is another model's: give `seeds`, one for each"):
+        Sampler(build(tf.LlamaConfig), tokenizer).extend(first, more, **limits)
+    freed = replace(first, cache=None)
+    with pytest.raises(ValueError, match="seeds must be 10 integers"):
+        Sampler(model, tokenizer).extend(freed, more, seeds=[1, 2], **limits)
+    with pytest.raises(ValueError, match="prompt 3 is empty"):
+        more = [*more[:3], [], *more[4:]]
+        Sampler(model, tokenizer).extend(freed, more, seeds=range(10), **limits)
+    none = Sampler(model, tokenizer).extend(freed, [], rows=[], **limits)
+    assert none.ids.shape == (0, 1) and none.stopped.shape == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
@@ -507,7 +577,10 @@ def test_a_rank_without_prompts_has_a_rollout_without_rows(tiny, tokenizer):
         ("prompt 1 is empty", {"more_prompt_ids": [[3], []]}),
         ("prompt 0: .* 96 positions", {"more_prompt_ids": [[3] * 84, [3]]}),
         ("max_new_tokens=0", {"max_new_tokens": 0}),
-        ("cache was freed", {"rollout": "freed"}),
+        (
+            "cache was freed: keep it until the last turn, or give `seeds`, one",
+            {"rollout": "freed"},
+        ),
     ],
 )
 def test_errors_of_extend(tiny, tokenizer, message, arguments):

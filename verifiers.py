@@ -1,8 +1,7 @@
 """Verifiers: response text -> bool.
 
 Each is a pure function that never raises on any response text and never calls `eval`. A verdict is
-about the answer
-alone: a response in the wrong format is a wrong answer.
+about the answer alone: a response in the wrong format is a wrong answer.
 """
 
 import json
@@ -19,33 +18,29 @@ from sandbox import run as sandbox
 MAX_ANSWER_CHARS = 1000
 TOKEN = re.compile(r"[ \t\r\n]*(?:(0|[1-9][0-9]*)(?![0-9])|([-+*/()]))")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3}
-# a brace after a backslash is a character
-BRACES = re.compile(r"\\?\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+BRACES = re.compile(r"\\?\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # one after a backslash is a character
 FINAL_ANSWER = re.compile(r"final answer is", re.IGNORECASE)
 MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|\*\*")
 FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*)```", re.DOTALL)
 CODE_FENCE = re.compile(r"^([ \t]*)```[ \t]*([^`\r\n]*)\r?$", re.MULTILINE)
-STEP_LIMIT = 99  # the largest value that has a token of its own in the tiny vocabulary
 
 
 def extract_answer(response: str) -> str | None:
     """The text of the last `<answer>…</answer>` after the last `</think>`, or None."""
     text = response.rpartition("</think>")[2]
     start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
-    return (
-        None
-        if start < 0
-        else text[start + len("<answer>") : text.index("</answer>", start)].strip(" \t\r\n")
-    )
+    if start < 0:
+        return None
+    return text[start + len("<answer>") : text.index("</answer>", start)].strip(" \t\r\n")
 
 
 def verify_countdown(response: str, numbers: list[int], target: int) -> bool:
-    """True if the tagged answer is an arithmetic expression equal to `target` that uses each number
-    exactly once.
+    """True if the tagged answer is an expression over exactly these numbers that equals `target`.
 
-    Integers as given, `+ - * /`, parentheses and unary signs, in exact rational arithmetic.
-    Anything else, an `= target` inside the tag or more than 1,000 characters included, is False.
+    Each number once, as given; `+ - * /`, parentheses and unary signs, in exact rational
+    arithmetic. Anything else, an `= target` inside the tag or more than 1,000 characters included,
+    is False.
     """
     answer = extract_answer(response)
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
@@ -104,8 +99,7 @@ def _evaluate(tokens: list[int | str]) -> Fraction | None:
 
 
 def _reduce(values: list[Fraction], operators: list[str], precedence: int) -> None:
-    """Applies the operators on top of the stack that bind at least as tightly, back to an opening
-    parenthesis."""
+    """Applies the topmost operators that bind at least as tightly, back to a parenthesis."""
     while operators and operators[-1] != "(" and PRECEDENCE[operators[-1]] >= precedence:
         operator, right = operators.pop(), values.pop()
         if operator in ("neg", "pos"):
@@ -120,52 +114,14 @@ def _reduce(values: list[Fraction], operators: list[str], precedence: int) -> No
             values.append(left * right if operator == "*" else left / right)
 
 
-def run_steps(response: str, numbers: list[int]) -> int | None:
-    """The value that an honest derivation in the tiny step format reaches, or None if it is not
-    one.
-
-    `16 / 8 = 2 ; 19 + 2 = 21`: every step combines two values still unused, states their exact
-    result, an integer from 0 to 99, and puts it back; one value is left at the end.
-    """
-    unused = [str(n) for n in numbers]
-    value = None
-    for step in response.split(" ; "):
-        words = step.split(" ")
-        if len(words) != 5 or words[3] != "=":
-            return None
-        for word in (words[0], words[2]):
-            if word not in unused:
-                return None
-            unused.remove(word)
-        value = step_result(int(words[0]), words[1], int(words[2]))
-        if value is None or str(value) != words[4]:
-            return None
-        unused.append(words[4])
-    return value if len(unused) == 1 else None
-
-
-def step_result(left: int, operator: str, right: int) -> int | None:
-    """`left operator right` if it is an integer from 0 to 99, else None."""
-    if operator == "+":
-        result = left + right
-    elif operator == "-":
-        result = left - right
-    elif operator == "*":
-        result = left * right
-    elif operator == "/" and right != 0 and left % right == 0:
-        result = left // right
-    else:
-        return None
-    return result if 0 <= result <= STEP_LIMIT else None
-
-
 def verify_math(response: str, answer: str, timeout: float = grader.TIMEOUT) -> bool:
-    """True if math-verify finds the response's answer equal to `answer`, LaTeX or a plain number
-    such as 1,234.
+    """True if math-verify finds the response's answer equal to `answer`.
+
+    answer: LaTeX, or a plain number such as 1,234
 
     Exact: what agrees after rounding only is different. Over 1,000 characters, or over `timeout`
-        seconds of processor
-    time: False. A grader that can't be started raises ImportError or RuntimeError.
+    seconds of processor time: False. A grader that can't be started raises ImportError or
+    RuntimeError.
     """
     given = extract_math(response)
     if not given or len(given) > MAX_ANSWER_CHARS:
@@ -174,10 +130,9 @@ def verify_math(response: str, answer: str, timeout: float = grader.TIMEOUT) -> 
 
 
 def extract_math(response: str) -> str | None:
-    """What the last balanced `\\boxed{…}` after the last `</think>` holds; else the text after
-    "final answer is".
+    """What the last balanced `\\boxed{…}` after the last `</think>` holds.
 
-    Of that text, the formula it begins with, or its first sentence.
+    Else, of the text after "final answer is", the formula it begins with, or its first sentence.
     """
     text = response.rpartition("</think>")[2]
     boxed = _last_boxed(text)
@@ -189,8 +144,8 @@ def extract_math(response: str) -> str | None:
     text = text.lstrip(" \t\r\n:*")
     span = MATH_SPAN.match(text)
     answer = (span[span.lastindex] if span else SENTENCE_END.split(text, maxsplit=1)[0]).strip()
-    # braces that don't match: no answer
-    return answer if _last_boxed(rf"\boxed{{{answer}}}") == answer else None
+    matched = _last_boxed(rf"\boxed{{{answer}}}") == answer  # its braces
+    return answer if matched else None
 
 
 def _last_boxed(text: str) -> str | None:
@@ -215,17 +170,16 @@ def _without_full_stop(answer: str) -> str:
 def verify_function_call(response: str, calls: list[dict]) -> bool:
     """True if the response is a JSON list of exactly these calls, in any order.
 
-    calls: `{"name", "arguments"}` objects (APIGen), or the BFCL's `{name: {argument: [accepted
-        values]}}`, where "" among the accepted values makes an argument optional and objects list
-        accepted values for each of their fields.
+    calls: `{"name", "arguments"}` objects (APIGen), or the BFCL's
+        `{name: {argument: [accepted values]}}`, where "" among the accepted values makes an
+        argument optional and objects list accepted values for each of their fields.
     """
     given, gold = extract_calls(response), _parse_json(json.dumps(calls))
     return given is not None and len(given) == len(gold) and _matches_one_to_one(given, gold)
 
 
 def extract_calls(response: str) -> list[dict] | None:
-    """The calls in a response that is a JSON list of them after its thoughts, in a code fence or
-    not; or None."""
+    """The calls, if all after the thoughts is a JSON list of them, in a code fence or not."""
     text = response.rpartition("</think>")[2].strip(" \t\r\n")
     fence = FENCE.fullmatch(text)
     try:
@@ -236,8 +190,10 @@ def extract_calls(response: str) -> list[dict] | None:
 
 
 def _parse_json(text: str):
-    """Numbers become Decimal: 3 is 3.0, but 10**20 + 1 is not 1e20. Duplicate keys, NaN and
-    Infinity: ValueError."""
+    """Numbers become Decimal: 3 is 3.0, but 10**20 + 1 is not 1e20.
+
+    Duplicate keys, NaN and Infinity are a ValueError.
+    """
 
     def unique(pairs: list[tuple]) -> dict:
         if len(dict(pairs)) != len(pairs):
@@ -267,8 +223,10 @@ def _is_list_of_calls(value) -> bool:
 
 
 def _matches_one_to_one(given: list[dict], gold: list[dict]) -> bool:
-    """A perfect matching by augmenting paths: where accepted values overlap, first come first
-    served is not enough."""
+    """A perfect matching by augmenting paths.
+
+    Where accepted values overlap, first come first served is not enough.
+    """
     fits = [[j for j, wanted in enumerate(gold) if _is_call(call, wanted)] for call in given]
     owner: dict[int, int] = {}
     place: dict[int, int] = {}
@@ -315,42 +273,42 @@ def _same(value, gold) -> bool:
 
 
 def _is_accepted(value, gold) -> bool:
-    """The same, where every field of an object in `gold` lists its accepted values, or has the only
-    one."""
+    """The same, where a field of an object in `gold` lists its accepted values, or has the one."""
     if isinstance(value, dict) and isinstance(gold, dict):
-        fields = {
-            key: wanted if isinstance(wanted, list) else [wanted] for key, wanted in gold.items()
-        }
-        return value.keys() <= fields.keys() and all(
-            any(_is_accepted(value[key], one) for one in accepted)
-            if key in value
-            else "" in accepted
-            for key, accepted in fields.items()
+        return value.keys() <= gold.keys() and all(
+            _is_accepted_field(value, key, wanted if isinstance(wanted, list) else [wanted])
+            for key, wanted in gold.items()
         )
     if isinstance(value, list) and isinstance(gold, list):
         return len(value) == len(gold) and all(map(_is_accepted, value, gold))
     return _same(value, gold)
 
 
+def _is_accepted_field(value: dict, key: str, accepted: list) -> bool:
+    if key not in value:
+        return "" in accepted
+    return any(_is_accepted(value[key], one) for one in accepted)
+
+
 def extract_code(response: str) -> str:
-    """The program in a response, of what follows the last `</think>`: the last fenced block that is
-    not blank, closed or not; else what stands between the last `[BEGIN]` and `[DONE]`; else all of
-    it.
+    """The program in a response, of what follows the last `</think>`.
+
+    It is the last fenced block that is not blank, closed or not; else what stands between the last
+    `[BEGIN]` and `[DONE]`; else all of it.
     """
     text = response.rpartition("</think>")[2]
     blocks, open_ = [], False
     for fence in CODE_FENCE.finditer(text):
-        # a fence that names a language opens a block, even if the last was not closed
         if open_ and not fence[2]:
             blocks[-1][1] = fence.start()
-        else:
+        else:  # one that names a language opens a block, even if the last was not closed
             blocks.append([fence.end(), len(text), len(fence[1])])
         open_ = not open_ or bool(fence[2])
     for start, end, indent in reversed(blocks):
-        if not text[start:end].isspace() and start < end:
-            return re.sub(
-                f"^[ \\t]{{0,{indent}}}", "", text[start:end].strip("\r\n"), flags=re.MULTILINE
-            )
+        block = text[start:end]
+        if block and not block.isspace():
+            indented = re.compile(f"^[ \\t]{{0,{indent}}}", re.MULTILINE)
+            return indented.sub("", block.strip("\r\n"))
     if blocks:
         return ""
     before, begin, after = text.rpartition("[BEGIN]")
@@ -360,13 +318,13 @@ def extract_code(response: str) -> str:
 def verify_code(
     program: str, tests: list[str] | str, entry_point: str | None = None, timeout: float = 5.0
 ) -> bool:
-    """True if every test holds within `timeout` seconds; the program runs in the sandbox and can't
-    tell what is tested.
+    """True if every test holds within `timeout` seconds.
 
+    The program runs in the sandbox and can't tell what is tested.
     tests: assert statements, any set-up code first, or one text. With an entry_point, HumanEval's
-        form: the tests
-    define `check(candidate)`. Tests that don't compile are a ValueError, a sandbox that can't be
-    had a SandboxError.
+        form: the tests define `check(candidate)`.
+
+    Tests that don't compile are a ValueError, a sandbox that can't be had a SandboxError.
     """
     tests = tests if isinstance(tests, str) else "\n".join(tests)
     return sandbox.run_tests(program, tests, entry_point, timeout)
@@ -374,9 +332,8 @@ def verify_code(
 
 def verify_batch(
     verify: Callable[[str, dict], bool], texts: list[str], problems: list[dict], workers: int = 1
-):
-    """`verify(text, problem)` of every pair, in order: a list of bool. What a verifier raises is
-    raised.
+) -> list[bool]:
+    """`verify(text, problem)` of every pair, in order. What a verifier raises is raised.
 
     workers: threads, for verifiers that wait for a process of their own (mathematics, code); the
         others take 1. One verdict that hangs until its timeout does not keep the others waiting.

@@ -7,17 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from evaluate import Config
-from tasks.base import (
-    TASKS,
-    countdown_key,
-    enumerate_steps,
-    generate_countdown,
-    load_task,
-    tiny_splits,
-)
+from tasks import TASKS
+from tasks.countdown import countdown_key, generate_countdown
+from tasks.loading import load_task
 from tasks.sources import SPLITS, read_rows, split_of
-from verifiers import run_steps
+from tasks.tiny import enumerate_steps, run_steps, tiny_splits
 
 
 def test_splits_are_disjoint_whatever_the_order_of_the_numbers():
@@ -53,6 +47,12 @@ def test_tiny_verdict_word_is_no_part_of_the_answer():
     assert task.answer("19 - 16 = 4 ; 8 * 4 = 32", problem) is None
 
 
+def flags(**given):
+    """What load_task reads of a script's flags."""
+    flags = {"task": "tiny", "data": None, "seed": 0, "prompts": None, "unsafe": False}
+    return SimpleNamespace(**flags | {"shots": None, "shots_file": None} | given)
+
+
 def write(path, rows):
     path.write_text(
         "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
@@ -62,7 +62,7 @@ def write(path, rows):
 
 def test_an_unknown_task_names_the_known_ones():
     with pytest.raises(ValueError, match="unknown task 'sudoku'.*tiny"):
-        load_task(Config(task="sudoku"), ["train"])
+        load_task(flags(task="sudoku"), ["train"])
 
 
 COUNTDOWN = {"nums": [1, 2], "target": 3, "solution": "1 + 2"}
@@ -82,7 +82,7 @@ OTHER = {"nums": [5, 5], "target": 25, "solution": "5 * 5"}
 def test_a_bad_line_of_data_is_named_by_file_line_and_field(tmp_path, line, message):
     path = write(tmp_path / "data.jsonl", [COUNTDOWN, line])
     with pytest.raises(ValueError, match=f"data.jsonl, {message}"):
-        load_task(Config(task="countdown", data=path), ["train"])
+        load_task(flags(task="countdown", data=path), ["train"])
 
 
 def test_held_out_countdown_problems_do_not_depend_on_the_seed():
@@ -220,7 +220,7 @@ def test_a_row_that_does_not_fit_its_schema_is_named_with_its_field(tmp_path, na
     row = (XLAM if name == "xlam" else ROWS[name]) | change
     path = write(tmp_path / "data.jsonl", [row])
     with pytest.raises(ValueError, match=f"data.jsonl, line 1: field '{field}'"):
-        load_task(Config(task="function_call" if name == "xlam" else name, data=path), ["train"])
+        load_task(flags(task="function_call" if name == "xlam" else name, data=path), ["train"])
 
 
 def countdown_rows(count):
@@ -234,7 +234,7 @@ def test_a_files_splits_do_not_depend_on_order_or_format_and_do_not_overlap(tmp_
         write(tmp_path / "b.json", [json.dumps(rows[::-1], indent=1)]),
     )
     splits, again = (
-        load_task(Config(task="countdown", data=path), SPLITS)[1] for path in (lines, reverse)
+        load_task(flags(task="countdown", data=path), SPLITS)[1] for path in (lines, reverse)
     )
     for name in SPLITS:
         assert splits[name] == again[name][::-1] and splits[name]
@@ -248,12 +248,12 @@ def test_named_files_are_their_splits_and_validation_is_a_tenth_of_train(tmp_pat
         write(tmp_path / "train.jsonl", countdown_rows(60)),
         write(tmp_path / "test.jsonl", [OTHER]),
     )
-    splits = load_task(Config(task="countdown", data=f"train={train},test={test}"), SPLITS)[1]
+    splits = load_task(flags(task="countdown", data=f"train={train},test={test}"), SPLITS)[1]
     assert splits["test"] == [OTHER] and len(splits["train"]) + len(splits["validation"]) == 60
     assert {split_of(countdown_key(p)) for p in splits["validation"]} == {"validation"}
-    assert load_task(Config(task="countdown", data=f"test={test}"), ["test"])[1]["test"] == [OTHER]
+    assert load_task(flags(task="countdown", data=f"test={test}"), ["test"])[1]["test"] == [OTHER]
     with pytest.raises(ValueError, match="none of its 1 problems is in the train split"):
-        load_task(Config(task="countdown", data=f"test={test}"), ["train"])
+        load_task(flags(task="countdown", data=f"test={test}"), ["train"])
 
 
 def test_a_problem_in_two_splits_is_named_by_both_places(tmp_path):
@@ -264,7 +264,7 @@ def test_a_problem_in_two_splits_is_named_by_both_places(tmp_path):
     with pytest.raises(
         ValueError, match=r"b.jsonl, line 1 \(test\) is the problem of .*a.jsonl, line 2 \(train\)"
     ):
-        load_task(Config(task="countdown", data=f"train={train},test={test}"), ["train"])
+        load_task(flags(task="countdown", data=f"train={train},test={test}"), ["train"])
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_problem_in_two_splits_is_named_by_both_places(tmp_path):
 def test_a_mistake_in_naming_splits_is_shown(tmp_path, data):
     with pytest.raises(ValueError, match="is not SPLIT=SOURCE"):
         load_task(
-            Config(
+            flags(
                 task="countdown",
                 data=data.replace("a.jsonl", write(tmp_path / "a.jsonl", [COUNTDOWN])),
             ),
@@ -286,7 +286,7 @@ def test_mbpp_keeps_its_published_split_and_its_examples_are_in_none(tmp_path):
         ROWS["mbpp"] | {"task_id": i, "text": f"Add {i}."}
         for i in (1, 2, 10, 11, 510, 511, 600, 601, 974)
     ]
-    task, splits = load_task(Config(task="mbpp", data=write(tmp_path / "mbpp.jsonl", rows)), SPLITS)
+    task, splits = load_task(flags(task="mbpp", data=write(tmp_path / "mbpp.jsonl", rows)), SPLITS)
     ids = {name: [p["task_id"] for p in splits[name]] for name in SPLITS}
     assert ids == {"train": [601, 974], "validation": [511, 600], "test": [11, 510]}
     assert ["Add 1." in asked for asked, _ in task.shots] == [True, False, False] and len(
@@ -297,20 +297,20 @@ def test_mbpp_keeps_its_published_split_and_its_examples_are_in_none(tmp_path):
 def test_a_task_without_problems_of_its_own_says_where_to_get_some():
     for name in set(TASKS) - {"tiny", "countdown"}:
         with pytest.raises(ValueError, match=f"'{name}' has no problems of its own: give --data"):
-            load_task(Config(task=name), ["test"])
+            load_task(flags(task=name), ["test"])
     with pytest.raises(ValueError, match="'tiny' makes its own problems"):
-        load_task(Config(data="mine.jsonl"), ["test"])
+        load_task(flags(data="mine.jsonl"), ["test"])
 
 
 def test_few_shot_examples_leave_the_train_split_and_do_not_depend_on_the_seed(tmp_path):
     path = write(tmp_path / "a.jsonl", countdown_rows(60))
-    task, splits = load_task(Config(task="countdown", data=path, shots=4), SPLITS)
-    bare = load_task(Config(task="countdown", data=path), SPLITS)[1]
+    task, splits = load_task(flags(task="countdown", data=path, shots=4), SPLITS)
+    bare = load_task(flags(task="countdown", data=path), SPLITS)[1]
     shown = [p for p in bare["train"] if p not in splits["train"]]
     assert {asked for asked, _ in task.shots} == {task.prompt(p) for p in shown} and len(shown) == 4
     assert splits["test"] == bare["test"] and splits["validation"] == bare["validation"]
     generated = [
-        load_task(Config(task="countdown", shots=2, seed=seed), ["validation"])[0].shots
+        load_task(flags(task="countdown", shots=2, seed=seed), ["validation"])[0].shots
         for seed in (0, 1)
     ]
     assert generated[0] == generated[1] and len(generated[0]) == 2
@@ -318,10 +318,10 @@ def test_few_shot_examples_leave_the_train_split_and_do_not_depend_on_the_seed(t
 
 def test_a_file_of_examples_is_shown_with_its_own_responses_and_kept_out_of_every_split(tmp_path):
     path = write(tmp_path / "a.jsonl", countdown_rows(60))
-    splits = load_task(Config(task="countdown", data=path), SPLITS)[1]
+    splits = load_task(flags(task="countdown", data=path), SPLITS)[1]
     own = splits["train"][0] | {"response": "I add. <answer>1 + 1</answer>"}
     examples = write(tmp_path / "shots.jsonl", [own, splits["train"][1]])
-    task, left = load_task(Config(task="countdown", data=path, shots_file=examples), SPLITS)
+    task, left = load_task(flags(task="countdown", data=path, shots_file=examples), SPLITS)
     assert [answer for _, answer in task.shots] == [
         own["response"],
         task.solution(splits["train"][1]),
@@ -329,9 +329,9 @@ def test_a_file_of_examples_is_shown_with_its_own_responses_and_kept_out_of_ever
     assert left["train"] == splits["train"][2:]
     taken = write(tmp_path / "taken.jsonl", [splits["test"][0]])
     with pytest.raises(ValueError, match="is a problem of the test split"):
-        load_task(Config(task="countdown", data=path, shots_file=taken), ["train"])
+        load_task(flags(task="countdown", data=path, shots_file=taken), ["train"])
     with pytest.raises(ValueError, match="--shots 5: .*shots.jsonl has 2 problems with a solution"):
-        load_task(Config(task="countdown", data=path, shots_file=examples, shots=5), ["train"])
+        load_task(flags(task="countdown", data=path, shots_file=examples, shots=5), ["train"])
 
 
 @pytest.mark.parametrize("prompts, message", [
@@ -345,7 +345,7 @@ def test_a_file_of_examples_is_shown_with_its_own_responses_and_kept_out_of_ever
 def test_a_mistake_in_a_file_of_prompts_is_shown(tmp_path, prompts, message):
     path = write(tmp_path / "prompts.json", [json.dumps(prompts, indent=1)])
     with pytest.raises(ValueError, match=message):
-        load_task(Config(task="countdown", prompts=path), ["train"])
+        load_task(flags(task="countdown", prompts=path), ["train"])
 
 
 def test_prompts_of_a_file_replace_those_of_the_task(tmp_path):
@@ -353,7 +353,7 @@ def test_prompts_of_a_file_replace_those_of_the_task(tmp_path):
         tmp_path / "prompts.json",
         [{"first": '{"x": 1} {target} from {numbers}', "retry": "Again."}],
     )
-    task = load_task(Config(task="countdown", prompts=path), ["validation"])[0]
+    task = load_task(flags(task="countdown", prompts=path), ["validation"])[0]
     assert task.prompt(COUNTDOWN) == '{"x": 1} 3 from 1, 2'
     assert task.retry == "Again." and task.correct == TASKS["countdown"].correct
 
@@ -375,13 +375,13 @@ def hub(monkeypatch, parts):
 def test_a_hub_datasets_splits_are_kept_and_one_alone_is_split_by_content(monkeypatch):
     rows = countdown_rows(60)
     calls = hub(monkeypatch, {"train": rows[:50], "test": rows[50:]})
-    splits = load_task(Config(task="countdown", data="hub:there/data:main"), SPLITS)[1]
+    splits = load_task(flags(task="countdown", data="hub:there/data:main"), SPLITS)[1]
     assert calls == [("there/data", "main")]
     assert splits["test"] == rows[50:] and len(splits["train"]) + len(splits["validation"]) == 50
     hub(monkeypatch, {"test": rows})
-    assert len(load_task(Config(task="countdown", data="hub:there/data"), SPLITS)[1]["train"]) > 30
+    assert len(load_task(flags(task="countdown", data="hub:there/data"), SPLITS)[1]["train"]) > 30
     assert (
-        len(load_task(Config(task="countdown", data="test=hub:there/data"), ["test"])[1]["test"])
+        len(load_task(flags(task="countdown", data="test=hub:there/data"), ["test"])[1]["test"])
         == 60
     )
 
@@ -389,12 +389,12 @@ def test_a_hub_datasets_splits_are_kept_and_one_alone_is_split_by_content(monkey
 def test_what_is_wrong_with_a_hub_dataset_is_one_line(monkeypatch):
     hub(monkeypatch, {"train": [{"nums": []}], "test": []})
     with pytest.raises(ValueError, match="hub:there/data, train row 1: field 'nums'"):
-        load_task(Config(task="countdown", data="hub:there/data"), ["train"])
+        load_task(flags(task="countdown", data="hub:there/data"), ["train"])
     with pytest.raises(ValueError, match="hub:elsewhere can't be loaded: no such dataset"):
-        load_task(Config(task="countdown", data="hub:elsewhere"), ["train"])
+        load_task(flags(task="countdown", data="hub:elsewhere"), ["train"])
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
-        load_task(Config(task="countdown", data="hub:there/data"), ["train"])
+        load_task(flags(task="countdown", data="hub:there/data"), ["train"])
 
 
 def test_lines_end_at_newlines_only(tmp_path):
@@ -420,7 +420,7 @@ REAL = {  # train, validation, test
 @pytest.mark.parametrize("name", REAL)
 def test_published_files_are_read_whole_and_their_solutions_are_right(name):
     data, count = REAL[name]
-    task, splits = load_task(Config(task=name, data=data.format(f"{DATA}/")), ["test"])
+    task, splits = load_task(flags(task=name, data=data.format(f"{DATA}/")), ["test"])
     assert len(splits["test"]) == count
     for problem in splits["test"][:: count // 10]:
         assert task.verify(task.solution(problem), problem)

@@ -1,0 +1,124 @@
+"""Function calling: a request and functions -> a JSON list of calls, in any order.
+
+row:     {"query": "Weather in Rome?", "tools": [{"name": "weather"}],
+          "answers": [{"name": "weather", "arguments": {"city": "Rome"}}]}
+prompt:  You can call these functions: {"name": "weather"} Answer the request with a JSON list ...
+answer:  [{"name": "weather", "arguments": {"city": "Rome"}}]
+
+Rows are those of APIGen (xLAM), as above, or of the Berkeley Function Calling Leaderboard, whose
+gold has lists of accepted values. Its own checker is laxer with strings than our verdict.
+"""
+
+import json
+
+from tasks.base import Task
+from tasks.sources import parse_json, take
+from verifiers import extract_calls, verify_function_call
+
+
+def parse_function_call(row: dict) -> dict:
+    return parse_bfcl(row) if "ground_truth" in row else parse_apigen(row)
+
+
+def parse_apigen(row: dict) -> dict:
+    """`tools` and `answers` may be JSON texts, as on the hub."""
+    query = take(row, query=str)[0]
+    tools, calls = take_json(row, "tools"), take_json(row, "answers")
+    for call in calls:
+        named = is_object(call) and call.keys() == {"name", "arguments"}
+        if not named or not is_object(call["arguments"]):
+            raise ValueError("field 'answers' is not a list of calls, each {name, arguments}")
+    return {"query": query, "tools": tools, "calls": calls}
+
+
+def parse_bfcl(row: dict) -> dict:
+    turns, tools, calls = take(row, question=list, function=list, ground_truth=list)
+    try:
+        (messages,) = turns
+        query = "\n".join(message["content"] for message in messages)
+    except (ValueError, TypeError, KeyError):
+        raise ValueError("field 'question' is not a list of one turn, a list of messages") from None
+    for call in calls:
+        (arguments,) = call.values() if is_object(call) and len(call) == 1 else [None]
+        if not is_object(arguments) or not all(
+            isinstance(accepted, list) and accepted for accepted in arguments.values()
+        ):
+            raise ValueError(
+                "field 'ground_truth' is not a list of calls, "
+                "each {name: {argument: [accepted values]}}"
+            )
+    return {"query": query, "tools": tools, "calls": calls}
+
+
+def is_object(value) -> bool:
+    return isinstance(value, dict)
+
+
+def take_json(row: dict, field: str) -> list:
+    """A list, or the list in a JSON text."""
+    value = row.get(field)
+    value = parse_json(value, f"field '{field}'") if isinstance(value, str) else value
+    return take({field: value}, **{field: list})[0]
+
+
+def example_calls(calls: list[dict]) -> list[dict]:
+    """Right calls: of BFCL's accepted values the first, and no argument that may be left out."""
+
+    def first(value):
+        if isinstance(value, dict):
+            return {k: first(options[0]) for k, options in value.items() if "" not in options}
+        return [first(item) for item in value] if isinstance(value, list) else value
+
+    if calls[0].keys() == {"name", "arguments"}:
+        return calls
+    return [
+        {"name": name, "arguments": first(arguments)}
+        for call in calls
+        for name, arguments in call.items()
+    ]
+
+
+def calls_text(response: str) -> str | None:
+    return None if extract_calls(response) is None else response.rpartition("</think>")[2].strip()
+
+
+TASK = Task(
+    name="function_call",
+    first=(
+        "You can call these functions:\n{tools}\n\n"
+        "Answer the request with a JSON list of calls and nothing else, each as "
+        '{"name": "...", "arguments": {"...": ...}}.\nRequest: {query}'
+    ),
+    correct=(
+        "There may be an error in the calls above. Answer the same request again with the correct "
+        "JSON list of calls, and nothing else."
+    ),
+    reflect=(
+        "Your calls were wrong. Explain in a few sentences what went wrong and what to do better. "
+        "Do not write the calls again yet."
+    ),
+    retry=(
+        "Now answer the same request again with the correct JSON list of calls, and nothing else."
+    ),
+    critique=(
+        "Compare the calls above with the request and the functions: "
+        "say what is right in them, and what not."
+    ),
+    rewrite=(
+        "Now answer the same request again, improved by that: "
+        "a JSON list of calls, and nothing else."
+    ),
+    view={
+        "query": lambda p: p["query"],
+        "tools": lambda p: "\n".join(json.dumps(tool) for tool in p["tools"]),
+    },
+    answer=lambda response, p: calls_text(response),
+    verify=lambda response, p: verify_function_call(response, p["calls"]),
+    parse=parse_function_call,
+    source=(
+        "hub:Salesforce/xlam-function-calling-60k, "
+        "or files of the Berkeley Function Calling Leaderboard"
+    ),
+    key=lambda p: json.dumps([p["query"], p["tools"]]),
+    solution=lambda p: json.dumps(example_calls(p["calls"])),
+)

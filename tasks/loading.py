@@ -1,0 +1,104 @@
+"""A task and its problems, ready for a run, from the flags --task, --data, --prompts, --shots..."""
+
+from dataclasses import replace
+
+from sandbox import run as sandbox
+from tasks import TASKS
+from tasks.base import PLACEHOLDER, PROMPTS, Task
+from tasks.sources import content_hash, load_splits, naming, parse_json, read_rows, read_text
+
+
+def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
+    """(task, {split: problems}), at least the splits `wanted`. Any bad input is a ValueError.
+
+    config: has task, data, prompts, shots, shots_file, seed and unsafe (training/flags.py)
+    """
+    if config.task not in TASKS:
+        raise ValueError(f"unknown task '{config.task}': choose one of {', '.join(TASKS)}")
+    task = TASKS[config.task]
+    if config.prompts:
+        task = replace(task, **read_prompts(config.prompts, task.view))
+    splits = load_splits(task, config.data, config.seed, wanted)
+    sandbox.unsafe = config.unsafe
+    try:
+        task.warm_up and task.warm_up()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(f"--task {task.name}: {error}") from None
+    examples = few_shot_examples(task, splits, config)
+    keys = {task.key(problem) for problem, _ in examples}
+    for split, problems in splits.items():
+        others = [problem for problem in problems if task.key(problem) not in keys]
+        if split in ("validation", "test") and len(others) < len(problems):
+            raise ValueError(
+                f"--shots_file {config.shots_file}: "
+                f"one of its examples is a problem of the {split} split"
+            )
+        splits[split] = others
+    shots = tuple((task.prompt(problem), answer) for problem, answer in examples)
+    return replace(task, shots=shots), splits
+
+
+def few_shot_examples(task: Task, splits: dict[str, list[dict]], config) -> list[tuple[dict, str]]:
+    """(problem, good answer) of --shots examples; they do not depend on the run's seed.
+
+    A file's (shown with its `response`, if a row has one); else of those that a publisher keeps
+    for it; else of train, where they are the shortest of fifty, since they stand before every
+    prompt.
+    """
+    path, count = config.shots_file, config.shots
+    if path:
+        rows = []
+        for where, row in read_rows(path):
+            with naming(where):
+                rows.append((task.parse(row), row.get("response")))
+        count = len(rows) if count is None else count
+    else:
+        count = task.default_shots if count is None else count
+        train = splits.get("train", []) if config.data or not count else task.generate("train", 0)
+        some = sorted(train, key=lambda problem: content_hash(task.key(problem)))[:50]
+        some.sort(key=lambda p: len(task.prompt(p) + (task.solution(p) or "")))
+        rows = [(problem, None) for problem in splits.get("examples") or some]
+    examples = [(problem, response or task.solution(problem)) for problem, response in rows]
+    examples = [(problem, response) for problem, response in examples if response][:count]
+    if len(examples) < count:
+        where = path or f"the train split of task '{task.name}'"
+        raise ValueError(
+            f"--shots {count}: {where} has {len(examples)} problems with a solution; "
+            "name another --shots_file, or less"
+        )
+    return examples
+
+
+def read_prompts(path: str, view: dict) -> dict[str, str]:
+    """The prompts in a JSON file, {name of a prompt: text}; ValueError if one makes no sense.
+
+    view: the task's, which has the placeholders that `first` may use
+    """
+    prompts = parse_json(read_text(path), path)
+    if not isinstance(prompts, dict):
+        raise ValueError(f"--prompts {path}: it must hold one JSON object")
+    for name, text in prompts.items():
+        if name not in PROMPTS:
+            raise ValueError(
+                f"--prompts {path}: unknown key '{name}': choose from {', '.join(PROMPTS)}"
+            )
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"--prompts {path}: '{name}' must be a text")
+        check_placeholders(path, name, text, list(view) if name == "first" else [])
+    return prompts
+
+
+def check_placeholders(path: str, name: str, text: str, known: list[str]) -> None:
+    used = PLACEHOLDER.findall(text)
+    for placeholder in used:
+        if placeholder not in known:
+            allowed = ", ".join(f"{{{n}}}" for n in known) or "none"
+            raise ValueError(
+                f"--prompts {path}: unknown placeholder {{{placeholder}}} in '{name}': "
+                f"it may have {allowed}"
+            )
+    if known and not used:
+        raise ValueError(
+            f"--prompts {path}: 'first' has none of {', '.join(known)}: "
+            "the model would see no problem"
+        )

@@ -1,0 +1,126 @@
+"""How every picture looks, so that a colour and a dash mean the same in all of them.
+
+A colour is a method; dashed are first attempts, solid second ones; dotted and grey is the base; a
+band is one standard error over seeds to each side. Where all lines are of one model, the attempts
+have colours of their own. Lines are named at their ends; what is counted, and on which data, stands
+above the axes. matplotlib is imported where something is drawn, and not before.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+SIZE, DPI = (7.0, 4.0), 110  # inches: 10 points are 14 pixels where the picture is 700 wide
+GREY = "#6b7280"
+COLORS = {
+    "base": GREY,
+    "Self-Refine": "#a16207",
+    "SCoRe": "#d55e00",
+    "no Stage I": "#e0a100",
+    "no bonus": "#8c564b",
+    "multi-turn RL": "#0072b2",
+    "single-turn RL": "#56b4e9",
+    "STaR": "#86c9a5",
+    "STaR, D+": "#00805c",
+    "Pair-SFT": "#e3a8cd",
+    "Pair-SFT, D+": "#b83280",
+    "RRR": "#312e81",
+    "RRR, loose": "#0d9488",
+    "RRR, loose, retry rewarded": "#9f1239",
+    "RRR, loose, both rewarded": "#65a30d",
+    "first attempt": "#64748b",
+    "second attempt": "#6d28d9",
+    "retry after a failure": "#6d28d9",
+}
+FIRST, SECOND = "--", "-"
+
+
+@contextmanager
+def picture(path: Path, title: str, subtitle: str, size=SIZE):
+    """An axis to draw on, which becomes the file `path` at the end of the block.
+
+    The file is written under another name and then renamed: whoever looks sees the old picture or
+    the new one, and a block that fails leaves the old one. Lines that have a label are named at
+    their ends; what is on the y axis stands in the subtitle, where it can be read without turning
+    the head.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no window, no state, nothing to close
+
+    figure = Figure(size, dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.52 / size[1]))  # inches for the two lines
+    figure.text(0.012, 1 - 0.1 / size[1], title, va="top", fontsize=12, fontweight="bold")
+    figure.text(0.012, 1 - 0.33 / size[1], subtitle, va="top", fontsize=9, color=GREY)
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.25, linewidth=0.7)
+    axis.tick_params(labelsize=9)
+    axis.margins(x=0.01)
+    yield axis
+    _name_lines(figure, axis)
+    fresh = path.with_name(path.name + ".new")
+    figure.savefig(fresh, format="png", metadata={"Software": None})
+    fresh.replace(path)
+
+
+def curve(axis, x, values, color: str, label: str = "", dash: str = SECOND, marker="o") -> None:
+    """The mean of `values` (seeds, points) over `x`, with a band of one standard error."""
+    values = np.asarray(values, dtype=float)
+    mean = values.mean(axis=0)
+    if len(values) > 1:
+        error = values.std(axis=0, ddof=1) / len(values) ** 0.5
+        axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
+    axis.plot(x, mean, dash, color=color, label=label or "_", marker=marker, markersize=3.5)
+
+
+def level(axis, y: float, text: str, x: float, color: str = GREY, above: bool = True) -> None:
+    """A horizontal line to compare with, named on it at `x`."""
+    axis.axhline(y, color=color, linestyle=":", linewidth=1.3, label="_", zorder=1)
+    place = {"xytext": (0, 3 if above else -3), "textcoords": "offset points"}
+    place["va"] = "bottom" if above else "top"
+    axis.annotate(text, (x, y), color=color, fontsize=9, **place)
+
+
+def percent(axis, low: float | None = None, high: float | None = None) -> None:
+    """The y axis in per cent, from `low` to `high` where they are given."""
+    axis.yaxis.set_major_formatter("{x:.0f} %")
+    axis.set_ylim(low, high)
+
+
+def _name_lines(figure, axis) -> None:
+    """Each line's label beside its end, in its colour; neighbours are moved apart."""
+    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
+    if not lines:
+        return
+    figure.draw_without_rendering()  # now the limits of the axes are known
+    size = 9.5  # points
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
+    heights = axis.transData.transform(ends)[:, 1] * 72 / figure.dpi
+    order = np.argsort(heights)
+    for number, height in zip(order, spread(heights[order], 1.3 * size), strict=True):
+        line, moved = lines[number], height - heights[number]
+        leader = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.7, "shrinkB": 3}
+        axis.annotate(
+            line.get_label(),
+            ends[number],
+            xytext=(18, moved),
+            textcoords="offset points",
+            va="center",
+            fontsize=size,
+            color=line.get_color(),
+            annotation_clip=False,
+            arrowprops=leader | {"shrinkA": 1},
+        )
+
+
+def spread(at, gap: float) -> np.ndarray:
+    """The ascending `at`, moved by the least squares that set neighbours `gap` apart."""
+    blocks = []  # (mean, size) of what has to move as one: isotonic regression of at - gap * rank
+    for rank, y in enumerate(at):
+        mean, size = y - gap * rank, 1
+        while blocks and blocks[-1][0] > mean:
+            other, more = blocks.pop()
+            mean, size = (mean * size + other * more) / (size + more), size + more
+        blocks.append((mean, size))
+    means = np.concatenate([[mean] * size for mean, size in blocks]) if blocks else np.zeros(0)
+    return means + gap * np.arange(len(means))

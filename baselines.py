@@ -19,30 +19,27 @@ trains on as many rows in as many steps.
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate import (
-    before_and_after,
-    evaluate_both,
-    first_attempts,
-    grade,
-    load_sampler,
-    prepare,
-    probe,
-)
+from evaluate import before_and_after, conclude, look, watcher
 from loss import spread
+from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
-from sampling.turns import follow_up_ids
 from training import distributed
+from training.batches import draw, pick_problems, share_of
 from training.checkpoint import write_text
-from training.distributed import exchange, on_first, rank, share
+from training.distributed import exchange, on_first, rank
 from training.flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
-from training.loop import check_run, contents_of, open_run, report, saving, stop, train, watcher
-from training.policy import Batch, make_scorer, pick_problems, row_seeds, unzip
+from training.loop import Hooks, train
+from training.models import make_scorer
+from training.policy import Batch
+from training.run import check_run, contents_of, open_run, saving, stop
+from training.setup import prepare, probe
 
 ROUNDS = {"pair_sft": 1, "star": 3}
 
@@ -81,31 +78,23 @@ def round_of(step: int, config) -> int:
     return sum(start <= step for start in config.starts) - 1
 
 
-def roll_out(sampler, tokenizer, task, chosen, step: int, config) -> list[dict]:
+def roll_out(env, sampler, mine, config) -> list[dict]:
     """Two attempts at each of this rank's problems, as traces; the seeds are those of score.py.
 
     A trace: `parts`, the ids of prompt, first attempt, instruction and second attempt; `right`, the
-        two verdicts; and
-    which `problem` it belongs to.
+    two verdicts; and which `problem` of which step it belongs to.
     """
-    mine = share(len(chosen))
-    problems, prompts = unzip(chosen, mine)
     G, K = config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    seeds = row_seeds(mine, "first", config.seed, step, each=G)
-    first = first_attempts(sampler, tokenizer, task, problems, prompts, G, seeds, limits)
-    second = sampler.extend(
-        first, follow_up_ids(tokenizer, task.correct, first.last_ids()), K, **limits
-    )
-    r1 = (
-        grade(tokenizer, task, first, 0, [p for p in problems for _ in range(G)])[1]
-        .repeat_interleave(K)
-        .tolist()
-    )
-    r2 = grade(tokenizer, task, second, 1, [p for p in problems for _ in range(G * K)])[1].tolist()
+    first = sampler.generate(env.prompts(mine.items), G, seeds=mine.seeds("first", G), **limits)
+    second = sampler.extend(first, env.follow_up(first, "correct"), K, **limits)
+    r1 = env.verdicts(first, 0, mine.items).right.repeat_interleave(K)
+    r2 = env.verdicts(second, 1, mine.items).right
+    rights = torch.stack([r1, r2], dim=1).int().tolist()  # (B, 2)
+    numbers = [mine.span.start + index for index in second.prompt.tolist()]
     return [
-        {"problem": [step, mine.start + i // (G * K)], "parts": parts, "right": [int(a), int(b)]}
-        for i, (parts, a, b) in enumerate(zip(parts_of(second), r1, r2, strict=True))
+        {"problem": [mine.key[1], number], "parts": parts, "right": right}
+        for number, parts, right in zip(numbers, parts_of(second), rights, strict=True)
     ]
 
 
@@ -147,25 +136,21 @@ def pair(wrong: list[dict], right: list[dict]) -> list[dict]:
     ]
 
 
-def collect(sampler, tokenizer, task, split, turn: int, config) -> tuple[dict, list[dict]]:
+def collect(env, sampler, problems, turn: int, config) -> tuple[dict, list[dict]]:
     """A round's data: (figures, what is kept) of the samples that its steps are due."""
     steps = range(*config.starts[turn : turn + 2])
-    kept, verdicts = [], []
-    for step in tqdm(steps, desc=f"sampling for round {turn + 1}", leave=False, disable=rank() > 0):
-        chosen = pick_problems(split, config.seed, step, config.problems)
-        found = exchange(roll_out(sampler, tokenizer, task, chosen, step, config))
+    kept, verdicts, text = [], [], f"sampling for round {turn + 1}"
+    for step in tqdm(steps, desc=text, leave=False, disable=rank() > 0):
+        mine = draw(problems, config.problems, config.seed, step)
+        found = exchange(roll_out(env, sampler, mine, config))
         groups = {}
         for trace in (trace for part in found for trace in part):
             groups.setdefault(tuple(trace["problem"]), []).append(trace)
             verdicts.append(trace["right"])
         kept += [trace for group in groups.values() for trace in choose(group, config)]
-    accuracies = torch.tensor(verdicts, dtype=torch.float64).mean(dim=0).tolist()
-    return {
-        "acc_t1": accuracies[0],
-        "acc_t2": accuracies[1],
-        "sampled": len(verdicts),
-        "kept": len(kept),
-    }, kept
+    acc_t1, acc_t2 = torch.tensor(verdicts, dtype=torch.float64).mean(dim=0).tolist()
+    figures = {"acc_t1": acc_t1, "acc_t2": acc_t2, "sampled": len(verdicts), "kept": len(kept)}
+    return figures, kept
 
 
 def data_of_round(run: Path, turn: int, sample) -> tuple[dict, list[dict]]:
@@ -190,10 +175,8 @@ def advantages_of(traces: list[dict], rollout: Rollout, config) -> Tensor:
 
 
 def make_batch(traces: list[dict], sampler, figures: dict, config) -> Batch:
-    """This rank's share of some traces; the loss is the mean over all tokens that are imitated, of
-    all ranks."""
-    mine = share(len(traces))
-    traces = traces[mine.start : mine.stop]
+    """This rank's share of some traces; the loss is the mean over all tokens to imitate."""
+    traces = share_of(traces).items
     index = torch.arange(len(traces))
     rollout = rollout_of([trace["parts"] for trace in traces], 2, index, index, sampler)
     advantages = advantages_of(traces, rollout, config)
@@ -222,43 +205,39 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         check(config)
         check_run(config)
-        task, sampler, tokenizer, splits = prepare(
-            config, {"train": None, "validation": config.final_problems}
-        )
-        if task.given:
+        env, sampler, splits = prepare(config, {"train": None, "validation": config.final_problems})
+        problems, validation = splits["train"], splits["validation"]
+        if env.task.given:
             raise ValueError(
-                f"--task {task.name}: its first attempts are not the model's own, and these methods' are"
+                f"--task {env.task.name}: its first attempts are not the model's own, "
+                "and these methods' are"
             )
+        look_at = partial(look, env, config, "self_correct")
         if not config.resume:
-            probe(sampler, tokenizer, task, splits["train"], config, "self_correct")
-        run = open_run(config, contents_of(sampler.model, tokenizer, **splits))
+            probe(partial(look_at, sampler), problems, config)
+        run = open_run(config, contents_of(env, sampler.model, splits))
         scorer = make_scorer(sampler.model, config, reference=False)
-    shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
     rounds = {}  # the data of the one that is under way
 
     def step_batch(step: int, state: dict) -> Batch:
         turn, figures = round_of(step, config), {"stage": round_of(step, config) + 1}
         if turn not in rounds:
             rounds.clear()
-            sample = lambda: collect(sampler, tokenizer, task, splits["train"], turn, config)  # noqa: E731
+            sample = partial(collect, env, sampler, problems, turn, config)
             rounds[turn] = data_of_round(run, turn, sample)
         sampled, kept = rounds[turn]
         if not kept:
-            stop(
-                f"round {turn + 1}: of {sampled['sampled']} traces none can be imitated: take an easier task"
-            )
+            none = f"of {sampled['sampled']} traces none can be imitated"
+            stop(f"round {turn + 1}: {none}: take an easier task")
         if step == config.starts[turn]:  # the verdicts on this very model
             figures |= sampled
         rows = config.problems * config.group_size * config.second_attempts
         return make_batch(pick_problems(kept, config.seed, step, rows), sampler, figures, config)
 
-    evaluate_now = watcher(sampler, *shared, "self_correct")
-    train(config, run, scorer, sampler, tokenizer, config.steps, step_batch, evaluate_now, {})
-    models = before_and_after(run, config).items()
-    results = {
-        name: evaluate_both(load_sampler(path, tokenizer, config), *shared) for name, path in models
-    }
-    report(run, results, len(splits["validation"]))
+    watch = watcher(partial(look_at, sampler), validation, config)
+    train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
+    results = before_and_after(look_at, run, env, validation, config)
+    conclude(run, results, len(validation))
     distributed.finish()
 
 

@@ -1,51 +1,43 @@
-"""Reflect, Retry, Reward (arXiv 2505.24726): teaches a language model to write reflections that
-help it.
+"""Reflect, Retry, Reward (arXiv 2505.24726): teaches a language model to write helpful reflections.
 
     python rrr.py                                     # the tiny model, a few minutes on two cores
     python rrr.py --collect --failures FILE.jsonl     # only gathers failures, for later runs
 
 A failed attempt stands in context; the model is told that it was wrong, reflects, and tries again.
 If the retry is right, GRPO rewards the reflection's tokens and no others: the model learns to
-reflect, not to answer. Each step reads
-like the paper: roll out reflections and retries, verify the retries, give every reflection its
-    advantage; the shared
-loss in loss.py does the rest.
+reflect, not to answer. Each step reads like the paper: roll out reflections and retries, verify the
+retries, give every reflection its advantage; the shared loss in loss.py does the rest.
 
 Notation: F failures a step, G reflections of each, R retries after each of those; B = F * G * R
-    rows. With several
-processes each has its share of the F failures and of the rows; verdicts are gathered from all of
-them.
+rows. With several processes each has its share of the F failures and of the rows; verdicts are
+gathered from all of them.
 """
 
-import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-from evaluate import (
-    before_and_after,
-    compare_after_failure,
-    evaluate_both,
-    first_attempts,
-    grade,
-    load_sampler,
-    prepare,
-    probe,
-    side_by_side,
-)
+from evaluate import both_modes, compare_after_failure, conclude, look, side_by_side, watcher
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
-from sampling.turns import first_turn_ids, follow_up_ids, seam_ids
-from tasks.sources import naming, read_rows, take
+from report.curves import plot_curves
+from sampling.rollout import Rollout, rollout_of
 from training import distributed
+from training.batches import draw, share_of
 from training.checkpoint import write_text
-from training.distributed import exchange, gather, on_first, own, rank, share
+from training.distributed import exchange, gather, on_first, own, rank
+from training.failures import read_failures, write_failures
 from training.flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
-from training.loop import check_run, contents_of, open_run, report, train, watcher
-from training.policy import Batch, fingerprint, make_scorer, pick_problems, row_seeds, unzip
+from training.loop import Hooks, train
+from training.models import make_scorer
+from training.policy import Batch
+from training.run import check_run, contents_of, open_run
+from training.setup import load_sampler, prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
@@ -80,7 +72,7 @@ class Config(TrainConfig):
 
     group: str = flag(
         "failure",
-        "GRPO's group: G reflections on one failure, or G whole episodes of one query, of which those with "
+        "GRPO's group: G reflections on one failure, or G whole episodes of one query, of which "
         "a right first attempt end there and take no part",
         choices=("failure", "episode"),
     )
@@ -107,163 +99,64 @@ class Config(TrainConfig):
     anchor: float = flag(4.0, "KL weight of the other tokens that --kl_on covers")
     kl_on: str = flag(
         "all",
-        "which tokens are held near the base model: reflection; both, with the retry; all, with the first attempt. "
-        "Rewarding reflections moves the weights that write the answers too: holding those keeps them as good as they "
+        "which tokens are held near the base model: reflection; both, with the retry; all, with "
+        "the first attempt. Rewarding reflections moves the weights that write the answers too: "
+        "holding those keeps them as good as they "
         "were, and the gain in the reflection, where it can be credited",
         choices=("reflection", "both", "all"),
     )
 
 
-def collect(sampler, tokenizer, task, split, config) -> tuple[list[dict], float]:
-    """(failures, success rate): the first wrong answer to each query, of up to `tries`, if there is
-    one.
+class Episodes(NamedTuple):
+    """What a step samples on this rank: N failures (or queries), G reflections, R retries each.
 
-    The rate is that of the first answers; later ones are asked of the queries that are still
-    unfailed.
+    Turns are 0 for the failed attempt, 1 for the reflection, 2 for the retry.
     """
-    waiting, failures, success = list(split), [], None
-    for attempt in trange(config.tries, desc="collecting failures", disable=rank() > 0):
-        right = []
-        for start in range(0, len(waiting), PIECE):
-            piece = waiting[start : start + PIECE]
-            mine = share(len(piece))
-            problems, prompts = unzip(piece, mine)
-            seeds = row_seeds(mine, "collect", config.seed, attempt, start)
-            rollout = first_attempts(
-                sampler, tokenizer, task, problems, prompts, 1, seeds, answer_limits(config)
-            )
-            texts, verdicts = grade(tokenizer, task, rollout, 0, problems)
-            rows = zip(texts, verdicts.tolist(), rollout.row_ids(), strict=True)
-            rows = [row for rows in exchange(list(rows)) for row in rows]
-            for (problem, prompt), (text, verdict, ids) in zip(piece, rows, strict=True):
-                if verdict:
-                    right.append((problem, prompt))
-                else:
-                    answer = ids[len(prompt) :]
-                    failures.append(
-                        {
-                            "problem": problem,
-                            "answer": text,
-                            "prompt_ids": prompt,
-                            "answer_ids": answer,
-                        }
-                    )
-        success = len(right) / len(split) if success is None else success
-        waiting = right
-        if not waiting:
-            break
-    if not failures:
-        raise ValueError(
-            f"no failure in {config.tries} answers to each of {len(split)} queries: take a harder task"
-        )
-    return failures, success
+
+    rollout: Rollout  # B rows, those that are present
+    rewards: Tensor  # (N, G, R) verdicts on the retries
+    texts: list[str]  # (B,) the retries
+    present: Tensor  # (N, G) of 0 and 1: an episode whose first attempt is right has no rows
+    held: Tensor | None = None  # (B, T) bool: the stored attempt's tokens, sampled long ago
 
 
-def write_failures(path: Path, failures: list[dict], success: float, model, config) -> None:
-    """A new file, complete or not at all; its first line says where the failures came from."""
-    origin = {
-        "model": config.model,
-        "fingerprint": fingerprint(model),
-        "task": config.task,
-        "seed": config.seed,
-    }
-    lines = [{"origin": origin | {"success_rate": success}}, *failures]
-    on_first(write_text, path, "".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{len(failures)} failures, success rate {success:.3f}: {path}")
+def roll_out(env, sampler, mine, config) -> Episodes:
+    """G reflections on each of this rank's failures, R retries after each of those."""
+    failures, G, R = mine.items, config.group_size, config.retries
+    parts = [[failure["prompt_ids"], failure["answer_ids"]] for failure in failures]
+    index = torch.arange(len(failures))
+    failed = rollout_of(parts, 1, index, index, sampler)
+    seeds = mine.seeds("reflect", G)
+    more = env.follow_up(failed, "reflect")
+    reflected = sampler.extend(failed, more, G, seeds=seeds, **reflection_limits(config))
+    rollout = retry(env, sampler, reflected, config)
+    right, texts = env.verdicts(rollout, 2, [failure["problem"] for failure in failures])
+    later = rollout.ids.shape[1] - failed.ids.shape[1]
+    held = F.pad(failed.action_mask, (0, later))[rollout.prompt]  # (B, T)
+    rewards, present = right.view(len(failures), G, R), torch.ones(len(failures), G)
+    return Episodes(rollout, rewards, texts, present, held)
 
 
-def read_failures(path: str, sampler, tokenizer, task, config) -> list[dict]:
-    """The failures of a file, which must be of this model and task. Anything else is a ValueError
-    naming the line."""
-    (where, head), *rows = read_rows(path)
-    with naming(where):
-        (origin,) = take(head, origin=dict)
-    expected = {"task": config.task, "fingerprint": fingerprint(sampler.model)}
-    if any(origin.get(key) != value for key, value in expected.items()):
-        was = f"of model {origin.get('model')} on task {origin.get('task')}"
-        raise ValueError(
-            f"{path} has failures {was}, not of --model and --task: collect their own with --collect"
-        )
-    if not rows:
-        raise ValueError(f"{path} has no failures: collect some with --collect")
-    after = len(seam_ids(tokenizer, task.reflect) + seam_ids(tokenizer, task.retry))
-    after += config.max_reflection_tokens + config.max_new_tokens
-    for where, failure in rows:
-        with naming(where):
-            problem, prompt, answer = take(failure, problem=dict, prompt_ids=list, answer_ids=list)
-        try:
-            known = prompt == first_turn_ids(tokenizer, task.prompt(problem), task.shots)
-        except (KeyError, TypeError):
-            known = False
-        if not known:
-            raise ValueError(
-                f"{where}: field 'prompt_ids' is not this tokenizer's prompt of 'problem'"
-            )
-        if not all(type(i) is int and 0 <= i < len(sampler.is_stop) for i in answer):
-            raise ValueError(
-                f"{where}: field 'answer_ids' must be ids below {len(sampler.is_stop)}"
-            )
-        if len(prompt) + len(answer) + after > sampler.limit:
-            raise ValueError(
-                f"{where}: with {after} tokens after it, it exceeds {sampler.limit} positions"
-            )
-    return [failure for _, failure in rows]
+def roll_out_episodes(env, sampler, mine, config) -> Episodes:
+    """G whole episodes of each of this rank's queries; a right first attempt ends its episode."""
+    queries, G, R = mine.items, config.group_size, config.retries
+    seeds = mine.seeds("episode", G)
+    first = sampler.generate(env.prompts(queries), G, seeds=seeds, **answer_limits(config))
+    wrong = env.verdicts(first, 0, queries).right == 0
+    rows = wrong.nonzero().flatten().tolist()
+    more = env.follow_up(first, "reflect", rows)
+    reflected = sampler.extend(first, more, rows=rows, **reflection_limits(config))
+    rollout = retry(env, sampler, reflected, config)
+    right, texts = env.verdicts(rollout, 2, queries)
+    rewards, present = torch.zeros(len(queries) * G, R), wrong.float()
+    rewards[rows] = right.view(len(rows), R)
+    return Episodes(rollout, rewards.view(-1, G, R), texts, present.view(-1, G))
 
 
-def roll_out(sampler, tokenizer, task, chosen, step, config):
-    """G reflections on each of this rank's failures, R retries after each: (rollout, rewards (F, G,
-    R), held (B, T)).
-
-    Turns are 0 for the failed attempt, 1 for the reflection, 2 for the retry, which goes on from
-    the cache of the exact ids of all that stands before it. `held` marks the attempt's tokens,
-    which were sampled long ago.
-    """
-    G, R, mine = config.group_size, config.retries, share(len(chosen))
-    failures = chosen[mine.start : mine.stop]
-    before = [failure["prompt_ids"] + failure["answer_ids"] for failure in failures]
-    seams = follow_up_ids(tokenizer, task.reflect, [ids[-1] for ids in before])
-    contexts = [ids + seam for ids, seam in zip(before, seams, strict=True)]
-    seeds = row_seeds(mine, "reflect", config.seed, step, each=G)
-    reflected = sampler.generate(contexts, G, seeds=seeds, **reflection_limits(config))
-    rollout = retry(sampler, tokenizer, task, reflected, config)
-    problems = [failure["problem"] for failure in failures for _ in range(G * R)]
-    # turns are renumbered below
-    rewards = grade(tokenizer, task, rollout, 1, problems)[1].view(len(failures), G, R)
-
-    lengths = torch.tensor([[len(f["prompt_ids"]), len(f["answer_ids"])] for f in failures]).view(
-        -1, 2
-    )
-    # (B, 1) each
-    prompt, answer = lengths.repeat_interleave(G * R, dim=0).to(rollout.ids.device).split(1, dim=1)
-    position = torch.arange(rollout.ids.shape[1], device=rollout.ids.device)
-    failed = position < prompt + answer  # (B, T)
-    rollout.turn = torch.where(failed, 0, rollout.turn + (rollout.turn >= 0))
-    return rollout, rewards, failed & (position >= prompt)
-
-
-def roll_out_episodes(sampler, tokenizer, task, chosen, step, config):
-    """G whole episodes of each of this rank's queries: (rollout, rewards (N, G, R), present (N,
-    G)).
-
-    Only episodes whose first attempt failed are present and have rows.
-    """
-    mine = share(len(chosen))
-    problems, prompts = unzip(chosen, mine)
-    N, G, R = len(prompts), config.group_size, config.retries
-    seeds = row_seeds(mine, "episode", config.seed, step, each=G)
-    first = sampler.generate(prompts, G, seeds=seeds, **answer_limits(config))
-    problems = [problem for problem in problems for _ in range(G)]
-    rows = (grade(tokenizer, task, first, 0, problems)[1] == 0).nonzero().flatten().tolist()
-    last = first.last_ids()
-    seams = follow_up_ids(tokenizer, task.reflect, [last[row] for row in rows])
-    reflected = sampler.extend(first, seams, rows=rows, **reflection_limits(config))
-    rollout = retry(sampler, tokenizer, task, reflected, config)
-    verdicts = grade(
-        tokenizer, task, rollout, 2, [problems[row] for row in rows for _ in range(R)]
-    )[1]
-    rewards, present = torch.zeros(N * G, R), torch.zeros(N * G)
-    rewards[rows], present[rows] = verdicts.view(len(rows), R), 1.0
-    return rollout, rewards.view(N, G, R), present.view(N, G)
+def retry(env, sampler, reflected, config) -> Rollout:
+    """R retries after each reflection, from the cache of the exact ids of all that was said."""
+    more = env.follow_up(reflected, "retry")
+    return sampler.extend(reflected, more, config.retries, **answer_limits(config))
 
 
 def answer_limits(config) -> dict:
@@ -272,11 +165,6 @@ def answer_limits(config) -> dict:
 
 def reflection_limits(config) -> dict:
     return {"max_new_tokens": config.max_reflection_tokens, "temperature": config.temperature}
-
-
-def retry(sampler, tokenizer, task, reflected, config):
-    seams = follow_up_ids(tokenizer, task.retry, reflected.last_ids())
-    return sampler.extend(reflected, seams, config.retries, **answer_limits(config))
 
 
 def turn_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
@@ -301,24 +189,71 @@ def group_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
     return divide_by_std(advantages, 1, present) if config.normalise else advantages
 
 
-def make_batch(rollout, rewards, present, held, config) -> Batch:
-    """Verdicts -> an advantage and a KL weight for every token; the failed attempt, turn 0, has no
-    advantage."""
-    rewards, present = gather(rewards), gather(present)
+def make_batch(episodes: Episodes, config) -> Batch:
+    """Verdicts -> an advantage and a KL weight for every token; turn 0 has no advantage."""
+    rollout, held = episodes.rollout, episodes.held
+    rewards, present = gather(episodes.rewards), gather(episodes.present)
     advantages = F.pad(turn_advantages(rewards, present, config), (1, 0))  # (B, 3)
-    weights = [
-        config.anchor * (config.kl_on == "all"),
-        config.beta,
-        config.anchor * (config.kl_on != "reflection"),
-    ]
+    holds_first, holds_retry = config.kl_on == "all", config.kl_on != "reflection"
+    weights = [config.anchor * holds_first, config.beta, config.anchor * holds_retry]
     per_turn = (advantages, torch.tensor(weights).expand_as(advantages))
     advantages, kl_coef = (spread(own(x, len(rollout.ids)), rollout) for x in per_turn)
     if held is not None:
         kl_coef = kl_coef + weights[0] * held
-    figures = {"stage": 1} | (
-        {"reward": float(rewards[present.bool()].mean())} if present.any() else {}
-    )
+    figures = {"stage": 1}
+    if present.any():
+        figures["reward"] = float(rewards[present.bool()].mean())
     return Batch(rollout, advantages, kl_coef, len(per_turn[0]), figures, held)
+
+
+def collect(env, sampler, queries: list[dict], config) -> tuple[list[dict], float]:
+    """(failures, success rate): the first wrong answer to each query, of up to `tries`, if any.
+
+    The rate is that of the first answers; later ones are asked of the queries still unfailed.
+    """
+    waiting, failures, success = list(queries), [], None
+    for attempt in trange(config.tries, desc="collecting failures", disable=rank() > 0):
+        right = []
+        for start in range(0, len(waiting), PIECE):
+            piece = waiting[start : start + PIECE]
+            answers = answer_all(env, sampler, share_of(piece, config.seed, attempt, start), config)
+            for problem, prompt, (text, verdict, ids) in zip(
+                piece, env.prompts(piece), answers, strict=True
+            ):
+                if verdict:
+                    right.append(problem)
+                    continue
+                failure = {"problem": problem, "answer": text, "prompt_ids": prompt}
+                failures.append(failure | {"answer_ids": ids[len(prompt) :]})
+        success = len(right) / len(queries) if success is None else success
+        waiting = right
+        if not waiting:
+            break
+    if not failures:
+        raise ValueError(
+            f"no failure in {config.tries} answers to each of {len(queries)} queries: "
+            "take a harder task"
+        )
+    return failures, success
+
+
+def answer_all(env, sampler, mine, config) -> list[tuple[str, float, list[int]]]:
+    """(text, verdict, ids of the whole row) of one answer to each query, of all ranks."""
+    seeds = mine.seeds("collect")
+    rollout = env.first_attempts(sampler, mine.items, 1, seeds, **answer_limits(config))
+    right, texts = env.verdicts(rollout, 0, mine.items)
+    rows = [*zip(texts, right.tolist(), rollout.row_ids(), strict=True)]
+    return [row for part in exchange(rows) for row in part]
+
+
+def known_source(queries: list[dict], env, sampler, config) -> list | None:
+    """What steps draw from: whole episodes the queries, else failures. None: to be collected."""
+    if config.group == "episode":
+        return queries
+    collected = Path(config.output_dir) / "failures.jsonl"  # if a run to be resumed came so far
+    found = str(collected) if config.resume and collected.exists() else None
+    path = config.failures or found
+    return read_failures(path, env, sampler, config) if path else None
 
 
 def check(config) -> None:
@@ -329,27 +264,19 @@ def check(config) -> None:
         )
     if config.group_size < 2 and (config.baseline != "none" or config.normalise):
         raise ValueError(
-            "--group_size 1 has nothing to compare with: take 2, or --baseline none --normalise False"
+            "--group_size 1 has nothing to compare with: take 2, or "
+            "--baseline none --normalise False"
         )
     if config.kl != "token" and config.kl_on == "all" and config.group == "failure":
         raise ValueError(
-            "--kl_on all holds attempts that were sampled long ago, where only --kl token means anything"
+            "--kl_on all holds attempts that were sampled long ago, "
+            "where only --kl token means anything"
         )
     path = Path(config.failures or "")
     if config.collect and (not config.failures or path.exists() or not path.parent.is_dir()):
         raise ValueError(
             "--collect writes a new file: name it with --failures, one that does not exist yet"
         )
-
-
-def known_source(split, sampler, tokenizer, task, config) -> list | None:
-    """What steps draw from: whole episodes the problems themselves, else failures. None: they are
-    to be collected."""
-    if config.group == "episode":
-        return split
-    collected = Path(config.output_dir) / "failures.jsonl"  # if a run to be resumed came so far
-    path = config.failures or (str(collected) if config.resume and collected.exists() else None)
-    return read_failures(path, sampler, tokenizer, task, config) if path else None
 
 
 def with_preset(config):
@@ -366,64 +293,47 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         check(config)
         limits = {"train": config.queries, "validation": config.final_problems}
-        task, sampler, tokenizer, splits = prepare(config, limits)
-        if task.given and config.group == "episode":
+        env, sampler, splits = prepare(config, limits)
+        queries, validation = splits["train"], splits["validation"]
+        if env.task.given and config.group == "episode":
             raise ValueError(
-                f"--group episode: the first attempts of task '{task.name}' are not the model's own"
+                f"--group episode: the first attempts of task '{env.task.name}' are not the "
+                "model's own"
             )
         if config.collect:
-            failures, success = collect(sampler, tokenizer, task, splits["train"], config)
+            failures, success = collect(env, sampler, queries, config)
             write_failures(Path(config.failures), failures, success, sampler.model, config)
             return distributed.finish()
         check_run(config)
-        source, success = known_source(splits["train"], sampler, tokenizer, task, config), None
+        source, success = known_source(queries, env, sampler, config), None
+        look_at = partial(look, env, config, "reflect_retry")
         if not config.resume:
-            probe(
-                sampler,
-                tokenizer,
-                task,
-                splits["train"],
-                config,
-                "reflect_retry",
-                ["retry_given_failure"],
-            )
+            probe(partial(look_at, sampler), queries, config, ["retry_given_failure"])
         if source is None:
-            source, success = collect(sampler, tokenizer, task, splits["train"], config)
-        run = open_run(config, contents_of(sampler.model, tokenizer, **splits, failures=source))
+            source, success = collect(env, sampler, queries, config)
+        failures = source if config.group == "failure" else None
+        run = open_run(config, contents_of(env, sampler.model, splits, failures))
         if success is not None:
             write_failures(run / "failures.jsonl", source, success, sampler.model, config)
         scorer = make_scorer(sampler.model, config)
-    shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
 
     def step_batch(step: int, state: dict) -> Batch:
-        chosen, held = pick_problems(source, config.seed, step, config.failures_per_step), None
-        if config.group == "failure":
-            rollout, rewards, held = roll_out(sampler, tokenizer, task, chosen, step, config)
-            present = torch.ones(rewards.shape[:2])
-        else:
-            rollout, rewards, present = roll_out_episodes(
-                sampler, tokenizer, task, chosen, step, config
-            )
-        rollout.cache = None  # its memory is wanted for the update
-        return make_batch(rollout, rewards, present, held, config)
+        mine = draw(source, config.failures_per_step, config.seed, step)
+        sample = roll_out if config.group == "failure" else roll_out_episodes
+        episodes = sample(env, sampler, mine, config)
+        episodes.rollout.cache = None  # its memory is wanted for the update
+        return make_batch(episodes, config)
 
-    evaluate_now = watcher(sampler, *shared, "reflect_retry", WATCHED)
-    train(config, run, scorer, sampler, tokenizer, config.steps, step_batch, evaluate_now, {})
-    models = {
-        name: load_sampler(path, tokenizer, config)
-        for name, path in before_and_after(run, config).items()
-    }
-    results = {
-        name: evaluate_both(model, *shared, method="reflect_retry")
-        for name, model in models.items()
-    }
-    results["controls"] = compare_after_failure(models["base"], models["trained"], *shared)
-    on_first(
-        write_text,
-        run / "reflections.txt",
-        side_by_side(models["base"], models["trained"], *shared),
-    )
-    report(run, results, len(splits["validation"]), COLUMNS)
+    watch = watcher(partial(look_at, sampler), validation, config, WATCHED)
+    train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
+    base = load_sampler(config.model, env, config)
+    trained = load_sampler(str(run / "checkpoint"), env, config)
+    models = {"base": base, "trained": trained}
+    results = {name: both_modes(look_at, model, validation) for name, model in models.items()}
+    results["controls"] = compare_after_failure(env, config, base, trained, validation)
+    text = side_by_side(look_at, base, trained, validation)
+    on_first(write_text, run / "reflections.txt", text)
+    conclude(run, results, len(validation), COLUMNS)
     distributed.finish()
 
 

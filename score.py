@@ -1,5 +1,4 @@
-"""SCoRe (arXiv 2409.12917): teaches a language model to correct itself, with its own attempts as
-the only data.
+"""SCoRe (arXiv 2409.12917): teaches a language model to correct itself, from its own attempts.
 
     python score.py                        # the tiny model, a few minutes on two cores
     python score.py --model DIR --task countdown --max_new_tokens 256
@@ -7,35 +6,34 @@ the only data.
 Stage I trains the second attempt while a strong KL holds the first one at the base model; Stage II
 trains both, with a bonus on the second attempt for being better than the first. Each step reads
 like the paper: roll out two attempts, verify them, turn verdicts into one advantage a token; the
-    shared loss in loss.py does the rest.
+shared loss in loss.py does the rest.
 
-Notation: P problems a step, G first attempts of each, K second attempts of each of those; B = P * G
-    * K rows. With
-several processes each has its share of the P problems and of the rows; verdicts are gathered from
-all of them.
+Notation: P problems a step, G first attempts of each, K second attempts of each of those;
+B = P * G * K rows. With several processes each has its share of the P problems and of the rows;
+verdicts are gathered from all of them.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from evaluate import (
-    before_and_after,
-    evaluate_both,
-    first_attempts,
-    grade,
-    load_sampler,
-    prepare,
-    probe,
-)
+from evaluate import before_and_after, conclude, look, watcher
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
-from sampling.turns import follow_up_ids
+from report.curves import plot_curves
+from sampling.rollout import Rollout
+from tasks.env import Verdicts
 from training import distributed
-from training.distributed import gather, own, share
+from training.batches import draw
+from training.distributed import gather, own
 from training.flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
-from training.loop import check_run, contents_of, open_run, report, train, watcher
-from training.policy import Batch, make_scorer, pick_problems, row_seeds, unzip
+from training.loop import Hooks, train
+from training.models import make_scorer
+from training.policy import Batch
+from training.run import check_run, contents_of, open_run
+from training.setup import load_sampler, prepare, probe
 
 
 @dataclass
@@ -71,19 +69,25 @@ class Config(TrainConfig):
     )
     baseline: str = flag(
         "leave_one_out",
-        "none or leave_one_out (both unbiased), or group_mean. A baseline over the second attempts of one first "
-        "attempt removes -alpha * r1, which is constant there: the bonus becomes a weight of 1 + alpha on turn 2",
+        "none or leave_one_out (both unbiased), or group_mean. A baseline over the second attempts "
+        "of one first attempt removes -alpha * r1, which is constant there: the bonus becomes a "
+        "weight of 1 + alpha on turn 2",
         choices=BASELINES,
     )
     normalise: str = flag(
         "joint",
-        "divide advantages by their standard deviation: none; joint, one for both turns, keeps the turns' ratio, but "
-        "not the scale against the KL; per_turn cancels alpha altogether, where a baseline has made it a weight",
+        "divide advantages by their standard deviation: none; joint, one for both turns, keeps the "
+        "turns' ratio, but not the scale against the KL; per_turn cancels alpha altogether, where "
+        "a baseline has made it a weight",
         choices=("none", "joint", "per_turn"),
     )
     offline_ratio: float = flag(
         0.0, "share of steps in which the base model writes the first attempts"
     )
+
+    @property
+    def steps(self) -> int:
+        return self.stage1_steps + self.stage2_steps
 
     @property
     def last_stage(self) -> int:
@@ -99,50 +103,32 @@ def stage_of(step: int, config) -> int:
     return 1 if step < config.stage1_steps and not config.single_turn else 2
 
 
-def roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config):
-    """Two attempts at each of this rank's problems: (rollout, r1 (P, G), r2 (P, G, K));
-    single-turn: r2 is None.
+class Attempts(NamedTuple):
+    """What a step samples on this rank: P problems, G first attempts of each, K second of those."""
 
-    The second attempt is conditioned on the very ids of the first. Offline, the base model writes
-    the first attempts, which are then part of the prompt: they are not sampled from the policy and
-    get no gradient.
+    rollout: Rollout  # B = P * G * K rows of two turns; single-turn: P * G rows of one
+    first: Verdicts  # P * G
+    second: Verdicts | None  # B; None: single-turn
+    offline: bool  # the first attempts are not the policy's own
+
+
+def roll_out(env, sampler, mine, config, base=None) -> Attempts:
+    """Two attempts at each of this rank's problems.
+
+    The second attempt stands on the very ids of the first, and goes on from their cache. With a
+    `base` (a sampler of the base model) that one writes the first attempts, unless the data gives
+    them: they are then not sampled from the policy, and get no gradient.
     """
-    mine = share(len(chosen))
-    problems, prompts = unzip(chosen, mine)
-    P, G, K = len(problems), config.group_size, config.second_attempts
+    G, K = config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    offline = is_offline(step, config)
-    seeds = row_seeds(mine, "first", config.seed, step, each=G)
-    first = first_attempts(
-        base_sampler if offline else sampler, tokenizer, task, problems, prompts, G, seeds, limits
-    )
-    rows = [problem for problem in problems for _ in range(G)]
-    r1 = grade(tokenizer, task, first, 0, rows)[1].view(P, G)
+    y1 = env.first_attempts(base or sampler, mine.items, G, mine.seeds("first", G), **limits)
+    r1 = env.verdicts(y1, 0, mine.items)
     if config.single_turn:
-        return first, r1, None
-    if offline:
-        seeds = row_seeds(mine, "second", config.seed, step, each=G * K)
-        second = encode_and_answer(sampler, tokenizer, task.correct, first, K, seeds, limits)
-    else:
-        second = sampler.extend(
-            first, follow_up_ids(tokenizer, task.correct, first.last_ids()), K, **limits
-        )
-    rows = [problem for problem in rows for _ in range(K)]
-    r2 = grade(tokenizer, task, second, 1, rows)[1].view(P, G, K)
-    return second, r1, r2
-
-
-def encode_and_answer(
-    sampler, tokenizer, message: str, first, group_size: int, seeds, limits: dict
-):
-    """Second attempts after another model's rollout: one of two turns, in which only the second was
-    sampled."""
-    seams = follow_up_ids(tokenizer, message, first.last_ids())
-    prompts = [spoken + seam for spoken, seam in zip(first.row_ids(), seams, strict=True)]
-    second = sampler.generate(prompts, group_size, seeds=seeds, **limits)
-    second.turn += second.turn >= 0
-    second.stopped = torch.cat([first.stopped[second.parents], second.stopped], dim=1)
-    return second
+        return Attempts(y1, r1, None, offline=False)
+    seeds = mine.seeds("second", G * K)  # for first attempts of another model; ours have their own
+    y2 = sampler.extend(y1, env.follow_up(y1, "correct"), K, seeds=seeds, **limits)
+    r2 = env.verdicts(y2, 1, mine.items)
+    return Attempts(y2, r1, r2, offline=base is not None)
 
 
 def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, Tensor | None]:
@@ -155,57 +141,56 @@ def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, 
     if r2 is None:
         return r1, None
     if stage == 1:
-        first, second = torch.zeros_like(r1), r2
+        first, second = torch.zeros_like(r1), r2  # Eq. 3: its KL alone moves the first attempt
     else:
-        first, second = r1, r2 + config.alpha * (r2 - r1[..., None])
+        first, second = r1, r2 + config.alpha * (r2 - r1[..., None])  # Eq. 4 and the bonus
     return first + config.gamma * second.mean(-1), second
 
 
-def turn_advantages(
-    r1: Tensor, r2: Tensor | None, stage: int, config, offline: bool = False
-) -> Tensor:
-    """The advantage of every token of each turn: (B, turns). Offline, the first attempt has
-    none."""
+def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline=False) -> Tensor:
+    """The advantage of every token of each turn: (B, turns). Offline, the first attempt has none.
+
+    A second attempt is compared with the K after the same first one, or where there is just one
+    with those of its problem.
+    """
     first, second = returns(r1, r2, stage, config)
     first = subtract_baseline(first, config.baseline)
     if second is None:
         advantages = first.reshape(-1, 1)
     else:
         P, G, K = second.shape
-        second = subtract_baseline(
-            second.view(P * G, K) if K > 1 else second.view(P, G), config.baseline
-        )
+        siblings = second.view(P * G, K) if K > 1 else second.view(P, G)
+        second = subtract_baseline(siblings, config.baseline)
         first = first[..., None].expand(P, G, K) * (not offline)
         advantages = torch.stack([first.reshape(-1), second.reshape(-1)], dim=1)
     if config.normalise == "none":
         return advantages
-    # an idle turn doesn't count in the joint deviation
-    trained = advantages.ne(0).any(dim=0).expand_as(advantages)
-    return divide_by_std(
-        advantages, 0 if config.normalise == "per_turn" else None, trained.to(advantages)
-    )
+    # a turn that is not trained doesn't count in the joint deviation
+    trained = advantages.ne(0).any(dim=0).expand_as(advantages).to(advantages)
+    return divide_by_std(advantages, 0 if config.normalise == "per_turn" else None, trained)
 
 
 def turn_kl_coefs(stage: int, beta2: float, config) -> list[float]:
-    """Stage I holds the first attempt with beta2 (Eq. 3); everything else has the ordinary beta1
-    (Eq. 2, 4)."""
-    return [beta2 if stage == 1 else config.beta1, config.beta1]
+    """Stage I holds the first attempt with beta2 (Eq. 3); all else has the ordinary beta1."""
+    return [beta2 if stage == 1 else config.beta1, config.beta1]  # Eq. 2 and 4
 
 
 def adapt_beta2(beta2: float, kl: float | None, config) -> float:
-    """Stronger by half when the first attempt's KL is beyond 1.5 targets, weaker when it is below 1
-    / 1.5."""
+    """Half as much again when the first attempt's KL is beyond 1.5 targets, less below 1 / 1.5."""
     if config.kl_target is None or kl is None:
         return beta2
-    return beta2 * (
-        1.5 if kl > 1.5 * config.kl_target else 1 / 1.5 if kl < config.kl_target / 1.5 else 1.0
-    )
+    if kl > 1.5 * config.kl_target:
+        return beta2 * 1.5
+    return beta2 * (1 / 1.5 if kl < config.kl_target / 1.5 else 1.0)
 
 
-def make_batch(rollout, r1, r2, stage: int, beta2: float, config, offline: bool = False) -> Batch:
+def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
     """Verdicts -> an advantage and a KL weight for every sampled token."""
-    r1, r2 = gather(r1), None if r2 is None else gather(r2)
-    advantages = turn_advantages(r1, r2, stage, config, offline)
+    rollout, first, second, offline = attempts
+    r1, r2 = gather(first.right).view(-1, config.group_size), None  # (P, G), of all ranks
+    if second is not None:
+        r2 = gather(second.right).view(*r1.shape, config.second_attempts)  # (P, G, K)
+    advantages = turn_advantages(r1, r2, stage, config, offline)  # (B, turns)
     kl_coefs = torch.tensor(turn_kl_coefs(stage, beta2, config)).expand(len(advantages), 2)
     figures = {"stage": stage, "beta2": beta2}
     if r2 is not None:
@@ -255,28 +240,18 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         check(config)
         check_run(config)
-        task, sampler, tokenizer, splits = prepare(
-            config, {"train": None, "validation": config.final_problems}
-        )
-        if task.given:
-            # another model's first attempts in every step
-            config = replace(config, offline_ratio=1.0)
+        env, sampler, splits = prepare(config, {"train": None, "validation": config.final_problems})
+        if env.task.given:
+            config = replace(config, offline_ratio=1.0)  # the data's first attempts in every step
             check(config)
+        look_at = partial(look, env, config, "self_correct")
         if not config.resume:
-            probe(
-                sampler,
-                tokenizer,
-                task,
-                splits["train"],
-                config,
-                "self_correct",
-                probed_figures(task, config),
-            )
-        run = open_run(config, contents_of(sampler.model, tokenizer, **splits))
+            keys = probed_figures(env.task, config)
+            probe(partial(look_at, sampler), splits["train"], config, keys)
+        run = open_run(config, contents_of(env, sampler.model, splits))
         scorer = make_scorer(sampler.model, config)
-    shared = (tokenizer, task, *zip(*splits["validation"], strict=True), config)
-    offline = config.offline_ratio and not task.given
-    base_sampler = load_sampler(config.model, tokenizer, config) if offline else sampler
+    offline = config.offline_ratio and not env.task.given
+    base = load_sampler(config.model, env, config) if offline else sampler
 
     def step_batch(step: int, state: dict) -> Batch:
         stage = stage_of(step, config)
@@ -284,29 +259,17 @@ def main(config: Config) -> None:
             scorer.reference.load_state_dict(scorer.model.state_dict())
         if stage == 1 and "last" in state:
             state["beta2"] = adapt_beta2(state["beta2"], state["last"].get("kl_t1"), config)
-        chosen = pick_problems(splits["train"], config.seed, step, config.problems)
-        rollout, r1, r2 = roll_out(sampler, base_sampler, tokenizer, task, chosen, step, config)
-        rollout.cache = None  # its memory is wanted for the update
-        return make_batch(rollout, r1, r2, stage, state["beta2"], config, is_offline(step, config))
+        mine = draw(splits["train"], config.problems, config.seed, step)
+        writer = base if is_offline(step, config) else None
+        attempts = roll_out(env, sampler, mine, config, writer)
+        attempts.rollout.cache = None  # its memory is wanted for the update
+        return make_batch(attempts, stage, state["beta2"], config)
 
-    evaluate_now = watcher(sampler, *shared, "self_correct")
-    steps = config.stage1_steps + config.stage2_steps
-    train(
-        config,
-        run,
-        scorer,
-        sampler,
-        tokenizer,
-        steps,
-        step_batch,
-        evaluate_now,
-        {"beta2": config.beta2},
-    )
-    models = before_and_after(run, config).items()
-    results = {
-        name: evaluate_both(load_sampler(path, tokenizer, config), *shared) for name, path in models
-    }
-    report(run, results, len(splits["validation"]))
+    watch = watcher(partial(look_at, sampler), splits["validation"], config)
+    state = {"beta2": config.beta2}
+    train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), state)
+    results = before_and_after(look_at, run, env, splits["validation"], config)
+    conclude(run, results, len(splits["validation"]))
     distributed.finish()
 
 

@@ -30,11 +30,13 @@ from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import score
-from tasks.base import enumerate_steps, tiny_splits
+from tasks.tiny import enumerate_steps, tiny_splits
 from training.checkpoint import save_model
 from training.flags import exit_on_bad_input, flag, parse_args
 
-WORDS = "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry + - * / = ;".split()
+WORDS = (
+    "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry + - * / = ;"
+).split()
 VOCABULARY = {word: i for i, word in enumerate(WORDS + [str(n) for n in range(100)])}
 NUMBER = VOCABULARY["0"]  # id of the number 0; n is NUMBER + n
 CHAT_TEMPLATE = (

@@ -237,7 +237,8 @@ def newest_state(run: Path, skip_damaged: bool) -> Path | None:
             return state
         if not skip_damaged:
             raise ValueError(
-                f"--resume: {state} is damaged ({fault}): take the one before it with --skip_damaged"
+                f"--resume: {state} is damaged ({fault}): "
+                "take the one before it with --skip_damaged"
             )
         print(f"{state} is damaged ({fault}) and set aside", file=sys.stderr)
         aside = state.with_name(f"damaged_{state.name}")

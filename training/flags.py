@@ -30,26 +30,30 @@ class TaskConfig:
     )
     data: str | None = flag(
         None,
-        "problems: a JSONL or JSON file, hub:NAME[:CONFIG], or train=...,test=... with one of these each; default: the "
-        "task's own. One file is split by a hash of its content, 80/10/10 (MBPP: by task_id, as published)",
+        "problems: a JSONL or JSON file, hub:NAME[:CONFIG], or train=...,test=... with one of "
+        "these each; default: the task's own. One file is split by a hash of its content, 80/10/10 "
+        "(MBPP: by task_id, as published)",
     )
     prompts: str | None = flag(
         None, "JSON file that replaces some of the task's prompts; prompts.py has their names"
     )
     shots: int | None = flag(
         None,
-        "few-shot examples, from the train split (MBPP: from task_id 1 to 10); default: 3 for mbpp, else 0",
+        "few-shot examples, from the train split (MBPP: from task_id 1 to 10); default: 3 for "
+        "mbpp, else 0",
     )
     shots_file: str | None = flag(
         None, "take the examples from this file instead; a `response` in it is shown as it is"
     )
     unsafe: bool = flag(
         False,
-        "run programs of code tasks even where the sandbox can't hold them: they can do what you can do",
+        "run programs of code tasks even where the sandbox can't hold them: "
+        "they can do what you can do",
     )
     dtype: str | None = flag(
         None,
-        "with torchrun: what the models compute in; weights and optimiser are float32. Default: bfloat16 on GPUs",
+        "with torchrun: what the models compute in; weights and optimiser are float32. "
+        "Default: bfloat16 on GPUs",
         choices=("float32", "bfloat16"),
     )
 
@@ -76,7 +80,8 @@ class TrainConfig(TaskConfig):
     )
     hsdp: int = flag(
         1,
-        "with torchrun: copies of the weights, each spread over its own ranks; one for each node, say",
+        "with torchrun: copies of the weights, each spread over its own ranks; "
+        "one for each node, say",
     )
     cpu_offload: bool = flag(False, "with torchrun: weights and optimiser stay in the CPU's memory")
     max_skipped: int = flag(

@@ -1,0 +1,55 @@
+"""A file of failures: wrong first attempts as exact ids, for RRR to reflect on."""
+
+import json
+from pathlib import Path
+
+from tasks.sources import naming, read_rows, take
+from training.checkpoint import write_text
+from training.distributed import on_first
+from training.models import fingerprint
+
+
+def write_failures(path: Path, failures: list[dict], success: float, model, config) -> None:
+    """A new file, complete or not at all; its first line says where the failures came from."""
+    origin = {"model": config.model, "fingerprint": fingerprint(model), "task": config.task}
+    origin |= {"seed": config.seed, "success_rate": success}
+    lines = [{"origin": origin}, *failures]
+    on_first(write_text, path, "".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{len(failures)} failures, success rate {success:.3f}: {path}")
+
+
+def read_failures(path: str, env, sampler, config) -> list[dict]:
+    """The failures of a file, of this model and task. All else is a ValueError naming the line."""
+    (where, head), *rows = read_rows(path)
+    with naming(where):
+        (origin,) = take(head, origin=dict)
+    expected = {"task": config.task, "fingerprint": fingerprint(sampler.model)}
+    if any(origin.get(key) != value for key, value in expected.items()):
+        was = f"of model {origin.get('model')} on task {origin.get('task')}"
+        raise ValueError(
+            f"{path} has failures {was}, not of --model and --task: collect their own "
+            "with --collect"
+        )
+    if not rows:
+        raise ValueError(f"{path} has no failures: collect some with --collect")
+    after = len(env.seam("reflect") + env.seam("retry"))
+    after += config.max_reflection_tokens + config.max_new_tokens
+    for where, failure in rows:
+        with naming(where):
+            check_failure(failure, env, sampler, after)
+    return [failure for _, failure in rows]
+
+
+def check_failure(failure: dict, env, sampler, after: int) -> None:
+    """ValueError if it is not a failure of this tokenizer with room for `after` tokens after it."""
+    problem, prompt, answer = take(failure, problem=dict, prompt_ids=list, answer_ids=list)
+    try:
+        known = [prompt] == env.prompts([problem])
+    except (KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError("field 'prompt_ids' is not this tokenizer's prompt of 'problem'")
+    if not all(type(i) is int and 0 <= i < len(sampler.is_stop) for i in answer):
+        raise ValueError(f"field 'answer_ids' must be ids below {len(sampler.is_stop)}")
+    if len(prompt) + len(answer) + after > sampler.limit:
+        raise ValueError(f"with {after} tokens after it, it exceeds {sampler.limit} positions")

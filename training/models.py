@@ -1,0 +1,176 @@
+"""Loading a causal language model, and making of it the policy that is trained.
+
+Bytes of memory that a rank of torchrun needs, of N parameters, V words, width H, L layers with K
+key-value heads of size D, for S ranks that share one copy (all, or with --hsdp those of a copy),
+computing in c bytes (bfloat16: 2):
+
+    always      (4 + 8 + 4) N / S    weights, Adam's moments, the reference: float32
+    sampling    c N  +  2 c L K D t  a whole copy; the cache of t tokens
+    updating    4 N / S              gradients
+                (2 + 1) c E          embedding and head (E = V H, untied 2 V H) of both models,
+                                     with gradient
+                5 c N / L            blocks that are gathered and reduced
+                6 * 4 * 2^24         logits: a chunk, in float32, and what is made of it
+                c L H m + 34 c H m   with --checkpointing: m tokens of a micro-batch at each block,
+                                     and all that is kept of one
+
+The peak is the first line and the larger of the other two. bench/memory.py prints it for some
+models.
+"""
+
+import copy
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from training import distributed
+from training.scorer import Scorer
+
+ROOT = Path(__file__).resolve().parent.parent
+logging.disable_progress_bar()  # "Loading weights" on every load
+WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def compute_dtype(config) -> torch.dtype:
+    """What the models compute in: float32; with torchrun on GPUs bfloat16; or what --dtype says.
+
+    ValueError for flags that make no sense with this number of processes.
+    """
+    usual = {"dtype": None, "hsdp": 1, "cpu_offload": False}
+    asked = [f"--{name}" for name, value in usual.items() if getattr(config, name, value) != value]
+    if asked and not distributed.together():
+        raise ValueError(
+            f"{', '.join(asked)}: needs torchrun, on one GPU too: torchrun --nproc-per-node 1 ..."
+        )
+    if distributed.world() % getattr(config, "hsdp", 1):
+        raise ValueError(f"--hsdp {config.hsdp} does not divide the {distributed.world()} ranks")
+    halved = distributed.together() and torch.cuda.is_available()
+    return getattr(torch, config.dtype or ("bfloat16" if halved else "float32"))
+
+
+def load_model(name: str, device: str | None = None, dtype: torch.dtype = torch.float32):
+    """(model, tokenizer) of a local directory or a hub name, in eval mode (no dropout, ever).
+
+    With torchrun the first rank reads it, and every rank gets a whole copy in `dtype`.
+    """
+    source, tokenizer = read_model(name)
+    if distributed.together():
+        model = skeleton(source)
+        for parameter in model.parameters():
+            # not the buffers, which are float32 in every model
+            parameter.data = parameter.data.to(dtype)
+        materialise(model, distributed.device())
+        distributed.send(source, model)
+    else:
+        model = source.to(device or distributed.device())
+    check_head(model, name)
+    return model, tokenizer
+
+
+def read_model(name: str):
+    """(model on the CPU in float32, tokenizer); on all ranks but the first it has no values."""
+    models = []
+
+    def read():
+        model, tokenizer = _read_files(name)
+        models.append(model)
+        return model.config, model.generation_config, tokenizer
+
+    config, generation_config, tokenizer = distributed.on_first(read)
+    return models[0] if models else _without_values(config, generation_config), tokenizer
+
+
+def _read_files(name: str):
+    # the embedded model, say, is found wherever a script is started from
+    path = Path(name) if Path(name).exists() or not (ROOT / name).exists() else ROOT / name
+    looks_local = path.exists() or name.startswith((".", "/", "models/", "runs/"))
+    if looks_local and not (path / "config.json").is_file():
+        raise ValueError(
+            f"--model {name}: no config.json there; give a Hugging Face model directory"
+        )
+    if looks_local and not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
+        raise ValueError(
+            f"--model {name}: no weights there (*.safetensors); was the directory copied whole?"
+        )
+    source = str(path) if path.exists() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        return model, tokenizer
+    except Exception as error:  # whatever a damaged file or an unknown name makes of itself
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"--model {name} can't be loaded: {reason[:300]}") from None
+
+
+def skeleton(model):
+    """Another model of the same build, all shapes and no values."""
+    return _without_values(model.config, model.generation_config)
+
+
+def _without_values(config, generation_config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    model.generation_config = generation_config
+    return model
+
+
+def materialise(module: nn.Module, device, buffer_device=None) -> None:
+    """Memory for a module that has no values, which it does not set. Tied weights stay tied."""
+    names = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name.rpartition("."))
+    module.to_empty(device=device)
+    for (first, _, weight), *others in names.values():
+        for owner, _, name in others:
+            setattr(module.get_submodule(owner), name, getattr(module.get_submodule(first), weight))
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(buffer_device or device))
+
+
+def make_scorer(model, config, reference: bool = True) -> Scorer:
+    """The policy to be trained, which starts as the whole `model`, and its frozen reference.
+
+    With torchrun both are spread over the ranks, in float32, and `model` keeps being a copy of the
+    whole policy to sample from: it is given up for each update, and gathered again after it.
+    """
+    if not distributed.together():
+        frozen = copy.deepcopy(model) if reference else None
+        return Scorer(model, frozen, checkpointing=config.checkpointing)
+    distributed.drop_weights(model)
+    source, _ = read_model(config.model)  # again, since `model` may be rounded
+    models, device = [skeleton(source) for _ in range(1 + reference)], distributed.device()
+    scorer = Scorer(*models, checkpointing=config.checkpointing)
+    distributed.shard(scorer, models, compute_dtype(config), config.hsdp, config.cpu_offload)
+    materialise(scorer, "cpu" if config.cpu_offload else device, device)
+    distributed.send(source, *models)
+    del source  # of the first rank, before the next whole copy
+    distributed.gather_weights(scorer.model, model)
+    return scorer
+
+
+@torch.no_grad()
+def check_head(model, name: str) -> None:
+    """Refuses models that scale or cap their logits after the head: `token_scores` does not."""
+    ids = torch.arange(4, device=model.device)[None]
+    hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+    logits = hidden @ model.get_output_embeddings().weight.T
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    if not torch.allclose(logits, model(input_ids=ids).logits, rtol=tolerance, atol=tolerance):
+        raise ValueError(
+            f"--model {name}: its logits are not hidden @ head.T (a cap, scale or bias); "
+            "not supported"
+        )
+
+
+def fingerprint(model) -> str:
+    """Of the weights: the beginning of every parameter, byte by byte."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        beginning = parameter.detach().flatten()[:256].cpu().float()
+        digest.update(name.encode() + beginning.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""What a script needs before it can train or evaluate: a task, a sampler, prompts that fit, a try.
+
+All bad input is a ValueError here, before any long work.
+"""
+
+from sampler import Sampler
+from tasks.env import Env
+from tasks.loading import load_task
+from training.batches import pick_problems
+from training.models import compute_dtype, load_model
+
+
+def prepare(config, limits: dict[str, int | None]) -> tuple[Env, Sampler, dict[str, list]]:
+    """(env, sampler, {split: problems}) by a script's flags.
+
+    `limits` names the splits and how many problems of each to take (None: all).
+    """
+    task, problems = load_task(config, limits)
+    splits = {name: problems[name][:limit] for name, limit in limits.items()}
+    model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
+    sampler, env = Sampler(model, tokenizer), Env(task, tokenizer)
+    for some in splits.values():
+        require_room(env, sampler, some, config)
+    return env, sampler, splits
+
+
+def load_sampler(name: str, env: Env, config) -> Sampler:
+    return Sampler(load_model(name, dtype=compute_dtype(config))[0], env.tokenizer)
+
+
+def require_room(env: Env, sampler, problems: list[dict], config) -> None:
+    """ValueError if a conversation might not fit the model's context, or its turns can't end."""
+    stop = env.seam("correct")[0]
+    if not sampler.is_stop[stop]:
+        end = env.tokenizer.decode([stop])
+        raise ValueError(
+            f"the chat template ends a turn with {end!r}, where the model does not stop: "
+            "add it to its eos"
+        )
+    follows, prompts = env.tokens_after(config), env.prompts(problems)
+    pairs = zip(prompts, problems, strict=True)
+    spoken = [len(prompt) + len(env.given_ids(problem)) for prompt, problem in pairs]
+    longest = max(range(len(prompts)), key=lambda i: spoken[i])
+    if spoken[longest] + follows > sampler.limit:
+        raise ValueError(
+            f"problem {longest}: a prompt of {spoken[longest]} tokens and up to {follows} after it "
+            f"don't fit the model's context of {sampler.limit}: lower --shots or the token limits, "
+            "or leave it out"
+        )
+
+
+def probe(look, problems: list[dict], config, keys=("acc_t1", "acc_t2")) -> None:
+    """ValueError if --probe problems are all right or all wrong: there is nothing to learn from.
+
+    look: (problems, temperature) -> (figures, conversations), of the model that is to be trained.
+    keys: the figures that training would reward.
+    """
+    if not config.probe:
+        return
+    chosen = pick_problems(problems, config.seed, 0, min(config.probe, len(problems)))
+    figures, _ = look(chosen, config.temperature)
+    rates = {key: figures.get(key, 1.0) for key in keys}  # no failure: there is nothing to retry
+    if {*rates.values()} in ({0.0}, {1.0}):
+        shown = ", ".join(f"{key} {rate:.0%}" for key, rate in rates.items())
+        harder = "harder data"
+        easier = "--shots 3, easier data, more --max_new_tokens or a bigger model"
+        raise ValueError(
+            f"no signal: of {len(chosen)} training problems at T = {config.temperature:g}, {shown} "
+            f"({figures['truncated']:.0%} of answers cut off). Try "
+            f"{easier if 0.0 in rates.values() else harder}"
+            "; or train all the same with --probe 0"
+        )

@@ -1,5 +1,6 @@
-"""MBPP-R rows from a model's own wrong programs: `python bench/make_mbpp_r.py EVALUATION.json
-MBPP.jsonl OUT.jsonl`.
+"""MBPP-R's rows from a model's own wrong programs.
+
+    python bench/make_mbpp_r.py EVALUATION.json MBPP.jsonl OUT.jsonl
 
 EVALUATION.json is what `evaluate.py --task mbpp --output` wrote, of any model; every wrong first
 attempt with a program in it becomes the given first attempt of an offline repair problem.

@@ -1,9 +1,8 @@
-"""Verifiers against real gold answers: what must be right is, what must be wrong is not, and how
-many a second.
+"""Verifiers against real gold answers: what must be right is, what must be wrong is not.
 
 `checks(folder)` runs them all over the JSONL files in `folder`; each is a row of a table. As a
-script it prints that table, and what a verdict on code costs beside a fresh interpreter: `python
-bench/verifier_checks.py DATA_DIR`.
+script it prints that table, with verdicts a second, and what a verdict on code costs beside a
+fresh interpreter: `python bench/verifier_checks.py DATA_DIR`.
 """
 
 import argparse
@@ -19,7 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from verifiers import verify_batch, verify_code, verify_countdown, verify_function_call, verify_math  # noqa: E402
+from verifiers import (  # noqa: E402
+    verify_batch,
+    verify_code,
+    verify_countdown,
+    verify_function_call,
+    verify_math,
+)
 
 BFCL = ("bfcl_simple_python", "bfcl_multiple", "bfcl_parallel", "bfcl_parallel_multiple")
 
@@ -27,17 +32,14 @@ BFCL = ("bfcl_simple_python", "bfcl_multiple", "bfcl_parallel", "bfcl_parallel_m
 def checks(folder: Path, workers: int = 2) -> list[dict]:
     rows = [math_gold(folder, workers), *gsm8k(folder, workers), *countdown(folder)]
     rows += [row for name in BFCL for row in function_calls(folder, name)]
-    return (
-        rows + code("MBPP", mbpp(folder), workers) + code("HumanEval", humaneval(folder), workers)
-    )
+    rows += code("MBPP", mbpp(folder), workers)
+    return rows + code("HumanEval", humaneval(folder), workers)
 
 
 def measure(check: str, verify, pairs: list[tuple], expected: bool, workers: int = 1) -> dict:
-    """{check, expected, as_expected, of, per_second, failures}: verdicts on (text, problem)
-    pairs."""
+    """{check, expected, as_expected, of, per_second, failures} of verdicts on (text, problem)."""
     texts, problems = zip(*pairs)
-    # processes are started outside the clock
-    verify_batch(verify, texts[:workers], problems[:workers], workers)
+    verify_batch(verify, texts[:workers], problems[:workers], workers)  # starts the processes
     start = time.perf_counter()
     verdicts = verify_batch(verify, texts, problems, workers)
     seconds = time.perf_counter() - start
@@ -61,14 +63,11 @@ def math_gold(folder: Path, workers: int) -> dict:
 
 
 def gsm8k(folder: Path, workers: int) -> list[dict]:
-    pairs = []
-    for row in read(folder, "gsm8k_test"):
-        pairs.append(
-            (
-                row["answer"].replace("####", "The final answer is"),
-                row["answer"].rpartition("#### ")[2],
-            )
-        )
+    solutions = [row["answer"] for row in read(folder, "gsm8k_test")]
+    pairs = [
+        (solution.replace("####", "The final answer is"), solution.rpartition("#### ")[2])
+        for solution in solutions
+    ]
     wrong = [(f"\\boxed{{{int(gold.replace(',', '')) + 1}}}", gold) for _, gold in pairs]
     return [
         measure("GSM8K: solutions", verify_math, pairs, True, workers),
@@ -108,8 +107,7 @@ def function_calls(folder: Path, name: str) -> list[dict]:
 
 
 def plain(wanted: dict) -> dict:
-    """An object of lists of accepted values -> the first accepted value of each that is not "",
-    which means none."""
+    """Lists of accepted values -> the first of each that is not "", which means none."""
 
     def value(accepted):
         if isinstance(accepted, dict):
@@ -124,8 +122,7 @@ def plain(wanted: dict) -> dict:
 
 
 def one_value_changed(calls: list[dict]):
-    """`calls` once for every string, number, true, false and null in it, each time with that one
-    changed."""
+    """`calls` once for every string, number, true, false and null in it, with that one changed."""
     calls = copy.deepcopy(calls)
 
     def visit(holder, key):
@@ -147,11 +144,11 @@ def one_value_changed(calls: list[dict]):
 
 def mbpp(folder: Path) -> list[tuple]:
     """(program, (tests, entry point)), the challenge tests too where there are some."""
-    rows = read(folder, "mbpp")
-    tests = [
-        [row["test_setup_code"], *row["test_list"], *row["challenge_test_list"]] for row in rows
-    ]
-    return [(row["code"], ("\n".join(all_), None)) for row, all_ in zip(rows, tests)]
+    pairs = []
+    for row in read(folder, "mbpp"):
+        tests = [row["test_setup_code"], *row["test_list"], *row["challenge_test_list"]]
+        pairs.append((row["code"], ("\n".join(tests), None)))
+    return pairs
 
 
 def humaneval(folder: Path) -> list[tuple]:
@@ -182,18 +179,16 @@ def without_bodies(program: str) -> str:
 
 
 def cost_of_code(folder: Path, count: int = 100) -> dict[str, list[float]]:
-    """Seconds of single verdicts, in turn: in the sandbox, and by an interpreter started for each
-    with -I -S."""
+    """Seconds of single verdicts, in turn: by the sandbox, and by a new `python -I -S` for each."""
     seconds = {"sandbox": [], "fresh interpreter": []}
     for program, (tests, _) in mbpp(folder)[:count]:
+        start = time.perf_counter()
+        verify_code(program, tests)
+        seconds["sandbox"].append(time.perf_counter() - start)
         command = [sys.executable, "-I", "-S", "-c", f"{program}\n{tests}"]
-        for name, run in (
-            ("sandbox", lambda: verify_code(program, tests)),  # noqa: B023
-            ("fresh interpreter", lambda: subprocess.run(command, check=True, capture_output=True)),  # noqa: B023
-        ):
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds["fresh interpreter"].append(time.perf_counter() - start)
     return seconds
 
 
@@ -214,21 +209,15 @@ def main(config: Config) -> None:
     ]
     print_table(("check", "expected", "as expected", "verdicts/s"), table)
     seconds = cost_of_code(config.folder)
-    milliseconds = {
-        name: round(1000 * statistics.median(values), 2) for name, values in seconds.items()
-    }
-    print_table(("a verdict on code", "ms, median"), list(milliseconds.items()))
-    checked = {
-        r["check"]: {key: r[key] for key in ("expected", "as_expected", "of", "per_second")}
-        for r in rows
-    }
-    speedup = ratio(seconds["fresh interpreter"], seconds["sandbox"])
-    config.folder = str(config.folder)
+    medians = {name: round(1000 * statistics.median(each), 2) for name, each in seconds.items()}
+    print_table(("a verdict on code", "ms, median"), list(medians.items()))
+    config.folder = str(config.folder)  # JSON has no paths
+    kept = ("expected", "as_expected", "of", "per_second")
     finish(
         config,
-        checks=checked,
-        milliseconds=milliseconds,
-        speedup_code_over_fresh_interpreter=speedup,
+        checks={row["check"]: {key: row[key] for key in kept} for row in rows},
+        milliseconds=medians,
+        speedup_code_over_fresh_interpreter=ratio(seconds["fresh interpreter"], seconds["sandbox"]),
     )
 
 

@@ -24,9 +24,9 @@ SPLITS = ("train", "validation", "test")
 
 
 def content_hash(key: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest(), "big"
-    )
+    """64 bits that are the same on every machine and in every run."""
+    digest = hashlib.blake2b(key.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def split_of(key: str) -> str:
@@ -35,15 +35,16 @@ def split_of(key: str) -> str:
 
 
 def load_splits(task, data: str | None, seed: int, wanted: Iterable[str]) -> dict[str, list[dict]]:
-    """{split: problems}, at least those `wanted`; "examples" has what a publisher keeps for
-    few-shot prompts.
+    """{split: problems}, at least those `wanted`.
 
-    Any bad input is a ValueError that names file, line and field.
+    "examples" has what a publisher keeps for few-shot prompts. Any bad input is a ValueError that
+    names file, line and field.
     """
     if data is None:
         if task.generate is None:
             raise ValueError(
-                f"task '{task.name}' has no problems of its own: give --data, for example {task.source}"
+                f"task '{task.name}' has no problems of its own: "
+                f"give --data, for example {task.source}"
             )
         return {split: task.generate(split, seed) for split in wanted}
     if task.parse is None:
@@ -55,8 +56,8 @@ def load_splits(task, data: str | None, seed: int, wanted: Iterable[str]) -> dic
     for split in wanted:
         if not splits[split]:
             raise ValueError(
-                f"--data {data}: none of its {len(rows)} problems is in the {split} split: add more, or name a file "
-                f"for it ({split}=FILE)"
+                f"--data {data}: none of its {len(rows)} problems is in the {split} split: "
+                f"add more, or name a file for it ({split}=FILE)"
             )
     return splits
 
@@ -65,7 +66,7 @@ def place(task, rows: list[tuple[str | None, str, dict]]) -> dict[str, list[dict
     """Rows of (the split they were given for, where they stand, row) -> {split: problems}."""
     given_splits = {given for given, _, _ in rows}
     splits = {name: [] for name in (*SPLITS, "examples")}
-    seen = {}
+    seen = {}  # {hash of a problem: (its split, where it stands)}
     for given, where, row in rows:
         with naming(where):
             problem = task.parse(row)
@@ -98,10 +99,13 @@ def naming(where: str):
 
 
 def take(row: dict, **kinds: type) -> list:
-    """The values of a row's fields. One that is missing, of another kind or an empty text or list
-    is a ValueError."""
+    """The values of a row's fields.
+
+    One that is missing, of another kind or an empty text or list is a ValueError.
+    """
     names = {str: "text", list: "list", dict: "object", int: "whole number"}
     for field, kind in kinds.items():
+        # isinstance would take true for a whole number
         if type(row.get(field)) is not kind or row[field] in ("", []):
             raise ValueError(f"field '{field}' is missing, empty or no {names[kind]}")
     return [row[field] for field in kinds]
@@ -109,16 +113,17 @@ def take(row: dict, **kinds: type) -> list:
 
 def read_sources(data: str) -> list[tuple[str | None, str, dict]]:
     """(split or None, where, row) of all that --data names."""
-    if not re.match(rf"({'|'.join(SPLITS)})=", data):
-        return [
-            (split, where, row) for split, rows in read_source(data).items() for where, row in rows
-        ]
     found, named = [], set()
+    if not re.match(rf"({'|'.join(SPLITS)})=", data):
+        for split, rows in read_source(data).items():
+            found += [(split, where, row) for where, row in rows]
+        return found
     for part in data.split(","):
         split, _, source = part.partition("=")
         if split not in SPLITS or split in named or not source:
             raise ValueError(
-                f"--data {data}: '{part}' is not SPLIT=SOURCE, with each of {', '.join(SPLITS)} at most once"
+                f"--data {data}: '{part}' is not SPLIT=SOURCE, "
+                f"with each of {', '.join(SPLITS)} at most once"
             )
         named.add(split)
         parts = read_source(source)
@@ -130,8 +135,7 @@ def read_sources(data: str) -> list[tuple[str | None, str, dict]]:
 
 
 def read_source(source: str) -> dict[str | None, list[tuple[str, dict]]]:
-    """{split: [(where, row)]} of a hub dataset of several splits; all under None if there are
-    none."""
+    """{split: [(where, row)]} of a hub dataset of several splits; else all under None."""
     if not source.startswith("hub:"):
         return {None: read_rows(source)}
     _, name, *config = source.split(":", 2)
@@ -141,31 +145,25 @@ def read_source(source: str) -> dict[str | None, list[tuple[str, dict]]]:
         raise ValueError(f"{source} needs the package datasets: pip install datasets") from None
     try:
         parts = load_dataset(name, *config)
-    # no network, no such name, no right to it: the library's own words say which
-    except Exception as error:
-        raise ValueError(
-            f"{source} can't be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
-    rows = {
-        split: [
-            (f"{source}, {split} row {number}", dict(row)) for number, row in enumerate(part, 1)
-        ]
-        for split, part in parts.items()
-    }
-    return rows if len(rows) > 1 else {None: next(iter(rows.values()))}
+    except Exception as error:  # no network, no such name, no right to it: its own words say which
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source} can't be loaded: {reason}") from None
+    found = {}
+    for split, part in parts.items():
+        rows = enumerate(part, 1)
+        found[split] = [(f"{source}, {split} row {number}", dict(row)) for number, row in rows]
+    return found if len(found) > 1 else {None: next(iter(found.values()))}
 
 
 def read_rows(path: str) -> list[tuple[str, dict]]:
     """(where, row) of every object in a JSONL file, or in a JSON file with one list."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        rows = [
-            (f"{path}, item {number}", row) for number, row in enumerate(parse_json(text, path), 1)
-        ]
+        items = enumerate(parse_json(text, path), 1)
+        rows = [(f"{path}, item {number}", row) for number, row in items]
     else:
-        lines = [
-            (f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1)
-        ]
+        lines = enumerate(text.split("\n"), 1)  # splitlines() would break at U+2028 in a text
+        lines = [(f"{path}, line {number}", line) for number, line in lines]
         rows = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{path}: no problems in it")

@@ -1,5 +1,4 @@
-"""verify_function_call: what is one list of calls, when two values are the same, and which call
-answers which."""
+"""verify_function_call: what is a list of calls, which values are equal, which call is which."""
 
 import json
 
@@ -27,36 +26,39 @@ def test_one_json_list_is_read(response):
 
 
 @pytest.mark.parametrize("response", [
-    "", "null", "{}", "[]", TEXT[1:-1], f"Here: {TEXT}", f"{TEXT} done", f"{TEXT} {TEXT}", f"[{TEXT}]",
-    f"{TEXT}</think>",
-    f"```json\n```json\n{TEXT}\n```\n```", f"Sure.\n```json\n{TEXT}\n```", f"```json\n{TEXT}\n```\nDone.", f"`{TEXT}`",
+    "", "null", "{}", "[]", TEXT[1:-1], f"Here: {TEXT}", f"{TEXT} done", f"{TEXT} {TEXT}",
+    f"[{TEXT}]", f"{TEXT}</think>", f"```json\n```json\n{TEXT}\n```\n```",
+    f"Sure.\n```json\n{TEXT}\n```", f"```json\n{TEXT}\n```\nDone.", f"`{TEXT}`",
     f"```json\n{TEXT}", f"\ufeff{TEXT}", f"\u00a0{TEXT}", TEXT.replace('"', "'"), TEXT[:-1] + ",]",
-    TEXT.replace("{", '{"id": 1, ', 1), TEXT.replace('"name": "f", ', ""), TEXT.replace('"f"', "null"),
-    TEXT.replace('"f"', '"F"'), TEXT.replace('"f"', '"f "'), TEXT.replace("Paris", "paris"),
-    TEXT.replace("Paris", "Paris\n"),
-    TEXT.replace('"f"', '"g", "name": "f"'), TEXT.replace("3}", '3, "days": 3}'), TEXT.replace("3}", '3, "x": null}'),
-    TEXT.replace("3", "NaN"), TEXT.replace("3", "Infinity"), TEXT.replace("3", "-Infinity"), TEXT.replace("3", '"3"'),
-    TEXT.replace("3", "true"), TEXT.replace("3", "[3]"), TEXT.replace("3", "3."), TEXT.replace("3", "03"),
-    TEXT.replace("3", "3.0000000000000000000001"), TEXT.replace("3", "1e" + "9" * 30), TEXT.replace("3", "1e999999999"),
-    json.dumps([{"name": "f", "arguments": json.dumps(GOLD[0]["arguments"])}]), TEXT.replace('"city": "Paris", ', ""),
-    f"[{TEXT[1:-1]}, {TEXT[1:-1]}]", "[" * 100_000, "[" * 100_000 + "]" * 100_000, '[{"a":' * 50_000, "9" * 10**6,
-    TEXT.replace("3", "9" * 10**6), TEXT.replace("Paris", "\ud800"), "```" * 10**5, "\x00",
+    TEXT.replace("{", '{"id": 1, ', 1), TEXT.replace('"name": "f", ', ""),
+    TEXT.replace('"f"', "null"), TEXT.replace('"f"', '"F"'), TEXT.replace('"f"', '"f "'),
+    TEXT.replace("Paris", "paris"), TEXT.replace("Paris", "Paris\n"),
+    TEXT.replace('"f"', '"g", "name": "f"'), TEXT.replace("3}", '3, "days": 3}'),
+    TEXT.replace("3}", '3, "x": null}'), TEXT.replace("3", "NaN"), TEXT.replace("3", "Infinity"),
+    TEXT.replace("3", "-Infinity"), TEXT.replace("3", '"3"'), TEXT.replace("3", "true"),
+    TEXT.replace("3", "[3]"), TEXT.replace("3", "3."), TEXT.replace("3", "03"),
+    TEXT.replace("3", "3.0000000000000000000001"), TEXT.replace("3", "1e" + "9" * 30),
+    TEXT.replace("3", "1e999999999"),
+    json.dumps([{"name": "f", "arguments": json.dumps(GOLD[0]["arguments"])}]),
+    TEXT.replace('"city": "Paris", ', ""), f"[{TEXT[1:-1]}, {TEXT[1:-1]}]", "[" * 100_000,
+    "[" * 100_000 + "]" * 100_000, '[{"a":' * 50_000, "9" * 10**6, TEXT.replace("3", "9" * 10**6),
+    TEXT.replace("Paris", "\ud800"), "```" * 10**5, "\x00",
 ])  # fmt: skip
 def test_anything_else_is_false(response):
     assert verify_function_call(response, GOLD) is False
 
 
 @pytest.mark.parametrize("gold, text, same", [
-    (3, "3.0", True), (3.0, "3", True), (0.1, "0.10", True), (0.1, "0.1000000000000000000001", False),
-    (0, "-0.0", True),
-    (10**20, "1e20", True), (1e20, str(10**20), True), (10**20 + 1, "1e20", False), (1e20, str(10**20 + 1), False),
+    (3, "3.0", True), (3.0, "3", True), (0.1, "0.10", True),
+    (0.1, "0.1000000000000000000001", False), (0, "-0.0", True), (10**20, "1e20", True),
+    (1e20, str(10**20), True), (10**20 + 1, "1e20", False), (1e20, str(10**20 + 1), False),
     (2**53 + 1, f"{2**53}.0", False), (1, "true", False), (True, "1", False), (0, "false", False),
-    (False, "0.0", False),
-    (None, "null", True), (None, "false", False), (None, '""', False), (0, "null", False), ("1", "1", False),
-    ([1, 2], "[1, 2.0]", True), ([1, 2], "[2, 1]", False), ([1, 2], "[1]", False), ([1], "[true]", False),
-    ([], "{}", False),
-    ({"a": [1]}, '{"a": [1]}', True), ({"a": [1]}, '{"a": 1}', False), ({"a": 1}, '{"a": 1, "b": 2}', False),
-    ({"a": 1, "b": None}, '{"a": 1}', False), ({"a": 1}, '{"a": 1, "a": 1}', False), ("\ud800", '"\\ud800"', True),
+    (False, "0.0", False), (None, "null", True), (None, "false", False), (None, '""', False),
+    (0, "null", False), ("1", "1", False), ([1, 2], "[1, 2.0]", True), ([1, 2], "[2, 1]", False),
+    ([1, 2], "[1]", False), ([1], "[true]", False), ([], "{}", False),
+    ({"a": [1]}, '{"a": [1]}', True), ({"a": [1]}, '{"a": 1}', False),
+    ({"a": 1}, '{"a": 1, "b": 2}', False), ({"a": 1, "b": None}, '{"a": 1}', False),
+    ({"a": 1}, '{"a": 1, "a": 1}', False), ("\ud800", '"\\ud800"', True),
 ])  # fmt: skip
 def test_values_compare_as_json(gold, text, same):
     response = f'[{{"name": "f", "arguments": {{"x": {text}}}}}]'
@@ -72,13 +74,9 @@ def test_infinity_is_not_json_in_the_gold_either():
 
 def test_calls_compare_as_a_multiset():
     a, b = call(x=1), call(x=2)
-    for given_calls, same in (
-        ([b, a, a], True),
-        ([a, b, b], False),
-        ([a, b], False),
-        ([a, a, b, b], False),
-    ):
-        assert verify_function_call(json.dumps(given_calls), [a, a, b]) is same
+    assert verify_function_call(json.dumps([b, a, a]), [a, a, b])
+    for given_calls in ([a, b, b], [a, b], [a, a, b, b]):
+        assert not verify_function_call(json.dumps(given_calls), [a, a, b])
     assert verify_function_call("[]", [])
 
 
@@ -90,26 +88,23 @@ def test_bfcl_arguments_take_any_accepted_value_and_optional_ones_may_be_missing
         {"size": [1, 2], "unit": "m", "mode": None},
     ):
         assert verify_function_call(json.dumps([call(**arguments)]), gold)
-    for arguments in ({}, {"size": [2, 2]}, {"size": [1, 2], "unit": "M"}, {"size": [1, 2], "other": 1},
-                      {"size": [[1, 2]]},
-                      {"size": [1, 2], "unit": ["m"]}, {"size": [1, 2], "unit": None}, {"size": 1}):  # fmt: skip
+    for arguments in (
+        {},
+        {"size": 1},
+        {"size": [2, 2]},
+        {"size": [[1, 2]]},
+        {"size": [1, 2], "unit": "M"},
+        {"size": [1, 2], "unit": ["m"]},
+        {"size": [1, 2], "unit": None},
+        {"size": [1, 2], "other": 1},
+    ):
         assert not verify_function_call(json.dumps([call(**arguments)]), gold)
     assert not verify_function_call(json.dumps([call("g", size=[1, 2])]), gold)
 
 
 def test_objects_inside_accepted_values_list_accepted_values_too():
-    gold = [
-        {
-            "f": {
-                "where": [
-                    [
-                        {"field": ["age"], "value": [30, "30"], "unit": ["", "years"]},
-                        {"field": ["job"]},
-                    ]
-                ]
-            }
-        }
-    ]
+    age = {"field": ["age"], "value": [30, "30"], "unit": ["", "years"]}
+    gold = [{"f": {"where": [[age, {"field": ["job"]}]]}}]
 
     def verdict(*where):
         return verify_function_call(json.dumps([call(where=list(where))]), gold)
@@ -123,11 +118,9 @@ def test_objects_inside_accepted_values_list_accepted_values_too():
 
 
 def test_a_field_without_a_list_has_one_accepted_value():
-    for x, same in ((1, True), (2, False)):
-        assert (
-            verify_function_call(json.dumps([call(where={"x": x})]), [{"f": {"where": [{"x": 1}]}}])
-            is same
-        )
+    gold = [{"f": {"where": [{"x": 1}]}}]
+    assert verify_function_call(json.dumps([call(where={"x": 1})]), gold)
+    assert not verify_function_call(json.dumps([call(where={"x": 2})]), gold)
 
 
 def test_overlapping_accepted_values_are_matched_and_not_first_come_first_served():
@@ -140,46 +133,32 @@ def test_overlapping_accepted_values_are_matched_and_not_first_come_first_served
 def test_a_thousand_calls_are_matched_without_recursion():
     assert verify_function_call(json.dumps([call()] * 1100), [call()] * 1100)
     gold = [{"f": {"x": [i, i + 1]}} for i in range(200)]
-    for given_calls in (
-        [call(x=i + 1) for i in range(199, -1, -1)],
-        [call(x=i) for i in [*range(1, 200), 0]],
-    ):
+    for values in (range(200, 0, -1), [*range(1, 200), 0]):
+        given_calls = [call(x=x) for x in values]
         assert verify_function_call(json.dumps(given_calls), gold)
         assert not verify_function_call(json.dumps([*given_calls[1:], call(x=300)]), gold)
 
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | FLOATS | st.text(max_size=3),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3)
-    ),
-)
-PIECES = [
-    *"[]{},:-",
-    '"name"',
-    '"arguments"',
-    '"f"',
-    "{}",
-    "1e9",
-    "NaN",
-    "```",
-    "json\n",
-    "</think>",
-]
+SCALARS = st.none() | st.booleans() | st.integers() | FLOATS | st.text(max_size=3)
+
+
+def containers(inner):
+    return st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3)
+
+
+JSON = st.recursive(SCALARS, containers)
+PIECES = st.sampled_from([
+    *"[]{},:-", '"name"', '"arguments"', '"f"', "{}", "1e9", "NaN", "```", "json\n", "</think>",
+])  # fmt: skip
+TEXTS = st.lists(PIECES | st.text(max_size=2), max_size=12).map("".join)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(
-    st.lists(st.sampled_from(PIECES) | st.text(max_size=2), max_size=12).map("".join)
-    | JSON.map(json.dumps)
-)
+@given(TEXTS | JSON.map(json.dumps))
 def test_no_text_makes_verify_function_call_raise(text):
-    for response in (
-        text,
-        f'[{{"name": "f", "arguments": {{"x": {text}}}}}]',
-        f"```json\n{text}\n```",
-    ):
+    argument = f'[{{"name": "f", "arguments": {{"x": {text}}}}}]'
+    for response in (text, argument, f"```json\n{text}\n```"):
         for gold in (GOLD, [{"f": {"x": [1, {"a": [1, ""]}, [{}]]}}]):
             assert verify_function_call(response, gold) in (True, False)
 

@@ -18,15 +18,13 @@ def test_splits_are_disjoint_whatever_the_order_of_the_numbers():
     seen = [{countdown_key(p) for p in split} for split in tiny_splits().values()]
     assert [len(s) for s in seen] == [1500, 1500, 13004]
     assert sum(len(s) for s in seen) == len(set.union(*seen))
-    assert countdown_key({"nums": [3, 1, 2], "target": 6}) == countdown_key(
-        {"nums": [1, 2, 3], "target": 6}
-    )
+    one, same = {"nums": [3, 1, 2], "target": 6}, {"nums": [1, 2, 3], "target": 6}
+    assert countdown_key(one) == countdown_key(same)
 
 
 def test_generated_countdown_splits_are_disjoint_for_any_seeds():
-    train, test = (
-        generate_countdown(s, seed, count=300) for s, seed in (("train", 0), ("test", 1))
-    )
+    train = generate_countdown("train", 0, count=300)
+    test = generate_countdown("test", 1, count=300)
     assert not {countdown_key(p) for p in train} & {countdown_key(p) for p in test}
     assert train == generate_countdown("train", 0, count=300)
 
@@ -54,9 +52,8 @@ def flags(**given):
 
 
 def write(path, rows):
-    path.write_text(
-        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
-    )
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(line + "\n" for line in lines))
     return str(path)
 
 
@@ -93,16 +90,10 @@ BFCL = {
     "question": [[{"role": "user", "content": "Area of a triangle of base 10 and height 5?"}]],
     "function": [{"name": "area", "description": "", "parameters": {}}],
     "ground_truth": [
-        {
-            "area": {
-                "base": [10, "ten"],
-                "height": [5],
-                "unit": ["cm", ""],
-                "at": [{"x": [1], "y": [2, ""]}],
-            }
-        }
+        {"area": {"base": [10, "ten"], "height": [5], "unit": ["cm", ""],
+                  "at": [{"x": [1], "y": [2, ""]}]}},
     ],
-}
+}  # fmt: skip
 XLAM = {
     "query": "Area?",
     "tools": json.dumps([{"name": "area"}]),
@@ -126,13 +117,13 @@ ROWS = {  # of each task, as published
         "code": "def add(a, b):\r\n  return a + b",
         "test_list": ["assert add(1, 2) == 3"],
         "test_setup_code": "",
-    },  # fmt: skip
+    },
     "humaneval": {
         "prompt": 'import math\n\ndef half(x):\n    """Half of x."""\n',
         "canonical_solution": "    return x / 2\n",
         "test": "def check(candidate):\n    assert candidate(3) == 1.5\n",
         "entry_point": "half",
-    },  # fmt: skip
+    },
     "function_call": BFCL,
 }
 ROWS["mbpp_r"] = ROWS["mbpp"] | {"first_attempt": "def add(a, b):\n  return a - b"}
@@ -141,37 +132,35 @@ ROWS["mbpp_r"] = ROWS["mbpp"] | {"first_attempt": "def add(a, b):\n  return a - 
 @pytest.mark.parametrize("name, row", [*ROWS.items(), ("function_call", XLAM)])
 def test_a_few_shot_answer_is_right_and_the_prompt_shows_the_problem(name, row):
     task = TASKS[name]
-    # it is kept in files of failures and conversations
-    problem = json.loads(json.dumps(task.parse(row)))
-    assert (
-        task.verify(task.solution(problem), problem)
-        and task.answer(task.solution(problem), problem) is not None
-    )
+    problem = json.loads(json.dumps(task.parse(row)))  # files of failures keep it so
+    solution = task.solution(problem)
+    assert task.verify(solution, problem) and task.answer(solution, problem) is not None
     for part in task.view.values():
         assert part(problem) in task.prompt(problem)
     assert not task.verify("", problem) and task.answer("", problem) is None
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_the_page_of_a_task_shows_a_row_its_prompt_and_a_right_answer(name):
+    page = sys.modules[f"tasks.{name}"].__doc__.partition("\n\nrow:")[2]
+    row, _, rest = page.partition("\nprompt:")
+    prompt, _, answer = rest.partition("\nanswer:")
+    task = TASKS[name]
+    problem = json.loads(row[row.index("{") : row.rindex("}") + 1])
+    problem = task.parse(problem) if task.parse else problem
+    whole, shown = " ".join(task.prompt(problem).split()), " ".join(prompt.split())
+    assert shown == whole or whole.startswith(shown.removesuffix("..."))
+    answer = answer.partition("\n\n")[0].replace("\n" + " " * 9, "\n").strip()
+    assert task.verify(answer, problem), answer
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_no_text_makes_a_task_raise(name):
     task, rng = TASKS[name], random.Random(0)
     problem = task.parse(ROWS[name]) if name in ROWS else task.generate("train", 0)[0]
-    pieces = [
-        *(
-            "<answer>",
-            "</answer>",
-            "</think>",
-            "\\boxed{",
-            "}",
-            "#### ",
-            "[",
-            "]",
-            "{",
-            '"name": "area"',
-            "]" * 9,
-        ),
-        *("```", "```python\n", "bad ", "1", "+", "null", " ", "\n", "\x00", "\ud800", "٣"),
-    ]
+    pieces = ["<answer>", "</answer>", "</think>", "\\boxed{", "}", "#### ", "[", "]", "{"]
+    pieces += ['"name": "area"', "]" * 9, "```", "```python\n", "bad ", "1", "+", "null", " "]
+    pieces += ["\n", "\x00", "\ud800", "٣"]
     for _ in range(30 if task.published or name == "humaneval" else 300):
         text = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
         assert task.verify(text, problem) in (True, False)
@@ -195,9 +184,8 @@ def test_a_few_shot_call_has_the_first_accepted_values_and_nothing_optional():
 def test_a_wrong_program_given_as_first_attempt_is_the_answer_of_the_first_turn():
     task = TASKS["mbpp_r"]
     problem = task.parse(ROWS["mbpp_r"])
-    assert "a - b" in task.answer(task.given(problem), problem) and not task.verify(
-        task.given(problem), problem
-    )
+    first = task.given(problem)
+    assert "a - b" in task.answer(first, problem) and not task.verify(first, problem)
 
 
 @pytest.mark.parametrize("name, change, field", [
@@ -229,25 +217,19 @@ def countdown_rows(count):
 
 def test_a_files_splits_do_not_depend_on_order_or_format_and_do_not_overlap(tmp_path):
     rows = countdown_rows(60)
-    lines, reverse = (
-        write(tmp_path / "a.jsonl", rows),
-        write(tmp_path / "b.json", [json.dumps(rows[::-1], indent=1)]),
-    )
-    splits, again = (
-        load_task(flags(task="countdown", data=path), SPLITS)[1] for path in (lines, reverse)
-    )
+    lines = write(tmp_path / "a.jsonl", rows)
+    reverse = write(tmp_path / "b.json", [json.dumps(rows[::-1], indent=1)])
+    splits = load_task(flags(task="countdown", data=lines), SPLITS)[1]
+    again = load_task(flags(task="countdown", data=reverse), SPLITS)[1]
     for name in SPLITS:
         assert splits[name] == again[name][::-1] and splits[name]
-    assert sorted(p["target"] for name in SPLITS for p in splits[name]) == [
-        r["target"] for r in rows
-    ]
+    placed = [problem for name in SPLITS for problem in splits[name]]
+    assert sorted(p["target"] for p in placed) == [row["target"] for row in rows]
 
 
 def test_named_files_are_their_splits_and_validation_is_a_tenth_of_train(tmp_path):
-    train, test = (
-        write(tmp_path / "train.jsonl", countdown_rows(60)),
-        write(tmp_path / "test.jsonl", [OTHER]),
-    )
+    train = write(tmp_path / "train.jsonl", countdown_rows(60))
+    test = write(tmp_path / "test.jsonl", [OTHER])
     splits = load_task(flags(task="countdown", data=f"train={train},test={test}"), SPLITS)[1]
     assert splits["test"] == [OTHER] and len(splits["train"]) + len(splits["validation"]) == 60
     assert {split_of(countdown_key(p)) for p in splits["validation"]} == {"validation"}
@@ -257,13 +239,10 @@ def test_named_files_are_their_splits_and_validation_is_a_tenth_of_train(tmp_pat
 
 
 def test_a_problem_in_two_splits_is_named_by_both_places(tmp_path):
-    train, test = (
-        write(tmp_path / "a.jsonl", countdown_rows(3)),
-        write(tmp_path / "b.jsonl", [{"nums": [1, 2], "target": 3}]),
-    )
-    with pytest.raises(
-        ValueError, match=r"b.jsonl, line 1 \(test\) is the problem of .*a.jsonl, line 2 \(train\)"
-    ):
+    train = write(tmp_path / "a.jsonl", countdown_rows(3))
+    test = write(tmp_path / "b.jsonl", [{"nums": [1, 2], "target": 3}])
+    both = r"b.jsonl, line 1 \(test\) is the problem of .*a.jsonl, line 2 \(train\)"
+    with pytest.raises(ValueError, match=both):
         load_task(flags(task="countdown", data=f"train={train},test={test}"), ["train"])
 
 
@@ -271,27 +250,18 @@ def test_a_problem_in_two_splits_is_named_by_both_places(tmp_path):
     "data", ["train=a.jsonl,tset=b.jsonl", "train=a.jsonl,train=b.jsonl", "train="]
 )
 def test_a_mistake_in_naming_splits_is_shown(tmp_path, data):
+    data = data.replace("a.jsonl", write(tmp_path / "a.jsonl", [COUNTDOWN]))
     with pytest.raises(ValueError, match="is not SPLIT=SOURCE"):
-        load_task(
-            flags(
-                task="countdown",
-                data=data.replace("a.jsonl", write(tmp_path / "a.jsonl", [COUNTDOWN])),
-            ),
-            SPLITS,
-        )
+        load_task(flags(task="countdown", data=data), SPLITS)
 
 
 def test_mbpp_keeps_its_published_split_and_its_examples_are_in_none(tmp_path):
-    rows = [
-        ROWS["mbpp"] | {"task_id": i, "text": f"Add {i}."}
-        for i in (1, 2, 10, 11, 510, 511, 600, 601, 974)
-    ]
+    numbers = (1, 2, 10, 11, 510, 511, 600, 601, 974)
+    rows = [ROWS["mbpp"] | {"task_id": n, "text": f"Add {n}."} for n in numbers]
     task, splits = load_task(flags(task="mbpp", data=write(tmp_path / "mbpp.jsonl", rows)), SPLITS)
     ids = {name: [p["task_id"] for p in splits[name]] for name in SPLITS}
     assert ids == {"train": [601, 974], "validation": [511, 600], "test": [11, 510]}
-    assert ["Add 1." in asked for asked, _ in task.shots] == [True, False, False] and len(
-        task.shots
-    ) == 3
+    assert ["Add 1." in asked for asked, _ in task.shots] == [True, False, False]
 
 
 def test_a_task_without_problems_of_its_own_says_where_to_get_some():
@@ -309,11 +279,9 @@ def test_few_shot_examples_leave_the_train_split_and_do_not_depend_on_the_seed(t
     shown = [p for p in bare["train"] if p not in splits["train"]]
     assert {asked for asked, _ in task.shots} == {task.prompt(p) for p in shown} and len(shown) == 4
     assert splits["test"] == bare["test"] and splits["validation"] == bare["validation"]
-    generated = [
-        load_task(flags(task="countdown", shots=2, seed=seed), ["validation"])[0].shots
-        for seed in (0, 1)
-    ]
-    assert generated[0] == generated[1] and len(generated[0]) == 2
+    one, other = (flags(task="countdown", shots=2, seed=seed) for seed in (0, 1))
+    generated = load_task(one, ["validation"])[0].shots
+    assert generated == load_task(other, ["validation"])[0].shots and len(generated) == 2
 
 
 def test_a_file_of_examples_is_shown_with_its_own_responses_and_kept_out_of_every_split(tmp_path):
@@ -322,10 +290,8 @@ def test_a_file_of_examples_is_shown_with_its_own_responses_and_kept_out_of_ever
     own = splits["train"][0] | {"response": "I add. <answer>1 + 1</answer>"}
     examples = write(tmp_path / "shots.jsonl", [own, splits["train"][1]])
     task, left = load_task(flags(task="countdown", data=path, shots_file=examples), SPLITS)
-    assert [answer for _, answer in task.shots] == [
-        own["response"],
-        task.solution(splits["train"][1]),
-    ]
+    answers = [own["response"], task.solution(splits["train"][1])]
+    assert [answer for _, answer in task.shots] == answers
     assert left["train"] == splits["train"][2:]
     taken = write(tmp_path / "taken.jsonl", [splits["test"][0]])
     with pytest.raises(ValueError, match="is a problem of the test split"):
@@ -335,9 +301,11 @@ def test_a_file_of_examples_is_shown_with_its_own_responses_and_kept_out_of_ever
 
 
 @pytest.mark.parametrize("prompts, message", [
-    ({"first": "Make {target} of {nums}."}, r"unknown placeholder \{nums\} in 'first'.*\{numbers\}, \{target\}"),
+    ({"first": "Make {target} of {nums}."},
+     r"unknown placeholder \{nums\} in 'first'.*\{numbers\}, \{target\}"),
     ({"first": "Make something."}, "the model would see no problem"),
-    ({"correct": "Was {target} right?"}, r"unknown placeholder \{target\} in 'correct': it may have none"),
+    ({"correct": "Was {target} right?"},
+     r"unknown placeholder \{target\} in 'correct': it may have none"),
     ({"fix": "Again."}, "unknown key 'fix'"),
     ({"retry": ""}, "'retry' must be a text"),
     (["retry"], "one JSON object"),
@@ -349,10 +317,8 @@ def test_a_mistake_in_a_file_of_prompts_is_shown(tmp_path, prompts, message):
 
 
 def test_prompts_of_a_file_replace_those_of_the_task(tmp_path):
-    path = write(
-        tmp_path / "prompts.json",
-        [{"first": '{"x": 1} {target} from {numbers}', "retry": "Again."}],
-    )
+    prompts = {"first": '{"x": 1} {target} from {numbers}', "retry": "Again."}
+    path = write(tmp_path / "prompts.json", [prompts])
     task = load_task(flags(task="countdown", prompts=path), ["validation"])[0]
     assert task.prompt(COUNTDOWN) == '{"x": 1} 3 from 1, 2'
     assert task.retry == "Again." and task.correct == TASKS["countdown"].correct
@@ -379,11 +345,10 @@ def test_a_hub_datasets_splits_are_kept_and_one_alone_is_split_by_content(monkey
     assert calls == [("there/data", "main")]
     assert splits["test"] == rows[50:] and len(splits["train"]) + len(splits["validation"]) == 50
     hub(monkeypatch, {"test": rows})
-    assert len(load_task(flags(task="countdown", data="hub:there/data"), SPLITS)[1]["train"]) > 30
-    assert (
-        len(load_task(flags(task="countdown", data="test=hub:there/data"), ["test"])[1]["test"])
-        == 60
-    )
+    splits = load_task(flags(task="countdown", data="hub:there/data"), SPLITS)[1]
+    assert len(splits["train"]) > 30
+    splits = load_task(flags(task="countdown", data="test=hub:there/data"), ["test"])[1]
+    assert len(splits["test"]) == 60
 
 
 def test_what_is_wrong_with_a_hub_dataset_is_one_line(monkeypatch):
@@ -398,10 +363,8 @@ def test_what_is_wrong_with_a_hub_dataset_is_one_line(monkeypatch):
 
 
 def test_lines_end_at_newlines_only(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl",
-        [json.dumps(ROWS["math"] | {"problem": "a\u2028b\x85c"}, ensure_ascii=False)],
-    )
+    row = ROWS["math"] | {"problem": "a\u2028b\x85c"}
+    path = write(tmp_path / "a.jsonl", [json.dumps(row, ensure_ascii=False)])
     assert [row["problem"] for _, row in read_rows(path)] == ["a\u2028b\x85c"]
 
 

@@ -19,12 +19,14 @@ def test_right_expressions_are_accepted(answer):
 
 @pytest.mark.parametrize("response", [
     "3 + 4", "<answer>3 + 4", "3 + 4</answer>", "<answer></answer>", "<answer>3 + 4 = 7</answer>",
-    "<answer>7</answer>", "<answer>3 + 3 + 1</answer>", "<answer>3 + 4 + 0</answer>", "<answer>03 + 4</answer>",
-    "<answer>3 4 +</answer>", "<answer>(3 + 4</answer>", "<answer>3 + 4)</answer>", "<answer>3 +</answer>",
-    "<answer>3 + 4 -</answer>", "<answer>3 * (4 -</answer>",
-    "<answer>()3 + 4</answer>", "<answer>3(+4)</answer>", "<answer>3.0 + 4</answer>", "<answer>３ + 4</answer>",
-    "<answer>3 − 4</answer>", "<answer>3 ** 4</answer>", "<answer>3_ + 4</answer>", "<answer>3 +\u00a04</answer>",
-    "<answer>3 + 4</answer><answer>3 * 4</answer>", "<answer>3 + 4</answer></think> no", "<answer>3/(4-4)</answer>",
+    "<answer>7</answer>", "<answer>3 + 3 + 1</answer>", "<answer>3 + 4 + 0</answer>",
+    "<answer>03 + 4</answer>", "<answer>3 4 +</answer>", "<answer>(3 + 4</answer>",
+    "<answer>3 + 4)</answer>", "<answer>3 +</answer>", "<answer>3 + 4 -</answer>",
+    "<answer>3 * (4 -</answer>", "<answer>()3 + 4</answer>", "<answer>3(+4)</answer>",
+    "<answer>3.0 + 4</answer>", "<answer>３ + 4</answer>", "<answer>3 − 4</answer>",
+    "<answer>3 ** 4</answer>", "<answer>3_ + 4</answer>", "<answer>3 +\u00a04</answer>",
+    "<answer>3 + 4</answer><answer>3 * 4</answer>", "<answer>3 + 4</answer></think> no",
+    "<answer>3/(4-4)</answer>",
 ])  # fmt: skip
 def test_wrong_or_malformed_answers_are_false(response):
     assert verify_countdown(response, [3, 4], 7) is False
@@ -63,18 +65,8 @@ def test_an_answer_of_over_1000_characters_is_false():
 
 def test_no_text_makes_a_verifier_raise():
     rng = random.Random(0)
-    alphabet = [
-        "<answer>",
-        "</answer>",
-        "</think>",
-        *"0123456789+-*/()=; \n",
-        "\x00",
-        "é",
-        "٣",
-        "ok ",
-        " ; ",
-        "\ud800",
-    ]
+    alphabet = ["<answer>", "</answer>", "</think>", *"0123456789+-*/()=; \n"]
+    alphabet += ["\x00", "é", "٣", "ok ", " ; ", "\ud800"]
     for _ in range(20_000):
         text = "".join(rng.choices(alphabet, k=rng.randint(0, 30)))
         for wrapped in (text, f"<answer>{text}</answer>"):
@@ -104,33 +96,12 @@ def test_equal_numbers_are_counted():
     assert run_steps("5 / 5 = 1 ; 5 + 1 = 6", [5, 5, 1]) is None
 
 
-PIECES = [
-    "<answer>",
-    "</answer>",
-    "</think>",
-    "(",
-    ")",
-    "+",
-    "-",
-    "*",
-    "/",
-    "3",
-    "4",
-    "5",
-    "0",
-    " ",
-    "=",
-    "\ud800",
-]
+PIECES = st.sampled_from(["<answer>", "</answer>", "</think>", *"()+-*/3450 =", "\ud800"])
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
-@given(
-    st.lists(st.sampled_from(PIECES) | st.text(max_size=2), max_size=16).map("".join), st.booleans()
-)
+@given(st.lists(PIECES | st.text(max_size=2), max_size=16).map("".join), st.booleans())
 def test_no_text_makes_verify_countdown_raise(text, tagged):
-    response, numbers = (
-        f"<answer>{text}</answer>" if tagged else text,
-        [int(n) for n in re.findall("[0-9]+", text)],
-    )
+    response = f"<answer>{text}</answer>" if tagged else text
+    numbers = [int(n) for n in re.findall("[0-9]+", text)]
     assert verify_countdown(response, numbers, 7) in (True, False)

@@ -1,11 +1,10 @@
-"""Grades mathematical answers with math-verify, in processes that may hang, crash or run out of
-memory.
+"""Grades answers with math-verify, in processes that may hang, crash or run out of memory.
 
 math-verify's own timeout works in a main thread only, and sympy can spend hours or gigabytes on a
 short answer. So a server process imports math-verify once and forks a worker (10 ms) whenever one
 is wanted or has died; each worker answers one line of JSON at a time. It is this file run as a
 script: nothing is forked from the caller, which may hold a model and threads, and nothing of the
-    caller is imported again.
+caller is imported again.
 """
 
 import atexit
@@ -24,16 +23,13 @@ import threading
 import time
 from contextlib import suppress
 
-# seconds of processor time for a verdict, so that it does not depend on what else runs
-TIMEOUT = 5.0
+TIMEOUT = 5.0  # seconds of processor time a verdict: it must not depend on what else runs
 WALL = 4  # times the timeout: how long a worker is waited for, in seconds on the clock
 MEMORY = 1 << 30  # bytes of address space of a worker
-# two irrational numbers are equal if they agree so far behind the point: sympy proves no more than
-# 100
+# two irrational numbers are equal if they agree so far behind the point: sympy proves no more
 DIGITS = 50
 WORKERS = max(4, os.cpu_count() or 1)  # at a time
-# what a server sees first: the parser is faster for it, and a math-verify that can't do it is a
-# fault
+# what a server is shown first: its parser is faster for it, and to find them unequal is a fault
 SAME = [
     (r"\frac{1}{2}+3\sqrt{2}x", r"0.5+\sqrt{18}x"),
     ("x^2-5x=3", "x^2=5x+3"),
@@ -44,12 +40,11 @@ SAME = [
 
 
 def equivalent(gold: str, answer: str, timeout: float = TIMEOUT) -> bool:
-    """True if math-verify finds two LaTeX answers equal. False too if it hangs, crashes or wants
-    too much memory.
+    """True if math-verify finds two LaTeX answers equal.
 
-    Any number of threads may call it. A worker that dies of anything but its limits is replaced and
-    asked once more. Raises ImportError if math-verify is not installed, RuntimeError if no worker
-    can be started.
+    False too if it hangs, crashes or wants too much memory. A worker that dies of anything but its
+    limits is replaced and asked once more. Raises ImportError if math-verify is not installed,
+    RuntimeError if no worker can be started. Any number of threads may call it.
     """
     request = json.dumps([gold, answer, timeout]).encode() + b"\n"
     with _slots:
@@ -106,10 +101,9 @@ def _start_server() -> tuple[subprocess.Popen, socket.socket]:
     # -P: not this folder, whose names would hide others'; a session of its own: no Ctrl-C
     with theirs:
         command = [sys.executable, "-P", os.path.abspath(__file__), str(theirs.fileno())]
-        same = os.environ | {"PYTHONHASHSEED": "0"}  # sympy's order of terms is that of hashes
-        return subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=same, start_new_session=True
-        ), ours
+        options = {"pass_fds": [theirs.fileno()], "start_new_session": True}
+        options["env"] = os.environ | {"PYTHONHASHSEED": "0"}  # sympy orders terms by hashes
+        return subprocess.Popen(command, **options), ours
 
 
 def _reset() -> None:
@@ -130,9 +124,8 @@ def _serve(control: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if not all(_verdict(gold, answer) for gold, answer in SAME):
-        raise RuntimeError(
-            "math-verify does not find equal what is: install the version in requirements.txt"
-        )
+        advice = "install the version in requirements.txt"
+        raise RuntimeError(f"math-verify does not find equal what is: {advice}")
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     server = os.getpid()
@@ -173,8 +166,8 @@ def _verdict(gold: str, answer: str) -> bool:
 def _parse(text: str) -> list:
     """math-verify's reading of an answer, an expression and a string, with its numbers exact.
 
-    math-verify rounds decimals to six places and differences of constants to fifteen: 0.3333333
-    would be 1/3.
+    Else it rounds decimals to six places and differences of constants to fifteen: 0.3333333 would
+    be 1/3.
     """
     from math_verify import LatexExtractionConfig, parse
 
@@ -186,18 +179,14 @@ def _parse(text: str) -> list:
 def _exact(expression):
     from sympy import Expr, Float, Rational, UnevaluatedExpr
 
-    expression = expression.xreplace(
-        {number: Rational(str(number)) for number in expression.atoms(Float)}
-    )
-    if (
-        isinstance(expression, Expr)
-        and not expression.free_symbols
-        and not expression.has(UnevaluatedExpr)
-    ):
-        value = expression.doit()  # 10^{-200}; a percentage stays one
-        if value.is_Rational:
-            return value
-    return expression
+    decimals = {number: Rational(str(number)) for number in expression.atoms(Float)}
+    expression = expression.xreplace(decimals)
+    if not isinstance(expression, Expr) or expression.free_symbols:
+        return expression
+    if expression.has(UnevaluatedExpr):
+        return expression  # a percentage stays one
+    value = expression.doit()  # 10^{-200}
+    return value if value.is_Rational else expression
 
 
 _reset()

@@ -1,11 +1,10 @@
-"""What the tests hold of a program's own things, and what they may ask of those in the guest.
-Stdlib only."""
+"""What tests hold of a program's own things, and what they may ask of them. Stdlib only."""
 
 import builtins
 import itertools
 
-# What only a plain value may say of itself: a program's own object would answer for what the test
-# expects.
+# isdigit, issubset, startswith ...: what only a plain value may say of itself, for a program's own
+# object would say what the test wants to hear
 VERDICTS = {
     n for kind in (str, float, set) for n in dir(kind) if n.startswith("is") or n.endswith("with")
 }

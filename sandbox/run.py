@@ -1,10 +1,9 @@
-"""Runs tests of an untrusted Python program, which can neither see what is expected of it nor say
-that it passed.
+"""Runs tests of an untrusted program, which neither sees what is expected nor says that it passed.
 
 Whatever shares an interpreter with a program can be forged by it. So every verdict has two
-processes, both forked from a server, trial.py, which is started once with `python -I -S` and an
-empty environment; nothing is forked from the caller, which may hold a model and threads. trial.py
-says what the two do, jail.py what holds the one with the program.
+processes, both forked from a server (server.py), which is started once with `python -I -S` and an
+empty environment; nothing is forked from the caller, which may hold a model and threads. worker.py
+and guest.py say what the two do, jail.py what holds the one with the program.
 """
 
 import atexit
@@ -33,11 +32,11 @@ unsafe = False  # True: run even where the kernel can't hold the program
 def run_tests(
     program: str, tests: str, entry_point: str | None = None, timeout: float = 5.0
 ) -> bool:
-    """True if the test code runs to its end within `timeout` seconds on the clock; any number of
-    threads may call it.
+    """True if the test code runs to its end within `timeout` seconds on the clock.
 
     With an entry_point, the test code defines `check(candidate)`, which is called with that
     function. ValueError if the test code does not compile, SandboxError if there can be no verdict.
+    Any number of threads may call it.
     """
     try:
         compile(tests, "tests", "exec", dont_inherit=True)
@@ -45,13 +44,8 @@ def run_tests(
         raise ValueError(f"the tests do not compile: {error}") from None
     if len(program) > LONGEST:
         return False
-    request = {
-        "program": program,
-        "tests": tests,
-        "entry_point": entry_point,
-        "timeout": timeout,
-        "unsafe": unsafe,
-    }
+    request = {"program": program, "tests": tests, "entry_point": entry_point}
+    request |= {"timeout": timeout, "unsafe": unsafe}
     for _ in range(3):
         verdict = _try(request, timeout)
         if verdict is not None:
@@ -85,8 +79,7 @@ def _try(request: dict, timeout: float) -> bool | None:
 
 
 class _Server:
-    """The caller's side of the fork server, started when it is first needed and again if it has
-    died."""
+    """The fork server's handle: it is started when first needed, and again if it has died."""
 
     def __init__(self):
         self.lock, self.process, self.control = threading.RLock(), None, None
@@ -112,26 +105,13 @@ class _Server:
     def _start(self) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.settimeout(PATIENCE)
-        command = [
-            sys.executable,
-            "-I",
-            "-S",
-            str(Path(__file__).with_name("trial.py").resolve()),
-            str(theirs.fileno()),
-        ]
-        nothing = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.DEVNULL,
-            "stderr": subprocess.DEVNULL,
-        }
+        script = Path(__file__).with_name("server.py").resolve()
+        nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with theirs:
+            command = [sys.executable, "-I", "-S", str(script), str(theirs.fileno())]
+            ours_alone = {"env": {}, "cwd": "/", "start_new_session": True}
             self.process = subprocess.Popen(
-                command,
-                env={},
-                cwd="/",
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                **nothing,
+                command, pass_fds=[theirs.fileno()], **ours_alone, **nothing
             )
 
     def stop(self) -> None:

@@ -1,9 +1,8 @@
-"""What a caller, a worker and a guest of the sandbox say to each other: JSON of a known length, and
-in it plain values.
+"""How caller, worker and guest speak: JSON of a known length, and in it plain values.
 
 `encode` tags all that JSON does not tell apart (a tuple from a list, 1 from 1.0) and makes plain
 what only looks it: of a program's own subclass of int or list, what arrives is the number or the
-    list. Stdlib only.
+list. Stdlib only.
 """
 
 import json
@@ -48,8 +47,7 @@ def _exactly(connection, size: int) -> bytes:
 
 
 def encode(x, reference):
-    """Plain values as tagged JSON; of anything else, `reference(x)`, a name or number that stands
-    for it."""
+    """Plain values as tagged JSON; of anything else, what `reference(x)` says stands for it."""
     if x is None or isinstance(x, bool | str):
         return x if not isinstance(x, str) else str.__str__(x)
     if isinstance(x, int):

@@ -1,0 +1,93 @@
+"""A guest runs one untrusted program, and does with it what the worker asks, until it is killed.
+
+It is forked by a worker that has read nothing yet, and hears of code and arguments alone. Stdlib
+only.
+"""
+
+import builtins
+import io
+import os
+import socket
+import sys
+import types
+
+from sandbox import jail
+from sandbox.proxy import OPERATIONS
+from sandbox.wire import decode, encode, receive, send
+
+
+def obey(connection: socket.socket, worker: int) -> None:
+    """Says why it can't be held, or None; then answers [error, result, arguments that changed]."""
+    connection = _alone_with(connection)
+    timeout, unsafe = receive(connection)
+    try:
+        jail.confine(timeout, worker)
+    except (OSError, ValueError) as error:
+        if not unsafe:
+            return send(connection, f"this machine can't hold untrusted code ({error})")
+    send(connection, None)
+    sys.stdin, sys.stdout, sys.stderr = io.StringIO(), _Sink(), _Sink()
+    module = sys.modules["program"] = types.ModuleType("program")
+    reference, dereference = _references(vars(module))
+    while True:
+        operation, target, *given = receive(connection)
+        error = result = after = None
+        try:
+            if operation == "exec":
+                exec(compile(target, "program", "exec"), vars(module))
+            else:
+                arguments, named = (decode(x, dereference) for x in given)
+                do = OPERATIONS[operation]
+                result = encode(do(dereference(target), *arguments, **named), reference)
+                after = _changed(arguments, named, given, reference)
+        except BaseException as e:
+            error = encode([[kind.__name__ for kind in type(e).__mro__], e.args], reference)
+        send(connection, [error, result, after])
+
+
+def _alone_with(connection: socket.socket) -> socket.socket:
+    """The connection as descriptor 3; 0 to 2 lead nowhere, and no other is left open."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number, source in enumerate((nothing, nothing, nothing, connection.fileno())):
+        os.dup2(source, number) if source != number else os.set_inheritable(number, True)
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    connection.detach()
+    os.setsid()
+    return socket.socket(fileno=3)
+
+
+class _Sink(io.TextIOBase):
+    def write(self, text):
+        return len(text)
+
+
+def _references(program: dict):
+    """(object -> number, what stands for an object -> object).
+
+    An object of the program's is its number, a name is the program's own or built in, and [name]
+    is built in.
+    """
+    objects, numbers = [], {}
+
+    def reference(x) -> int:
+        if id(x) not in numbers:
+            numbers[id(x)] = len(objects)
+            objects.append(x)
+        return numbers[id(x)]
+
+    def dereference(target):
+        if isinstance(target, list):
+            return vars(builtins)[target[0]]
+        if isinstance(target, int):
+            return objects[target]
+        return program[target] if target in program else vars(builtins)[target]
+
+    return reference, dereference
+
+
+def _changed(arguments: list, named: dict, given: list, reference) -> list:
+    """{place or name: value} of the arguments that are no longer what was given, encoded."""
+    before = [*given[0][1:], *(value for _, value in given[1][1:])]
+    after = [[key, encode(x, reference)] for key, x in [*enumerate(arguments), *named.items()]]
+    pairs = zip(after, before)
+    return ["d", *([encode(key, None), new] for (key, new), old in pairs if new != old)]

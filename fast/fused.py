@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.cpu_kernels import compiled, linear, one_query
-from sampling.attention import attend, ragged_mask
+from sampling.attention import KVCache, attend, ragged_mask
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
@@ -35,29 +35,54 @@ class Layer(NamedTuple):
     down: Callable
 
 
-def fusable(model) -> bool:
-    """A known model with full attention, all of it as transformers builds it: no adapter, wrapper,
-    patch or hook."""
+def why_not(model) -> str | None:
+    """What stands against fusing a model, if anything does.
+
+    Nothing does for a known family with full attention, all of it as transformers builds it: no
+    adapter, wrapper, patch or hook.
+    """
     config, family = model.config, type(model).__name__.removesuffix("ForCausalLM")
     kinds = getattr(config, "layer_types", None) or ()
-    windowed = "sliding_attention" in kinds or (
-        not kinds and getattr(config, "sliding_window", None)
-    )
+    window = "sliding_attention" in kinds or (not kinds and getattr(config, "sliding_window", None))
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if (
-        family not in FAMILIES
-        or windowed
-        or rope in ("dynamic", "longrope")
-        or config.hidden_act != "silu"
-    ):
-        return False
-    names = {family + part for part in PARTS} | {"SiLUActivation"}
-    for m in model.modules():
-        stock = type(m).__module__.startswith("transformers.") and type(m).__name__ in names
-        touched = m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
-        if touched or not (stock or type(m) in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU)):
-            return False
-    return True
+    if family not in FAMILIES:
+        return f"{family} is not one of the families that fast/ knows: {', '.join(FAMILIES)}"
+    if window:
+        return "it has a sliding window"
+    if rope in ("dynamic", "longrope"):
+        return f"its rope type is {rope}"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}, not silu"
+    stock = {family + part for part in PARTS} | {"SiLUActivation"}
+    for name, m in model.named_modules():
+        known = type(m).__module__.startswith("transformers.") and type(m).__name__ in stock
+        if not known and type(m) not in (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU):
+            return f"{name or 'the model'} is not transformers' own but of class {type(m).__name__}"
+        if m._forward_hooks or m._forward_pre_hooks:
+            return f"{name or 'the model'} has a hook"
+        if "forward" in vars(m):
+            return f"the forward method of {name or 'the model'} is patched"
+    return None
+
+
+@torch.no_grad()
+def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
+    """None if the fused path, fed ids (1, Q) = 0, 1, ..., gives the model's own logits (1, V), and
+    again if then fed the last one; else what is wrong with it."""
+
+    def agrees(forward) -> bool:
+        cache, errors = KVCache(1, ids.shape[1], ids.device), []
+        for positions in (ids, ids[:, -1:].clone()):
+            cache.aim(0, positions, [ids.shape[1]])
+            errors.append((forward(cache, positions, positions) - logits).abs().max())
+        bound = (1e-4 if logits.dtype.itemsize > 2 else 0.05) * logits.abs().max()
+        return bool(torch.stack(errors).max() < bound)  # False for a NaN too
+
+    if agrees(fuse(model)):
+        return None
+    if takes_c(model) and agrees(fuse(model, c=False)):
+        return "the C of fast/cpu_kernels.c computes something else than torch on this machine"
+    return "the fast path of fast/fused.py computes something else than the model itself"
 
 
 def _linear(library, *layers: nn.Linear) -> Callable:
@@ -107,17 +132,24 @@ def _attention(
     return attend(q.transpose(1, 2), key, value, mask, scale, cache.spans).flatten(2)
 
 
+def takes_c(model) -> bool:
+    """Whether the C of cpu_kernels.py, which is float32's alone, is for this model."""
+    return all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
+
+
 @torch.no_grad()
-def fuse(model) -> Callable:
-    """forward(cache, ids (n, Q), positions (n, Q)) -> logits of the last position (n, V), with the
-    weights of now."""
+def fuse(model, c: bool = True) -> Callable:
+    """forward(cache, ids (n, Q), positions (n, Q)) -> logits of the last position (n, V).
+
+    With the weights of now; `c` allows the C of cpu_kernels.py, where it is for this model.
+    """
     decoder, config = model.get_decoder(), model.config
     first, group = (
         decoder.layers[0].self_attn,
         config.num_attention_heads // config.num_key_value_heads,
     )
-    plain = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in model.parameters())
-    library, scale = compiled(group, first.head_dim) if plain else None, first.scaling
+    library = compiled(group, first.head_dim) if c and takes_c(model) else None
+    scale = first.scaling
     layers = [_layer(library, block) for block in decoder.layers]
     head, norm = _linear(library, model.lm_head), _norm(decoder.norm)
 

@@ -53,6 +53,20 @@ def attention_is(model, name: str):
             config._attn_implementation_internal = implementation
 
 
+@contextmanager
+def sampling_mode(model):
+    """Evaluation mode, no gradients and ragged attention; afterwards everything is as it was."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        model.eval()
+        # no_grad, since inference_mode's tensors can't enter a loss later
+        with attention_is(model, "ragged"), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class KVCache:
     """Keys and values of all rows, (rows, kv_heads, capacity, D) a layer, for use as
     past_key_values."""

@@ -1,6 +1,8 @@
-"""Tiny randomly initialised models, one for every kind of attention that the project supports."""
+"""Tiny randomly initialised models, one for every kind of attention that the project supports, and
+what holds for every rollout of them."""
 
 import logging
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ logging.disable(logging.DEBUG)  # of which torch.distributed.checkpoint writes m
 torch.set_num_threads(1)  # such small matrices gain nothing from more
 
 VOCAB, EOS = 24, 1
+PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -48,6 +51,11 @@ def build(config_class, **options):
     return tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
+def pytest_configure(config):
+    # many of these models have no fast path; test_fast.py has the tests that this is said
+    config.addinivalue_line("filterwarnings", "ignore:sampling from")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """name -> model, built once; a test that changes a model makes its own with `build`."""
@@ -66,3 +74,48 @@ def tiny():
 def tokenizer():
     """All that the sampler asks of a tokenizer; here pad == eos."""
     return SimpleNamespace(eos_token_id=EOS, pad_token_id=EOS)
+
+
+def plain_logits(model, ids):
+    with torch.no_grad():
+        return model(ids[None]).logits[0].float()
+
+
+def check(model, rollout, temperature=1.0):
+    """Recorded log-probs are those of a plain forward pass, row by row; the masks agree."""
+    error = 0.0
+    for r, length in enumerate(rollout.lengths.tolist()):
+        logprobs = (plain_logits(model, rollout.ids[r, :length]) / temperature).log_softmax(-1)
+        expected = logprobs[:-1].gather(1, rollout.ids[r, 1:length, None])[:, 0]
+        sampled = rollout.action_mask[r, 1:length]
+        error = max(error, (expected - rollout.logprobs[r, 1:length])[sampled].abs().max().item())
+    assert error < 1e-5
+    real = torch.arange(rollout.ids.shape[1]) < rollout.lengths[:, None]
+    assert rollout.lengths.max() == rollout.ids.shape[1]
+    assert torch.equal(rollout.turn >= 0, real) and not (rollout.action_mask & ~real).any()
+    assert not rollout.logprobs[~rollout.action_mask].any()
+    assert (rollout.turn.where(real, 99).diff() >= 0).all()
+    for turn in range(rollout.stopped.shape[1]):
+        sampled = rollout.action_mask & (rollout.turn == turn)
+        stops = (rollout.ids == EOS) & sampled
+        assert torch.equal(stops.any(1), rollout.stopped[:, turn]) and (stops.sum(1) <= 1).all()
+        last = torch.where(sampled, torch.arange(real.shape[1]), -1).amax(1, keepdim=True)
+        assert torch.equal(rollout.ids.gather(1, last)[:, 0] == EOS, rollout.stopped[:, turn])
+
+
+def three_turns(sampler, temperature=1.0, max_new_tokens=9, seeds=None):
+    """Unequal prompts, branched at every turn, not all rows go on, row order changed."""
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    first = sampler.generate(PROMPTS, 2, seeds=seeds, **options)
+    rows = [8, 0, 3, 4, 9, 3]
+    more = [[4, 5, 6, 2 + i][: i + 1] for i in range(6)]
+    second = sampler.extend(first, more, 2, rows=rows, **options)
+    third = sampler.extend(second, [[6, 10]] * 12, **options)
+    return first, second, third
+
+
+def equal(a, b):
+    """Whether two rollouts are the same but for the last bits of their log-probs."""
+    names = [f.name for f in fields(a) if f.name not in ("logprobs", "cache")]
+    same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
+    return same and torch.allclose(a.logprobs, b.logprobs, atol=1e-5)

@@ -9,57 +9,13 @@ import torch.nn.functional as F
 import transformers as tf
 
 import sampler as sampler_module
-from conftest import EOS, TINY, VOCAB, build
-from fast import fused
-from fast.cpu_kernels import compiled, linear, one_query
-from fast.fused import fusable
-from sampler import KVCache, Sampler, sample, uniform
-from sampling.attention import ragged_mask
+from conftest import EOS, PROMPTS, TINY, VOCAB, build, check, equal, plain_logits, three_turns
+from sampler import Sampler
+from sampling.attention import KVCache
+from sampling.draws import sample, uniform
 from sampling.rollout import Rollout, rollout_of
 
-PROMPTS = [[5], [7, 3, 9, 2, 11, 4, 8], [6, 2], [3, 3, 3, 3], [9, 8, 7, 6, 5, 4, 3, 2, 10, 11, 12]]
-needs_compiler = pytest.mark.skipif(compiled(1, 8) is None, reason="needs a C compiler")
 TENSORS = [f.name for f in fields(Rollout) if f.name != "cache"]
-
-
-def plain_logits(model, ids):
-    with torch.no_grad():
-        return model(ids[None]).logits[0].float()
-
-
-def check(model, rollout, temperature=1.0):
-    """Recorded log-probs are those of a plain forward pass, row by row; the masks agree with each
-    other."""
-    error = 0.0
-    for r, length in enumerate(rollout.lengths.tolist()):
-        logprobs = (plain_logits(model, rollout.ids[r, :length]) / temperature).log_softmax(-1)
-        expected = logprobs[:-1].gather(1, rollout.ids[r, 1:length, None])[:, 0]
-        sampled = rollout.action_mask[r, 1:length]
-        error = max(error, (expected - rollout.logprobs[r, 1:length])[sampled].abs().max().item())
-    assert error < 1e-5
-    real = torch.arange(rollout.ids.shape[1]) < rollout.lengths[:, None]
-    assert rollout.lengths.max() == rollout.ids.shape[1]
-    assert torch.equal(rollout.turn >= 0, real) and not (rollout.action_mask & ~real).any()
-    assert not rollout.logprobs[~rollout.action_mask].any()
-    assert (rollout.turn.where(real, 99).diff() >= 0).all()
-    for turn in range(rollout.stopped.shape[1]):
-        sampled = rollout.action_mask & (rollout.turn == turn)
-        stops = (rollout.ids == EOS) & sampled
-        assert torch.equal(stops.any(1), rollout.stopped[:, turn]) and (stops.sum(1) <= 1).all()
-        last = torch.where(sampled, torch.arange(real.shape[1]), -1).amax(1, keepdim=True)
-        assert torch.equal(rollout.ids.gather(1, last)[:, 0] == EOS, rollout.stopped[:, turn])
-
-
-def three_turns(sampler, temperature=1.0, max_new_tokens=9, seeds=None):
-    """Unequal prompts, branched at every turn, not all rows go on, row order changed."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    first = sampler.generate(PROMPTS, 2, seeds=seeds, **options)
-    rows = [8, 0, 3, 4, 9, 3]
-    second = sampler.extend(
-        first, [[4, 5, 6, 2 + i][: i + 1] for i in range(6)], 2, rows=rows, **options
-    )
-    third = sampler.extend(second, [[6, 10]] * 12, **options)
-    return first, second, third
 
 
 def test_each_row_has_its_own_token_limit(tiny, tokenizer):
@@ -75,11 +31,6 @@ def test_each_row_has_its_own_token_limit(tiny, tokenizer):
         sampler.generate(PROMPTS, max_new_tokens=2.5)
     with pytest.raises(ValueError, match="max_new_tokens has 3 numbers, need 1 or 10"):
         sampler.generate(PROMPTS, 2, max_new_tokens=[1, 2, 3])
-
-
-def equal(a, b):
-    same = all(torch.equal(getattr(a, n), getattr(b, n)) for n in TENSORS if n != "logprobs")
-    return same and torch.allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -176,45 +127,6 @@ def test_all_stop_ids_of_the_generation_config_and_tokenizer_stop(tokenizer):
     assert not Sampler(model, none).generate(PROMPTS, 4, max_new_tokens=12).stopped.any()
 
 
-FUSED = ("llama", "llama_mha", "qwen2", "qwen3")
-
-
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("compiler", [True, False])
-def test_the_fused_path_is_taken_where_it_applies_and_samples_what_the_general_one_does(
-    tiny, tokenizer, name, compiler, monkeypatch
-):
-    if not compiler:
-        monkeypatch.setattr(fused, "compiled", lambda *sizes: None)
-    sampler = Sampler(tiny(name), tokenizer, max_batch=4, block=3, prefill_tokens=8)
-    assert sampler.fused == (name in FUSED)
-    quick = three_turns(sampler)
-    sampler.fused = False
-    assert all(equal(a, b) for a, b in zip(quick, three_turns(sampler), strict=True))
-
-
-def test_the_fused_path_handles_biases_and_bfloat16(tokenizer):
-    for dtype in (torch.float32, torch.bfloat16):
-        model = build(tf.LlamaConfig, attention_bias=True, mlp_bias=True, initializer_range=0.1)
-        for name, parameter in model.named_parameters():
-            if "bias" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        sampler = Sampler(model.to(dtype), tokenizer)
-        assert sampler.fused
-        if dtype == torch.float32:
-            check(model, three_turns(sampler)[2])
-
-
-@needs_compiler
-@pytest.mark.parametrize("factor", [1.5, float("nan")])
-def test_the_c_is_used_and_no_longer_if_it_is_wrong(tokenizer, factor, monkeypatch):
-    real, called = fused.one_query, []
-    monkeypatch.setattr(fused, "one_query", lambda *a: called.append(1) or real(*a))
-    assert Sampler(build(tf.LlamaConfig), tokenizer).fused and called
-    monkeypatch.setattr(fused, "one_query", lambda *a: real(*a) * factor)
-    assert not Sampler(build(tf.LlamaConfig), tokenizer).fused
-
-
 def test_autocast_and_a_model_changed_between_turns_corrupt_no_memory(tokenizer):
     model = build(tf.LlamaConfig)
     with torch.autocast("cpu", torch.bfloat16):
@@ -224,126 +136,6 @@ def test_autocast_and_a_model_changed_between_turns_corrupt_no_memory(tokenizer)
     model.float()
     with pytest.raises((ValueError, RuntimeError)):
         sampler.extend(rollout, [[4]] * len(PROMPTS), max_new_tokens=4)
-
-
-def test_without_a_compiler_it_says_so_and_goes_on(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.warns(UserWarning, match="slower, since cpu_kernels.c can't be compiled"):
-        assert compiled.__wrapped__(1, 8) is None
-
-
-@pytest.fixture
-def two_threads():
-    """The suite has one, on which no two could get into each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-@needs_compiler
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 130, 300])
-@pytest.mark.parametrize("N, K", [(1, 5), (48, 96), (121, 32), (200, 33)])
-def test_products_with_weights_in_c_are_those_in_torch(rows, N, K, two_threads):
-    torch.manual_seed(0)
-    # x is not contiguous
-    x, weight, bias = torch.randn(K, rows).T, torch.randn(N, K), torch.randn(N)
-    for b in (bias, None):
-        slow = F.linear(x.double(), weight.double(), None if b is None else b.double())
-        fast = linear(compiled(1, 8), weight, b)(x[:, None])[:, 0]
-        torch.testing.assert_close(fast, slow.float(), atol=1e-5, rtol=1e-5)
-
-
-@needs_compiler
-@pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 24), (9, 3, 64), (6, 1, 10)])
-# the second's exp overflows without its maximum
-@pytest.mark.parametrize("scale, error", [(0.3, 1e-5), (10.0, 1e-3)])
-def test_attention_in_c_is_that_in_torch_and_reads_no_further_than_its_own_row(
-    heads, kv_heads, size, scale, error, two_threads
-):
-    torch.manual_seed(0)
-    n, group, capacity, angle = 5, heads // kv_heads, 40, torch.rand(5, 1, size)
-    positions = torch.tensor([[0], [39], [7], [17], [3]])
-    stores = [torch.randn(8, kv_heads, capacity, size) for _ in "kv"]
-    # of which queries, keys and values are views
-    joined = torch.randn(n, 1, (heads + 2 * kv_heads) * size)
-    new = [
-        t.view(n, 1, -1, size)
-        for t in joined.split([heads * size, kv_heads * size, kv_heads * size], -1)
-    ]
-    one, two = KVCache(8, capacity, "cpu"), KVCache(8, capacity, "cpu")
-    two.layers[0] = [store.double() for store in stores]
-    one.layers[0] = [store.clone() for store in stores]
-    for store in one.layers[0]:
-        store[2:7].masked_fill_((torch.arange(capacity) > positions)[:, None, :, None], torch.nan)
-    for cache in (one, two):
-        cache.aim(2, positions, [capacity])
-    cos, sin = angle.cos(), angle.sin()
-    fast = one_query(compiled(group, size), one, cos, sin, positions, scale, 0, *new)
-    signed = torch.cat([-sin[..., : size // 2], sin[..., size // 2 :]], -1)[:, :, None].double()
-    mask = ragged_mask(positions, capacity, group, None, torch.float64)
-    slow = fused._attention(
-        two, cos[:, :, None].double(), signed, mask, scale, 0, *(t.double() for t in new)
-    )
-    torch.testing.assert_close(fast, slow.float(), atol=error, rtol=error)
-    for written, store in zip(one.layers[0], two.layers[0], strict=True):
-        torch.testing.assert_close(
-            written.nan_to_num(7.0), store.float().where(~written.isnan(), 7.0)
-        )
-
-
-def test_the_fused_path_follows_the_weights_and_yields_to_hooks_and_changed_layers(tokenizer):
-    model = build(tf.LlamaConfig)
-    sampler = Sampler(model, tokenizer)
-    before = three_turns(sampler)[2]
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
-    check(model, three_turns(sampler)[2])
-    assert not equal(before, three_turns(sampler)[2])
-    called = []
-    hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
-    assert not fusable(model) and three_turns(sampler) and called
-    hook.remove()
-
-    class Adapter(torch.nn.Linear):
-        pass
-
-    for change in (
-        lambda m: setattr(m.model.layers[0].mlp, "up_proj", Adapter(32, 48, bias=False)),
-        lambda m: setattr(m, "lm_head", Adapter(32, VOCAB, bias=False)),
-        lambda m: setattr(m.model, "norm", torch.nn.RMSNorm(32)),
-        lambda m: setattr(m.model.layers[1], "mlp", torch.nn.Sequential(m.model.layers[1].mlp)),
-        lambda m: setattr(m.model.layers[1].mlp, "forward", m.model.layers[1].mlp.forward),
-    ):
-        model = build(tf.LlamaConfig)
-        assert fusable(model)
-        change(model)
-        assert not fusable(model)
-        check(model, three_turns(Sampler(model, tokenizer))[2])
-
-
-@pytest.mark.parametrize("max_batch", [3, 256])
-def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(
-    tokenizer, max_batch, monkeypatch
-):
-    """All of the CUDA graph's bookkeeping but the graph: idle rows that fill a bucket, fixed state,
-    wider caches."""
-    sampler = Sampler(
-        build(tf.LlamaConfig, max_position_embeddings=400), tokenizer, max_batch, block=5
-    )
-    sampler.is_stop[:] = False
-    # up to 170
-    long = {
-        "prompt_ids": [[5, 7] * 55, [6] * 90],
-        "group_size": 2,
-        "max_new_tokens": [60, 20, 50, 9],
-    }
-    plain = [*three_turns(sampler), sampler.generate(**long)]
-    captured = []
-    monkeypatch.setattr(sampler, "_capture", lambda step: captured.append(step) or step)
-    sampler.graphs = True
-    again = [*three_turns(sampler), sampler.generate(**long)]
-    assert all(equal(a, b) for a, b in zip(plain, again, strict=True)) and captured
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -16,13 +16,15 @@ import pytest
 import torch
 
 import tiny
-from tasks.base import TASKS
+from tasks import TASKS
 from training import checkpoint
 from training.flags import parse_args
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--max_new_tokens", "4", "--final_problems", "4", "--eval_problems", "4", "--eval_every", "2",
-         "--save_every", "2", "--probe", "0"]  # fmt: skip
+SMALL = (
+    "--max_new_tokens 4 --final_problems 4 --eval_problems 4 --eval_every 2 --save_every 2 "
+    "--probe 0"
+).split()
 
 
 def save_random_model(path: Path) -> str:
@@ -99,12 +101,13 @@ def finish(processes, seconds=240) -> list[int]:
 
 # Smallest runs of each script: four steps, of which score.py's first two are Stage I.
 FEW = {
-    "score": ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--stage1_steps", "2",
-              "--stage2_steps", "2", "--reference", "stage1", "--kl_target", "0.001"],
-    "rrr": ["--steps", "4", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
-            "--max_reflection_tokens", "6"],
-    "baselines": ["--problems", "2", "--group_size", "2", "--second_attempts", "2", "--steps", "4", "--plus"],
-}  # fmt: skip
+    "score": "--problems 2 --group_size 2 --second_attempts 2 --stage1_steps 2 --stage2_steps 2 "
+    "--reference stage1 --kl_target 0.001",
+    "rrr": "--steps 4 --queries 6 --tries 2 --failures_per_step 2 --group_size 2 "
+    "--max_reflection_tokens 6",
+    "baselines": "--problems 2 --group_size 2 --second_attempts 2 --steps 4 --plus",
+}
+FEW = {script: flags.split() for script, flags in FEW.items()}
 
 
 def start_run(script: str, model_dir, out, *flags, world=0, harm=None) -> list:

@@ -1,5 +1,4 @@
-"""Pair-SFT and STaR: what is kept, what is imitated, with which gradient, at which budget; and
-whole runs."""
+"""Pair-SFT and STaR: what is kept and imitated, with which gradient and budget; whole runs."""
 
 import dataclasses
 import json
@@ -12,9 +11,9 @@ import baselines
 import helpers
 import score
 from sampler import Sampler
-from sampling.turns import first_turn_ids
-from tasks.base import TASKS
-from training import checkpoint, policy
+from tasks import TASKS
+from tasks.env import Env
+from training import batches, checkpoint, models, policy
 from training import loop as training
 
 FEW = ["--problems", "2", "--group_size", "2", "--second_attempts", "2"]
@@ -31,10 +30,9 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(model_dir):
-    model, tokenizer = policy.load_model(model_dir)
+    model, tokenizer = models.load_model(model_dir)
     task = TASKS["tiny"]
-    chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in task.generate("train", 0)[:2]]
-    return Sampler(model, tokenizer), tokenizer, task, chosen
+    return Env(task, tokenizer), Sampler(model, tokenizer), task.generate("train", 0)[:2]
 
 
 def trace(number, r1, r2):
@@ -53,14 +51,8 @@ def attempts(traces):
     ("pair_sft", True, [(0, 0), (2, 5), (4, 0), (5, 5), (1, 1)]),
 ])  # fmt: skip
 def test_what_is_kept_of_a_problem(method, plus, kept):
-    traces = [
-        trace(0, 0, 1),
-        trace(1, 1, 1),
-        trace(2, 0, 0),
-        trace(3, 1, 0),
-        trace(4, 0, 0),
-        trace(5, 0, 1),
-    ]
+    verdicts = (0, 1), (1, 1), (0, 0), (1, 0), (0, 0), (0, 1)
+    traces = [trace(i, *rights) for i, rights in enumerate(verdicts)]
     chosen = baselines.choose(traces, baselines.Config(method=method, plus=plus))
     assert attempts(chosen) == kept
     assert all(t["right"][1] == 1 for t in chosen)
@@ -70,25 +62,20 @@ def test_a_problem_without_a_correction_has_no_pairs():
     repeats = [trace(0, 0, 0), trace(1, 1, 1)]
     assert attempts(baselines.choose(repeats, baselines.Config(method="pair_sft"))) == []
     for method in ("star", "pair_sft"):
-        assert (
-            baselines.choose(
-                [trace(0, 0, 0), trace(1, 1, 0)], baselines.Config(method=method, plus=True)
-            )
-            == []
-        )
+        config = baselines.Config(method=method, plus=True)
+        assert baselines.choose([trace(0, 0, 0), trace(1, 1, 0)], config) == []
 
 
 def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
-    sampler, tokenizer, task, chosen = loaded
+    env, sampler, problems = loaded
+    mine = batches.share_of(problems, 3, 4)
     sizes = {"problems": 2, "group_size": 2, "second_attempts": 2, "max_new_tokens": 5, "seed": 3}
-    found = baselines.roll_out(sampler, tokenizer, task, chosen, 4, baselines.Config(**sizes))
-    rollout, r1, r2 = score.roll_out(
-        sampler, None, tokenizer, task, chosen, 4, score.Config(**sizes)
-    )
+    found = baselines.roll_out(env, sampler, mine, baselines.Config(**sizes))
+    rollout, first, second, _ = score.roll_out(env, sampler, mine, score.Config(**sizes))
     rows = [ids[:n] for ids, n in zip(rollout.ids.tolist(), rollout.lengths.tolist())]
     assert [[i for part in t["parts"] for i in part] for t in found] == rows
-    assert [t["right"][1] for t in found] == r2.flatten().tolist()
-    assert [t["right"][0] for t in found] == r1.repeat_interleave(2).tolist()
+    assert [t["right"][1] for t in found] == second.right.tolist()
+    assert [t["right"][0] for t in found] == first.right.repeat_interleave(2).tolist()
     assert [t["problem"] for t in found] == [[4, 0]] * 4 + [[4, 1]] * 4
     again = baselines.make_batch(found, sampler, {}, baselines.Config(**sizes)).rollout
     for name in ("ids", "action_mask", "turn", "lengths", "stopped"):
@@ -97,17 +84,17 @@ def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
 
 @pytest.mark.parametrize("method", ["pair_sft", "star"])
 def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loaded, model_dir):
-    sampler, tokenizer, task, chosen = loaded
+    env, sampler, problems = loaded
     config = baselines.Config(
         method=method, problems=2, group_size=2, second_attempts=2, max_new_tokens=5
     )
-    traces = baselines.roll_out(sampler, tokenizer, task, chosen, 0, config)
+    traces = baselines.roll_out(env, sampler, batches.share_of(problems, 0, 0), config)
     traces = [t | {"right": [i % 2, 1]} for i, t in enumerate(traces)]
     batch = baselines.make_batch(traces, sampler, {}, config)
     assert not batch.kl_coef.any()
     if method == "pair_sft":
         assert not batch.advantages[batch.rollout.turn == 0].any()
-    scorer = policy.make_scorer(policy.load_model(model_dir)[0], config, reference=False)
+    scorer = models.make_scorer(models.load_model(model_dir)[0], config, reference=False)
     scores, _ = policy.accumulate_gradients(scorer, batch, config)
 
     plain = AutoModelForCausalLM.from_pretrained(model_dir)

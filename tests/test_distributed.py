@@ -1,5 +1,4 @@
-"""Several ranks on CPU (gloo): the same results as one process, whatever is spread how, and
-agreement on every turn."""
+"""Several ranks on CPU (gloo): the same results as one process, whatever is spread how."""
 
 import json
 from functools import partial
@@ -13,9 +12,9 @@ import helpers
 import rrr
 import score
 from sampler import Sampler
-from sampling.turns import first_turn_ids
-from tasks.base import TASKS
-from training import distributed, policy
+from tasks import TASKS
+from tasks.env import Env
+from training import batches, distributed, models, policy
 from training.distributed import exchange, rank
 
 SIZES = {"max_new_tokens": 6, "problems": 4, "group_size": 2, "second_attempts": 2}
@@ -35,26 +34,25 @@ def model_dir(tmp_path_factory):
 
 def one_step(script, model_dir, config):
     """A rollout of all ranks and its gradient: (rows of ids, rewards, loss, {name: gradient})."""
-    model, tokenizer = policy.load_model(model_dir, dtype=policy.compute_dtype(config))
-    task = TASKS["tiny"]
-    prompts = [
-        (p, first_turn_ids(tokenizer, task.prompt(p))) for p in task.generate("train", 0)[:4]
-    ]
-    sampler, scorer = Sampler(model, tokenizer), policy.make_scorer(model, config)
+    model, tokenizer = models.load_model(model_dir, dtype=models.compute_dtype(config))
+    env = Env(TASKS["tiny"], tokenizer)
+    mine = batches.share_of(env.task.generate("train", 0)[:4], config.seed, 0)
+    sampler, scorer = Sampler(model, tokenizer), models.make_scorer(model, config)
     with torch.no_grad():
         for parameter in scorer.reference.parameters():
             parameter.mul_(0.9)  # else the KL has no gradient
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "evaluate.verify_batch",
-            lambda verify, texts, *rest: [len(text) % 2 == 0 for text in texts],
-        )
+        by_length = lambda verify, texts, *rest: [len(text) % 2 == 0 for text in texts]  # noqa: E731
+        patch.setattr("tasks.env.verify_batch", by_length)
         if script == "score":
-            rollout, *rewards = score.roll_out(sampler, None, tokenizer, task, prompts, 0, config)
-            batch = score.make_batch(rollout, *rewards, 2, 1.0, config)
+            attempts = score.roll_out(env, sampler, mine, config)
+            rewards = [attempts.first.right, attempts.second.right]
+            batch = score.make_batch(attempts, 2, 1.0, config)
         else:
-            rollout, *rewards = rrr.roll_out_episodes(sampler, tokenizer, task, prompts, 0, config)
-            batch = rrr.make_batch(rollout, *rewards, None, config)
+            episodes = rrr.roll_out_episodes(env, sampler, mine, config)
+            rewards = [episodes.rewards, episodes.present]
+            batch = rrr.make_batch(episodes, config)
+    rollout = batch.rollout
     distributed.drop_weights(model) if distributed.together() else None
     _, loss = policy.accumulate_gradients(scorer, batch, config)
     gradients = {name: parameter.grad for name, parameter in scorer.model.named_parameters()}
@@ -70,7 +68,7 @@ def one_step(script, model_dir, config):
 def all_steps(model_dir, out):
     distributed.start()
     if rank():  # only the first one may read the files
-        AutoModelForCausalLM.from_pretrained = policy.AutoTokenizer.from_pretrained = None
+        AutoModelForCausalLM.from_pretrained = models.AutoTokenizer.from_pretrained = None
     steps = {}
     for name, flags in WAYS.items():
         if not distributed.together() and name in ("copies", "offloaded"):

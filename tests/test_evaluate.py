@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 import evaluate
-import methods
 import rrr
 import tiny
 from report import figures
-from tasks.base import TASKS
+from tasks import TASKS
+from tasks.env import Env
+from training import setup
 
 
 def slow_edit_distance(a, b):
@@ -63,7 +65,7 @@ class ScriptedSampler:
         self.asked.append((prompts, limits))
         return self.rollout(list(range(len(self.turns[0]))), 1)
 
-    def extend(self, rollout, instructions, group_size=1, rows=None, **limits):
+    def extend(self, rollout, instructions, group_size=1, rows=None, seeds=None, **limits):
         self.asked.append((instructions, limits))
         rows = range(len(rollout.rows)) if rows is None else rows
         return self.rollout([rollout.rows[row] for row in rows], rollout.stopped.shape[1] + 1)
@@ -74,7 +76,7 @@ class ScriptedSampler:
         class Rollout:
             stopped = torch.ones(len(rows), turns, dtype=torch.bool)
             seeds = torch.arange(len(rows))
-            cache = ()
+            prompt = torch.tensor(rows)
 
             @staticmethod
             def completion_ids(turn):
@@ -95,6 +97,13 @@ class ScriptedSampler:
 
 RIGHT, WRONG, NONSENSE = "19 - 16 = 3 ; 8 * 3 = 24", "16 / 8 = 2 ; 19 + 2 = 21", "19 - 16 = 9"
 PROBLEM = {"nums": [8, 19, 16], "target": 24}
+LIMITS = {"max_new_tokens": 16, "max_reflection_tokens": 72}
+
+
+def try_out(sampler, problems, method="self_correct", temperature=1.0, **changes):
+    env = Env(TASKS["tiny"], sampler.tokenizer)
+    protocol = evaluate.Protocol(method, temperature, **LIMITS | changes)
+    return evaluate.evaluate(sampler, env, problems, protocol)
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +115,12 @@ def test_every_figure_of_a_hand_made_evaluation(tokenizer):
     first = [WRONG, WRONG, RIGHT, RIGHT]
     second = ["bad " + RIGHT, "ok " + WRONG, "bad " + NONSENSE, "ok " + RIGHT]
     sampler = ScriptedSampler(tokenizer, first, second)
-    f, talks = evaluate.evaluate(
-        sampler,
-        tokenizer,
-        TASKS["tiny"],
-        [PROBLEM] * 4,
-        [[1]] * 4,
-        evaluate.Config(),
-        temperature=0.7,
-    )
-    expected = {"n": 4, "acc_t1": 0.5, "acc_t2": 0.5, "delta": 0, "i_to_c": 0.25, "c_to_i": 0.25, "changed": 0.5,
-                "well_formed": 7 / 8, "truncated": 0, "failures": 2, "retry_given_failure": 0.5}  # fmt: skip
+    f, talks = try_out(sampler, [PROBLEM] * 4, temperature=0.7)
+    expected = {
+        "n": 4, "acc_t1": 0.5, "acc_t2": 0.5, "delta": 0, "i_to_c": 0.25, "c_to_i": 0.25,
+        "changed": 0.5, "well_formed": 7 / 8, "truncated": 0, "failures": 2,
+        "retry_given_failure": 0.5,
+    }  # fmt: skip
     assert {k: f[k] for k in expected} == pytest.approx(expected)
     ids = [[tokenizer(t).input_ids for t in texts] for texts in (first, second)]
     ratios = [slow_edit_distance(a, b) / (len(a) + len(b)) for a, b in zip(*ids)]
@@ -131,23 +135,14 @@ def test_only_failures_reflect_and_retry_and_a_right_answer_stands(tokenizer):
     sampler = ScriptedSampler(
         tokenizer, [WRONG, RIGHT, WRONG], ["got 21", "", "got 21 try"], [RIGHT, "", WRONG]
     )
-    f, talks = evaluate.evaluate(
-        sampler,
-        tokenizer,
-        TASKS["tiny"],
-        [PROBLEM] * 3,
-        [[1]] * 3,
-        evaluate.Config(),
-        1.0,
-        "reflect_retry",
-    )
-    expected = {"acc_t1": 1 / 3, "acc_t2": 2 / 3, "c_to_i": 0, "failures": 2, "retry_given_failure": 0.5,
-                "reflection_tokens": 2.5}  # fmt: skip
+    f, talks = try_out(sampler, [PROBLEM] * 3, "reflect_retry")
+    expected = {"acc_t1": 1 / 3, "acc_t2": 2 / 3, "c_to_i": 0, "failures": 2}
+    expected |= {"retry_given_failure": 0.5, "reflection_tokens": 2.5}
     assert {k: f[k] for k in expected} == pytest.approx(expected)
     assert [t["said"] for t in talks] == [["got 21"], [], ["got 21 try"]]
     for message, asked in zip(("reflect", "retry"), sampler.asked[1:]):
         assert asked[0] == [tokenizer(f"<user> {message} <assistant>").input_ids] * 2
-    assert sampler.asked[1][1]["max_new_tokens"] == evaluate.Config().max_reflection_tokens
+    assert sampler.asked[1][1]["max_new_tokens"] == 72
 
 
 def test_the_error_of_a_figure_after_failure_takes_a_problems_samples_for_related():
@@ -160,9 +155,7 @@ def test_the_error_of_a_figure_after_failure_takes_a_problems_samples_for_relate
 
 def test_when_nothing_failed_nobody_retries(tokenizer):
     sampler = ScriptedSampler(tokenizer, [RIGHT])
-    f, _ = evaluate.evaluate(
-        sampler, tokenizer, TASKS["tiny"], [PROBLEM], [[1]], evaluate.Config(), 0.0, "reflect_retry"
-    )
+    f, _ = try_out(sampler, [PROBLEM], "reflect_retry", 0.0)
     assert f["acc_t2"] == 1 and f["failures"] == 0 and "retry_given_failure" not in f
 
 
@@ -183,33 +176,20 @@ def test_the_majority_wins_no_answer_has_no_vote_and_of_equals_the_first_wins():
 
 def test_a_critique_comes_before_every_rewrite_after_right_and_wrong_answers(tokenizer):
     sampler = ScriptedSampler(tokenizer, [WRONG, RIGHT], ["got 21", "got 24"], [RIGHT, WRONG])
-    arguments = (
-        sampler,
-        tokenizer,
-        TASKS["tiny"],
-        [PROBLEM] * 2,
-        [[1]] * 2,
-        evaluate.Config(),
-        1.0,
-        "self_refine",
-    )
-    f, talks = evaluate.evaluate(*arguments)
-    assert (f["i_to_c"], f["c_to_i"]) == (0.5, 0.5) and [t["said"] for t in talks] == [
-        ["got 21"],
-        ["got 24"],
-    ]
+    f, talks = try_out(sampler, [PROBLEM] * 2, "self_refine")
+    assert (f["i_to_c"], f["c_to_i"]) == (0.5, 0.5)
+    assert [t["said"] for t in talks] == [["got 21"], ["got 24"]]
     for message, asked in zip((TASKS["tiny"].critique, TASKS["tiny"].rewrite), sampler.asked[1:]):
         assert asked[0] == [tokenizer(f"<user> {message} <assistant>").input_ids] * 2
-    assert sampler.asked[1][1]["max_new_tokens"] == evaluate.Config().max_reflection_tokens
+    assert sampler.asked[1][1]["max_new_tokens"] == 72
 
 
 def test_every_further_attempt_follows_the_last_and_a_right_answer_ends_a_retry(tokenizer):
     turns = [WRONG, WRONG, RIGHT], ["bad " + WRONG, RIGHT, "bad " + WRONG], [RIGHT, WRONG, WRONG]
-    config = evaluate.Config(attempts=3)
-    arguments = (tokenizer, TASKS["tiny"], [PROBLEM] * 3, [[1]] * 3, config, 1.0)
-    f, _ = evaluate.evaluate(ScriptedSampler(tokenizer, *turns), *arguments, "self_correct")
+    three = [PROBLEM] * 3
+    f, _ = try_out(ScriptedSampler(tokenizer, *turns), three, attempts=3)
     assert [f[f"acc_t{t}"] for t in (1, 2, 3)] == pytest.approx([1 / 3, 1 / 3, 1 / 3])
-    f, talks = evaluate.evaluate(ScriptedSampler(tokenizer, *turns), *arguments, "blind_retry")
+    f, talks = try_out(ScriptedSampler(tokenizer, *turns), three, "blind_retry", attempts=3)
     assert [f[f"acc_t{t}"] for t in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
     assert [len(t["attempts"]) for t in talks] == [3, 2, 1]
 
@@ -254,10 +234,9 @@ def test_curves_are_drawn_from_the_metrics_file(tmp_path):
 
 
 def probed(tokenizer, turns, method, keys):
-    sampler = ScriptedSampler(tokenizer, *turns)
-    split = [(PROBLEM, [1])] * len(turns[0])
-    config = rrr.Config(probe=64, seed=0)
-    evaluate.probe(sampler, tokenizer, TASKS["tiny"], split, config, method, keys)
+    config, env = rrr.Config(probe=64, seed=0), Env(TASKS["tiny"], tokenizer)
+    look = partial(evaluate.look, env, config, method, ScriptedSampler(tokenizer, *turns))
+    setup.probe(look, [PROBLEM] * len(turns[0]), config, keys)
 
 
 def test_training_that_would_have_no_signal_is_refused_with_what_to_try(tokenizer):
@@ -282,8 +261,8 @@ def test_training_that_would_have_no_signal_is_refused_with_what_to_try(tokenize
     probed(tokenizer, [[WRONG] * 2, ["got"] * 2, [WRONG, RIGHT]], "reflect_retry", retry)
 
 
-def test_a_probe_of_no_problems_samples_nothing(tokenizer):
-    evaluate.probe(None, tokenizer, TASKS["tiny"], [], SimpleNamespace(probe=0), "self_correct")
+def test_a_probe_of_no_problems_samples_nothing():
+    setup.probe(None, [], SimpleNamespace(probe=0))
 
 
 def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_it_had_been_sampled(
@@ -292,34 +271,32 @@ def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_it_had_
     task = dataclasses.replace(TASKS["tiny"], given=lambda problem: WRONG)
     stops = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
     sampler = SimpleNamespace(pad_id=0, is_stop=stops, model=SimpleNamespace(device="cpu"))
-    prompts = [[4, 5, 6], [7]]
-    rollout = evaluate.first_attempts(
-        sampler, tokenizer, task, [PROBLEM] * 2, prompts, 2, [1, 2, 3, 4], {}
-    )
+    env, problems = Env(task, tokenizer), [PROBLEM, PROBLEM | {"target": 3}]
+    prompts = env.prompts(problems)
+    assert prompts[0] != prompts[1]
+    rollout = env.first_attempts(sampler, problems, 2, [1, 2, 3, 4])
     ids = tokenizer(WRONG).input_ids
-    assert (
-        rollout.completion_ids(0) == [ids] * 4
-        and rollout.last_ids() == [tokenizer.eos_token_id] * 4
-    )
+    assert rollout.completion_ids(0) == [ids] * 4
+    assert rollout.last_ids() == [tokenizer.eos_token_id] * 4
     assert rollout.stopped.tolist() == [[True]] * 4
     for row, prompt in enumerate([prompts[0]] * 2 + [prompts[1]] * 2):
         length = rollout.lengths[row]
         assert rollout.ids[row, :length].tolist() == [*prompt, *ids, tokenizer.eos_token_id]
         assert rollout.turn[row].tolist() == [0] * length + [-1] * (rollout.ids.shape[1] - length)
-    assert rollout.parents.tolist() == [0, 0, 1, 1] and rollout.cache is None
+    assert rollout.prompt.tolist() == [0, 0, 1, 1] and rollout.cache is None
 
 
 def test_a_generic_reflection_stands_in_the_models_own_turn_before_the_retry(tokenizer):
     task, asked = dataclasses.replace(TASKS["tiny"], given=lambda problem: WRONG), []
     stops = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
     sampler = SimpleNamespace(pad_id=0, is_stop=stops, model=SimpleNamespace(device="cpu"))
-    sampler.generate = lambda prompts, seeds, **limits: asked.append(
-        (prompts, seeds.tolist(), limits)
-    )
-    before = evaluate.first_attempts(
-        sampler, tokenizer, task, [PROBLEM] * 2, [[4, 5], [7]], 1, [8, 9], {}
-    )
-    shared = ((sampler,) * 3, sampler, tokenizer, task, {"max_new_tokens": 16}, 72)
-    methods.next_attempts("generic_reflection", before, [1], *shared)
-    said = f"{WRONG} <end> <user> reflect <assistant> {task.generic_reflection} <end> <user> retry <assistant>"
-    assert asked == [([[7, *tokenizer(said).input_ids]], [9], {"max_new_tokens": 16})]
+    env = Env(task, tokenizer)
+    sampler.extend = lambda before, more, **rest: asked.append((before.cache, more, rest))
+    before = env.first_attempts(sampler, [PROBLEM] * 2, 1, [8, 9])
+    before.cache = "one to go on from"
+    protocol = evaluate.Protocol("generic_reflection", 1.0, **LIMITS)
+    evaluate.next_attempts((sampler,) * 3, env, before, [1], protocol)
+    ((cache, more, rest),) = asked
+    said = f"<user> reflect <assistant> {task.generic_reflection} <end> <user> retry <assistant>"
+    assert more == [tokenizer(said).input_ids]
+    assert cache is None and rest["seeds"].tolist() == [9] and rest["rows"] == [1]

@@ -24,9 +24,12 @@ import evaluate
 import helpers
 import rrr
 import score
-from tasks.base import TASKS
-from training import checkpoint, policy
+from sampler import Sampler
+from tasks import TASKS
+from tasks.env import Env, Verdicts
+from training import checkpoint, models, policy
 from training import loop as training
+from training import run as run_module
 
 SCRIPTS = {"score": score, "rrr": rrr}
 both = pytest.mark.parametrize("script", SCRIPTS)
@@ -62,7 +65,7 @@ def assert_same(out: Path, reference: Path):
     assert helpers.metrics(out) == helpers.metrics(reference)
     for name in ("results.json", "transcripts.txt"):
         assert (out / name).read_text() == (reference / name).read_text()
-    ours, theirs = (policy.load_model(str(run / "checkpoint"))[0] for run in (out, reference))
+    ours, theirs = (models.load_model(str(run / "checkpoint"))[0] for run in (out, reference))
     assert all(
         torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
     )
@@ -170,21 +173,20 @@ def test_a_run_killed_at_step_0_at_the_stage_boundary_or_after_the_last_step_goe
 
 def slow_generation(step: int, marker: Path):
     """Harm: in this step's second turn the sampler takes ten minutes."""
-    extend, seeds = evaluate.Sampler.extend, []
-    pick = score.pick_problems
+    extend, steps, draw = Sampler.extend, [], score.draw
 
-    def noting(problems, seed, at, count):
-        seeds.append(at)
-        return pick(problems, seed, at, count)
+    def noting(things, count, seed, at):
+        steps.append(at)
+        return draw(things, count, seed, at)
 
     def slowly(*arguments, **more):
-        if seeds and seeds[-1] == step:
+        if steps and steps[-1] == step:
             marker.touch()
             time.sleep(600)
         return extend(*arguments, **more)
 
-    score.pick_problems = rrr.pick_problems = noting
-    evaluate.Sampler.extend = slowly
+    score.draw = rrr.draw = noting
+    Sampler.extend = slowly
 
 
 @both
@@ -210,7 +212,7 @@ def test_sigterm_during_generation_saves_the_state_and_exits_143(
 
 def slow_evaluation(marker: Path):
     """Harm: the second evaluation, after step 4, takes ten minutes."""
-    summarize, calls = training.format_transcripts, []
+    summarize, calls = evaluate.format_transcripts, []
 
     def slowly(*arguments):
         calls.append(1)
@@ -219,7 +221,7 @@ def slow_evaluation(marker: Path):
             time.sleep(600)
         return summarize(*arguments)
 
-    training.format_transcripts = slowly
+    evaluate.format_transcripts = slowly
 
 
 @both
@@ -296,7 +298,8 @@ def full_disk(step: int):
 
 
 @pytest.mark.parametrize("script, harm, world", [
-    ("score", small_files, 0), ("score", full_disk, 2), ("score", full_disk, 0), ("rrr", full_disk, 0),
+    ("score", small_files, 0), ("score", full_disk, 2), ("score", full_disk, 0),
+    ("rrr", full_disk, 0),
 ])  # fmt: skip
 def test_a_full_disk_leaves_the_state_before_it_and_says_so(
     script, harm, world, model_dir, tmp_path, references
@@ -341,7 +344,7 @@ def test_a_damaged_state_is_named_and_never_used(
         "step_000002 is damaged" in refused and message in refused and "--skip_damaged" in refused
     )
     assert (out / "states" / "step_000002").exists()
-    training._locks.clear()
+    run_module._locks.clear()
 
 
 @both
@@ -419,7 +422,7 @@ def other_template(model_dir: str, monkeypatch):
 
 
 def other_weights(model_dir: str, monkeypatch):
-    model, tokenizer = policy.load_model(model_dir)
+    model, tokenizer = models.load_model(model_dir)
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
     checkpoint.save_model(model, tokenizer, Path(model_dir))
@@ -489,14 +492,14 @@ def test_when_one_rank_is_killed_the_others_end(script, model_dir, tmp_path):
 def slow_generation_of_0(marker: Path):
     """Harm: one rank is in a turn of three seconds while the other waits for it."""
     if os.environ["RANK"] == "0":
-        extend = evaluate.Sampler.extend
+        extend = Sampler.extend
 
         def slowly(*arguments, **more):
             marker.touch()
             time.sleep(3)
             return extend(*arguments, **more)
 
-        evaluate.Sampler.extend = slowly
+        Sampler.extend = slowly
 
 
 def test_torchrun_ends_all_ranks_when_one_is_killed(tmp_path):
@@ -561,14 +564,14 @@ def poison_logits(bad):
 
 
 def poison_reward(bad):
-    grade = evaluate.grade
+    verdicts = Env.verdicts
 
     def poisoned(*arguments):
-        texts, verdicts = grade(*arguments)
-        verdicts[-1:] = bad
-        return texts, verdicts
+        right, texts = verdicts(*arguments)
+        right[-1:] = bad
+        return Verdicts(right, texts)
 
-    return None, "grade", poisoned
+    return Env, "verdicts", poisoned
 
 
 POISONS = {
@@ -582,9 +585,8 @@ POISONS = {
 def train_only(script, model_dir, out, *flags):
     """`helpers.train_here` without the evaluation at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in {"evaluate_both", "report", "compare_after_failure"} & vars(
-            SCRIPTS[script]
-        ).keys():
+        ends = {"both_modes", "before_and_after", "conclude", "compare_after_failure"}
+        for name in ends & vars(SCRIPTS[script]).keys():
             patch.setattr(SCRIPTS[script], name, lambda *arguments, **more: {})
         patch.setattr(rrr, "side_by_side", lambda *arguments: "")
         return helpers.train_here(SCRIPTS[script], model_dir, out, *helpers.FEW[script], *flags)
@@ -608,7 +610,7 @@ def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
         with pytest.MonkeyPatch.context() as patch:
             if step in bad:
                 where, name, harmful = poison(bad[step])
-                patch.setattr(where or SCRIPTS[script], name, harmful)
+                patch.setattr(where, name, harmful)
             row = step_of(config, scorer, sampler, optimizer, step, *rest)
         same = all(
             torch.equal(a, b) for a, b in zip(before, trained(scorer, optimizer), strict=True)
@@ -631,17 +633,14 @@ def test_what_is_not_finite_changes_no_weight_and_is_counted(script, what, model
     assert seen == [(0, False), (1, True), (1, True), (0, False)]
     assert what in rows[1]["not_finite"] and what in rows[2]["not_finite"]
     assert not re.search("NaN|Infinity", (tmp_path / "run" / "metrics.jsonl").read_text())
-    model, _ = policy.load_model(str(tmp_path / "run" / "checkpoint"))
+    model, _ = models.load_model(str(tmp_path / "run" / "checkpoint"))
     assert policy.finite_weights(model)
 
 
 @both
 def test_training_stops_after_so_many_bad_steps_in_a_row(script, model_dir, tmp_path, capsys):
-    seen, bad, flags = (
-        [],
-        dict.fromkeys((1, 2, 3), float("nan")),
-        ("--max_skipped", "2", "--save_every", "1"),
-    )
+    seen, bad = [], dict.fromkeys((1, 2, 3), float("nan"))
+    flags = ("--max_skipped", "2", "--save_every", "1")
     with pytest.raises(SystemExit) as exit_:
         poisoned_run(script, model_dir, tmp_path / "run", poison_loss, bad, seen, *flags)
     assert exit_.value.code == 1 and [skipped for skipped, _ in seen] == [0, 1, 1]
@@ -702,7 +701,7 @@ PROGRAM = """
 import dataclasses, os, sys
 import torch
 import helpers, {script}
-from tasks.base import TASKS
+from tasks import TASKS
 torch.set_num_threads(1)
 os.cpu_count = lambda: {workers}
 TASKS["tiny"] = dataclasses.replace(TASKS["tiny"], warm_up=lambda: True)  # verdicts in threads

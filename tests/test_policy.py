@@ -13,15 +13,23 @@ import loss
 import score
 import tiny
 from loss import divide_by_std, later_in_turn, subtract_baseline, token_scores
-from training import checkpoint, policy
-from training import loop as training
+from training import batches, checkpoint, models, policy, run
 from training.scorer import Scorer
 
 
 def small_llama(seed=0, **changes):
     torch.manual_seed(seed)
-    shape = dict(vocab_size=29, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, pad_token_id=0)  # fmt: skip
+    shape = {
+        "vocab_size": 29,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.4,
+        "pad_token_id": 0,
+    }
     model = LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
     for module in list(model.modules()):  # transformers' own norm rounds float64 to float32
         for name, child in module.named_children():
@@ -140,9 +148,9 @@ def test_the_reference_gets_no_gradient():
 
 def test_every_row_is_in_exactly_one_micro_batch_within_the_budget():
     lengths = torch.tensor([5, 9, 2, 7, 7, 1])
-    batches = policy.micro_batches(lengths, 15)
-    assert sorted(torch.cat(batches).tolist()) == list(range(6))
-    assert all(len(b) == 1 or len(b) * int(lengths[b].max()) <= 15 for b in batches)
+    pieces = policy.micro_batches(lengths, 15)
+    assert sorted(torch.cat(pieces).tolist()) == list(range(6))
+    assert all(len(b) == 1 or len(b) * int(lengths[b].max()) <= 15 for b in pieces)
 
 
 def test_clipping_binds_in_later_epochs_and_never_in_the_first():
@@ -211,7 +219,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
 
 def test_every_problem_comes_once_an_epoch_in_an_order_of_its_own():
     problems = list(range(10))
-    seen = [policy.pick_problems(problems, 0, step, 4) for step in range(5)]
+    seen = [batches.pick_problems(problems, 0, step, 4) for step in range(5)]
     flat = [p for batch in seen for p in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == problems and flat[:10] != flat[10:]
 
@@ -270,14 +278,14 @@ def test_a_head_that_scales_its_logits_is_refused():
 
     model.forward = scaled
     with pytest.raises(ValueError, match="not hidden @ head.T"):
-        policy.check_head(model, "odd")
+        models.check_head(model, "odd")
 
 
 def test_a_saved_model_is_replaced_whole(tmp_path):
     tokenizer = tiny.build_tokenizer()
     for seed in (0, 1):
         checkpoint.save_model(small_llama(seed), tokenizer, tmp_path / "checkpoint")
-    loaded, _ = policy.load_model(str(tmp_path / "checkpoint"))
+    loaded, _ = models.load_model(str(tmp_path / "checkpoint"))
     for a, b in zip(loaded.parameters(), small_llama(1).parameters()):
         assert torch.equal(a, b)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
@@ -286,7 +294,7 @@ def test_a_saved_model_is_replaced_whole(tmp_path):
 def test_a_run_directory_in_use_is_refused_and_untouched(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="in use"):
-        training.open_run(score.Config(output_dir=str(tmp_path)), {})
+        run.open_run(score.Config(output_dir=str(tmp_path)), {})
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 

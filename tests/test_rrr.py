@@ -1,5 +1,4 @@
-"""RRR's own arithmetic, its file of failures, and short whole runs on a randomly initialised
-model."""
+"""RRR's own arithmetic, its file of failures, and short whole runs on a random model."""
 
 import copy
 import dataclasses
@@ -14,7 +13,8 @@ import helpers
 import rrr
 from sampler import Sampler
 from sampling.turns import first_turn_ids, follow_up_ids
-from tasks.base import TASKS
+from tasks import TASKS
+from tasks.env import Env
 from test_exactness import (
     TOLERANCE,
     every_batch,
@@ -23,13 +23,14 @@ from test_exactness import (
     make_world,
     turn_logprobs,
 )
+from training import batches, models, policy
 from training import loop as training
-from training import policy
 from training.scorer import Scorer
 
 run_rrr = functools.partial(helpers.from_command_line, "rrr.py")
-FEW = ["--steps", "3", "--queries", "6", "--tries", "2", "--failures_per_step", "2", "--group_size", "2",
-       "--max_reflection_tokens", "6"]  # fmt: skip
+FEW = (
+    "--steps 3 --queries 6 --tries 2 --failures_per_step 2 --group_size 2 --max_reflection_tokens 6"
+).split()
 
 
 def train_here(model_dir, out, *flags):
@@ -43,7 +44,8 @@ def model_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("reward_on", ["reflection", "retry", "both"])
 @pytest.mark.parametrize("baseline, V, G, R", [
-    ("none", 4, 1, 1), ("leave_one_out", 4, 2, 1), ("leave_one_out", 2, 2, 2), ("group_mean", 4, 2, 1),
+    ("none", 4, 1, 1), ("leave_one_out", 4, 2, 1), ("leave_one_out", 2, 2, 2),
+    ("group_mean", 4, 2, 1),
 ])  # fmt: skip
 def test_expected_gradient_is_that_of_the_retrys_reward_through_the_rewarded_tokens(
     reward_on, baseline, V, G, R
@@ -89,31 +91,26 @@ def test_absent_episodes_count_nowhere():
 
 
 def make_rollout(model_dir, retries=2, reflection_tokens=6):
-    model, tokenizer = policy.load_model(model_dir)
-    sampler, task = Sampler(model, tokenizer), TASKS["tiny"]
-    config = rrr.Config(
-        group_size=2, retries=retries, max_reflection_tokens=reflection_tokens, max_new_tokens=4
-    )
-    failures = []
-    for problem, answer in zip(
-        task.generate("train", 0), ("1 + 1 = 2 <end>", "3 - 2 <end>", "4 *"), strict=False
-    ):
-        prompt = first_turn_ids(tokenizer, task.prompt(problem))
-        failures.append(
-            {"problem": problem, "prompt_ids": prompt, "answer_ids": tokenizer(answer).input_ids}
-        )
-    calls = []
-    generate, extend = sampler.generate, sampler.extend
-    sampler.generate = lambda *a, **k: (calls.append("generate"), generate(*a, **k))[1]
-    sampler.extend = lambda *a, **k: (calls.append("extend"), extend(*a, **k))[1]
-    rollout, rewards, held = rrr.roll_out(sampler, tokenizer, task, failures, 0, config)
-    return rollout, rewards, held, failures, tokenizer, task, config, calls
+    model, tokenizer = models.load_model(model_dir)
+    sampler, env = Sampler(model, tokenizer), Env(TASKS["tiny"], tokenizer)
+    limits = {"max_reflection_tokens": reflection_tokens, "max_new_tokens": 4}
+    config = rrr.Config(group_size=2, retries=retries, **limits)
+    problems, failures = env.task.generate("train", 0)[:3], []
+    for problem, answer in zip(problems, ("1 + 1 = 2 <end>", "3 - 2 <end>", "4 *"), strict=True):
+        failure = {"problem": problem, "prompt_ids": env.prompts([problem])[0]}
+        failures.append(failure | {"answer_ids": tokenizer(answer).input_ids})
+    caches, extend = [], sampler.extend
+    sampler.extend = lambda r, *a, **k: (caches.append(r.cache), extend(r, *a, **k))[1]
+    episodes = rrr.roll_out(env, sampler, batches.share_of(failures, 0, 0), config)
+    return episodes, failures, env, config, caches
 
 
 def test_the_retry_stands_on_the_exact_ids_of_problem_failure_and_reflection(model_dir):
-    rollout, rewards, held, failures, tokenizer, task, config, calls = make_rollout(model_dir)
-    assert calls == ["generate", "extend"]  # the retry goes on from the reflection's cache
+    (rollout, rewards, _, _, held), failures, env, config, caches = make_rollout(model_dir)
+    # the failure is encoded, and the retry goes on from the reflection's cache
+    assert [cache is None for cache in caches] == [True, False]
     assert rewards.shape == (3, 2, 2) and len(rollout.ids) == 12
+    tokenizer, task = env.tokenizer, env.task
     for row in range(12):
         failure, ids = failures[row // 4], rollout.ids[row].tolist()
         start = failure["prompt_ids"] + failure["answer_ids"]
@@ -135,10 +132,10 @@ def test_the_retry_stands_on_the_exact_ids_of_problem_failure_and_reflection(mod
     "reward_on, rewarded", [("reflection", {1}), ("retry", {2}), ("both", {1, 2})]
 )
 def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
-    rollout, rewards, held, *_, config, _ = make_rollout(model_dir, retries=1)
-    config.reward_on = reward_on
+    episodes, _, _, config, _ = make_rollout(model_dir, retries=1)
+    config.reward_on, rollout = reward_on, episodes.rollout
     rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])[..., None]
-    batch = rrr.make_batch(rollout, rewards, torch.ones(3, 2), held, config)
+    batch = rrr.make_batch(episodes._replace(rewards=rewards), config)
     wanted = rollout.action_mask & torch.isin(rollout.turn, torch.tensor(sorted(rewarded)))
     assert ((batch.advantages != 0) == wanted).all()
 
@@ -147,22 +144,22 @@ def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
     "kl_on, turns", [("reflection", {1}), ("both", {1, 2}), ("all", {0, 1, 2})]
 )
 def test_the_kl_covers_what_its_flag_says(model_dir, kl_on, turns):
-    rollout, rewards, held, *_, config, _ = make_rollout(model_dir)
-    config.kl_on = kl_on
-    batch = rrr.make_batch(rollout, rewards, torch.ones(3, 2), held, config)
-    scored = rollout.action_mask | held
+    episodes, _, _, config, _ = make_rollout(model_dir)
+    config.kl_on, rollout = kl_on, episodes.rollout
+    batch = rrr.make_batch(episodes, config)
+    scored = rollout.action_mask | episodes.held
     assert set(rollout.turn[batch.kl_coef > 0].tolist()) == turns
     assert not (batch.kl_coef[~scored] > 0).any()
     assert (batch.kl_coef[rollout.action_mask & (rollout.turn == 1)] == config.beta).all()
 
 
 def test_a_reflection_that_hits_the_token_limit_is_closed_and_counted(model_dir):
-    rollout, *_, tokenizer, task, config, _ = make_rollout(model_dir, reflection_tokens=1)
-    cut = ~rollout.stopped[:, 0]
+    (rollout, *_), _, env, *_ = make_rollout(model_dir, reflection_tokens=1)
+    cut = ~rollout.stopped[:, 1]
     assert cut.any()
     for row in cut.nonzero().flatten().tolist():
         reflection = (rollout.action_mask[row] & (rollout.turn[row] == 1)).nonzero().flatten()
-        assert rollout.ids[row, reflection[-1] + 1] == tokenizer.eos_token_id
+        assert rollout.ids[row, reflection[-1] + 1] == env.tokenizer.eos_token_id
 
 
 def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, monkeypatch):
@@ -173,14 +170,7 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
     assert all(whole[0][key] == pytest.approx(0, abs=1e-6) for key in ("kl_t1", "kl_t2", "kl_t3"))
     assert "eval_retry_given_failure" in whole[1]
     written = {p.name for p in (tmp_path / "whole").iterdir()}
-    assert written >= {
-        "config.json",
-        "failures.jsonl",
-        "results.json",
-        "reflections.txt",
-        "checkpoint",
-        "curves.png",
-    }
+    assert written >= {"failures.jsonl", "results.json", "reflections.txt", "checkpoint"}
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert len(results["controls"]) == 10 and "retry_given_failure" in results["trained"]["sampled"]
 
@@ -195,9 +185,8 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         train_here(model_dir, tmp_path / "cut")
     monkeypatch.undo()
-    assert helpers.without_times(
-        train_here(model_dir, tmp_path / "cut", "--resume")
-    ) == helpers.without_times(whole)
+    resumed = train_here(model_dir, tmp_path / "cut", "--resume")
+    assert helpers.without_times(resumed) == helpers.without_times(whole)
 
 
 def test_whole_episodes_as_groups(model_dir, tmp_path):
@@ -208,16 +197,14 @@ def test_whole_episodes_as_groups(model_dir, tmp_path):
 
 
 def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypatch):
-    model, tokenizer = policy.load_model(model_dir)
+    model, tokenizer = models.load_model(model_dir)
     task = dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True)
-    problems = task.generate("train", 0)[:2]
-    chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
+    mine = batches.share_of(task.generate("train", 0)[:2], 0, 0)
     config = rrr.Config(group_size=2, baseline="none", normalise=False)
-    rollout, rewards, present = rrr.roll_out_episodes(
-        Sampler(model, tokenizer), tokenizer, task, chosen, 0, config
-    )
-    batch = rrr.make_batch(rollout, rewards, present, None, config)
-    assert len(rollout.ids) == 0 and "reward" not in batch.figures
+    sampler = Sampler(model, tokenizer)
+    episodes = rrr.roll_out_episodes(Env(task, tokenizer), sampler, mine, config)
+    batch = rrr.make_batch(episodes, config)
+    assert len(episodes.rollout.ids) == 0 and "reward" not in batch.figures
     optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
     _, norm, wrong = policy.update(Scorer(model), optimizer, batch, config)
     assert norm == 0 and not wrong and not optimizer.state
@@ -257,55 +244,47 @@ def test_the_papers_preset_leaves_given_flags_alone():
 
 def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
     path = tmp_path / "failures.jsonl"
-    assert (
-        run_rrr("--model", model_dir, "--collect", "--failures", path, "--queries", "5").returncode
-        == 0
-    )
+    flags = ("--model", model_dir, "--collect", "--failures", path)
+    assert run_rrr(*flags, "--queries", "5").returncode == 0
     origin, *rows = map(json.loads, path.read_text().splitlines())
-    assert (
-        origin["origin"].keys() >= {"model", "task", "seed", "success_rate", "fingerprint"}
-        and len(rows) == 5
-    )
-    model, tokenizer = policy.load_model(model_dir)
+    assert origin["origin"].keys() >= {"model", "task", "seed", "success_rate", "fingerprint"}
+    assert len(rows) == 5
+    model, tokenizer = models.load_model(model_dir)
     for row in rows:
         assert row["prompt_ids"] == first_turn_ids(tokenizer, TASKS["tiny"].prompt(row["problem"]))
         assert tokenizer.decode(row["answer_ids"]).removesuffix(" <end>") == row["answer"]
         assert not TASKS["tiny"].verify(row["answer"], row["problem"])
-    assert (
-        rrr.read_failures(
-            str(path), Sampler(model, tokenizer), tokenizer, TASKS["tiny"], rrr.Config()
-        )
-        == rows
-    )
-    again = run_rrr("--model", model_dir, "--collect", "--failures", path)
-    assert (
-        again.returncode == 2
-        and "does not exist yet" in again.stderr
-        and len(path.read_text().splitlines()) == 6
-    )
+    env = Env(TASKS["tiny"], tokenizer)
+    assert rrr.read_failures(str(path), env, Sampler(model, tokenizer), rrr.Config()) == rows
+    again = run_rrr(*flags)
+    assert again.returncode == 2 and "does not exist yet" in again.stderr
+    assert len(path.read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda lines: [lines[0], lines[1], "{"], "line 3: not JSON"),
     (lambda lines: [lines[0], '{"problem": {}}'], "line 2: field 'prompt_ids'"),
     (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[999]")], "line 2: field 'answer_ids'"),
-    (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[5" + 99 * ", 5" + "]")], "line 2: with 96 tokens after it"),
-    (lambda lines: [lines[0], lines[1].replace('"nums"', '"numbers"')], "line 2: field 'prompt_ids' is not"),
+    (lambda lines: [lines[0], lines[1].replace("[5, 1]", "[5" + 99 * ", 5" + "]")],
+     "line 2: with 96 tokens after it"),
+    (lambda lines: [lines[0], lines[1].replace('"nums"', '"numbers"')],
+     "line 2: field 'prompt_ids' is not"),
     (lambda lines: lines[:1], "has no failures"),
     (lambda lines: lines[1:], "line 1: field 'origin'"),
-    (lambda lines: [re.sub('"fingerprint": "..', '"fingerprint": "zz', lines[0])], "of model there on task tiny"),
+    (lambda lines: [re.sub('"fingerprint": "..', '"fingerprint": "zz', lines[0])],
+     "of model there on task tiny"),
     (lambda lines: [lines[0].replace('"task": "tiny"', '"task": "math"')], "on task math"),
 ])  # fmt: skip
 def test_a_bad_failures_file_is_refused_in_one_line(model_dir, tmp_path, change, message):
-    model, tokenizer = policy.load_model(model_dir)
+    model, tokenizer = models.load_model(model_dir)
     sampler, path = Sampler(model, tokenizer), tmp_path / "failures.jsonl"
-    origin = {"model": "there", "task": "tiny", "fingerprint": rrr.fingerprint(model)}
+    origin = {"model": "there", "task": "tiny", "fingerprint": models.fingerprint(model)}
     problem = {"nums": [1, 2, 3], "target": 6}
     prompt_ids = first_turn_ids(tokenizer, TASKS["tiny"].prompt(problem))
     row = {"problem": problem, "answer": "x", "prompt_ids": prompt_ids, "answer_ids": [5, 1]}
     path.write_text("\n".join(change([json.dumps({"origin": origin}), json.dumps(row)])) + "\n")
     with pytest.raises(ValueError, match=re.escape(message)):
-        rrr.read_failures(str(path), sampler, tokenizer, TASKS["tiny"], rrr.Config())
+        rrr.read_failures(str(path), Env(TASKS["tiny"], tokenizer), sampler, rrr.Config())
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -12,27 +12,17 @@ import torch
 import helpers
 import score
 from sampler import Sampler
-from sampling.turns import first_turn_ids
-from tasks.base import TASKS
-from training import checkpoint, policy
+from tasks import TASKS
+from tasks.env import Env
+from training import batches, checkpoint, models
 from training import loop as training
 
 run_score = functools.partial(helpers.from_command_line, "score.py")
 
 
 def train_here(model_dir, out, *flags):
-    return helpers.train_here(
-        score,
-        model_dir,
-        out,
-        "--problems",
-        "2",
-        "--group_size",
-        "2",
-        "--second_attempts",
-        "2",
-        *flags,
-    )
+    few = "--problems 2 --group_size 2 --second_attempts 2".split()
+    return helpers.train_here(score, model_dir, out, *few, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +32,10 @@ def model_dir(tmp_path_factory):
 
 @pytest.mark.parametrize("r1, r2, reward", [(0, 1, 11), (1, 1, 1), (0, 0, 0), (1, 0, -10)])
 def test_the_bonus_has_the_papers_sign_and_size(r1, r2, reward):
-    first, second = score.returns(
-        torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]]), 2, score.Config()
-    )
+    verdicts = torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]])
+    first, second = score.returns(*verdicts, 2, score.Config())
     assert (first, second) == (r1, reward)
-    first, second = score.returns(
-        torch.tensor([[1.0 * r1]]), torch.tensor([[[1.0 * r2]]]), 1, score.Config()
-    )
+    first, second = score.returns(*verdicts, 1, score.Config())
     assert (first, second) == (0, r2)  # Stage I: no reward for y1, no bonus for y2
 
 
@@ -105,29 +92,17 @@ def test_a_run_writes_its_directory_and_its_update_is_on_policy(model_dir, tmp_p
     assert all(r["ratio_error"] < 1e-4 for r in rows)  # sampler and scorer agree: the ratio is 1
     assert rows[0]["kl_t1"] == pytest.approx(0, abs=1e-6) and rows[3]["kl_t1"] > 0
     assert "eval_acc_t2" in rows[1] and "eval_acc_t2" not in rows[0]
-    written = {p.name for p in (tmp_path / "run").iterdir()}
-    assert written == {"config.json", "metrics.jsonl", "states", ".lock", "checkpoint", "results.json", "curves.png",
-                       "transcripts.txt"}  # fmt: skip
+    written = sorted(p.name for p in (tmp_path / "run").iterdir())
+    files = "checkpoint config.json curves.png metrics.jsonl results.json states transcripts.txt"
+    assert written == [".lock", *files.split()]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert (
-        results["base"]["greedy"].keys()
-        == results["trained"]["sampled"].keys()
-        >= {"n", "acc_t1", "delta_se"}
-    )
-    policy.load_model(str(tmp_path / "run" / "checkpoint"))
+    names = results["base"]["greedy"].keys()
+    assert names == results["trained"]["sampled"].keys() >= {"n", "acc_t1", "delta_se"}
+    models.load_model(str(tmp_path / "run" / "checkpoint"))
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypatch):
-    flags = (
-        "--stage1_steps",
-        "2",
-        "--stage2_steps",
-        "4",
-        "--reference",
-        "stage1",
-        "--kl_target",
-        "0.001",
-    )
+    flags = "--stage1_steps 2 --stage2_steps 4 --reference stage1 --kl_target 0.001".split()
     whole = train_here(model_dir, tmp_path / "whole", *flags)
 
     logged = training.log
@@ -143,9 +118,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypa
     monkeypatch.undo()
     resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
     assert helpers.without_times(resumed) == helpers.without_times(whole)
-    assert (tmp_path / "cut" / "results.json").read_text() == (
-        tmp_path / "whole" / "results.json"
-    ).read_text()
+    results = [(tmp_path / name / "results.json").read_text() for name in ("cut", "whole")]
+    assert results[0] == results[1]
 
 
 def test_single_turn_trains_first_attempts_alone(model_dir, tmp_path):
@@ -171,31 +145,14 @@ def test_first_attempts_that_the_data_gives_are_no_measure_of_the_model_and_get_
 def test_stage_2_can_refer_to_the_result_of_stage_1(model_dir, tmp_path):
     kl = {}
     for reference in ("base", "stage1"):
-        flags = (
-            "--stage1_steps",
-            "3",
-            "--stage2_steps",
-            "1",
-            "--reference",
-            reference,
-            "--lr",
-            "0.01",
-        )
+        flags = f"--stage1_steps 3 --stage2_steps 1 --reference {reference} --lr 0.01".split()
         kl[reference] = train_here(model_dir, tmp_path / reference, *flags)[3]["kl_t1"]
     assert kl["stage1"] == pytest.approx(0, abs=1e-6) and kl["base"] > 1e-3
 
 
 def test_training_at_another_temperature_scores_at_that_temperature(model_dir, tmp_path):
-    rows = train_here(
-        model_dir,
-        tmp_path / "run",
-        "--stage1_steps",
-        "0",
-        "--stage2_steps",
-        "2",
-        "--temperature",
-        "0.5",
-    )
+    flags = "--stage1_steps 0 --stage2_steps 2 --temperature 0.5".split()
+    rows = train_here(model_dir, tmp_path / "run", *flags)
     assert all(r["ratio_error"] < 1e-4 for r in rows)
 
 
@@ -234,51 +191,36 @@ def test_a_run_killed_before_its_first_save_can_be_resumed(model_dir, tmp_path, 
 
 def test_resuming_with_another_flag_is_refused(model_dir, tmp_path, capsys):
     train_here(model_dir, tmp_path / "run", "--stage1_steps", "0", "--stage2_steps", "1")
-    said = helpers.refusal(
-        score,
-        capsys,
-        "--model",
-        model_dir,
-        "--output_dir",
-        tmp_path / "run",
-        "--resume",
-        "--alpha",
-        "1",
-    )
+    flags = ("--model", model_dir, "--output_dir", tmp_path / "run", "--resume", "--alpha", "1")
+    said = helpers.refusal(score, capsys, *flags)
     assert "--alpha was 10.0, is 1.0" in said
 
 
 def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir):
-    model, tokenizer = policy.load_model(model_dir)
-    base, _ = policy.load_model(model_dir)
+    model, tokenizer = models.load_model(model_dir)
+    base, _ = models.load_model(model_dir)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.5)
-    task, config = (
-        TASKS["tiny"],
-        score.Config(problems=2, group_size=2, second_attempts=2, offline_ratio=0.5),
-    )
-    problems = task.generate("train", 0)[:2]
-    chosen = [(p, first_turn_ids(tokenizer, task.prompt(p))) for p in problems]
-    samplers = [Sampler(m, tokenizer) for m in (model, base)]
-    rollouts = {}
-    for step in (0, 1):
-        rollouts[step], r1, r2 = score.roll_out(*samplers, tokenizer, task, chosen, step, config)
-        assert r1.shape == (2, 2) and r2.shape == (2, 2, 2)
-        assert score.is_offline(step, config) == (step == 1)
-    assert set(rollouts[0].turn[rollouts[0].action_mask].tolist()) == {0, 1}
-    offline = rollouts[1]
-    assert set(offline.turn[offline.action_mask].tolist()) == {1} and offline.stopped.shape == (
-        8,
-        2,
-    )
-    seeds = policy.row_seeds(4, "first", 0, 1)
-    firsts = samplers[1].generate([ids for _, ids in chosen], 2, seeds=seeds, max_new_tokens=16)
+    config = score.Config(problems=2, group_size=2, second_attempts=2, offline_ratio=0.5)
+    assert [score.is_offline(step, config) for step in (0, 1)] == [False, True]
+    env = Env(TASKS["tiny"], tokenizer)
+    problems = env.task.generate("train", 0)[:2]
+    ours, theirs = (Sampler(m, tokenizer) for m in (model, base))
+    own = score.roll_out(env, ours, batches.share_of(problems, 0, 0), config)
+    assert set(own.rollout.turn[own.rollout.action_mask].tolist()) == {0, 1} and not own.offline
+    attempts = score.roll_out(env, ours, batches.share_of(problems, 0, 1), config, theirs)
+    offline = attempts.rollout
+    assert len(attempts.first.right) == 4 and len(attempts.second.right) == 8
+    assert set(offline.turn[offline.action_mask].tolist()) == {1}
+    assert offline.stopped.shape == (8, 2) and attempts.offline
+    seeds = batches.row_seeds(4, "first", 0, 1)
+    firsts = theirs.generate(env.prompts(problems), 2, seeds=seeds, max_new_tokens=16)
     for row in range(8):
         width = int(firsts.lengths[row // 2])
         assert offline.ids[row, :width].tolist() == firsts.ids[row // 2, :width].tolist()
         assert not offline.action_mask[row, :width].any()
-    batch = score.make_batch(offline, r1, r2, 1, 1.0, config, offline=True)
+    batch = score.make_batch(attempts, 1, 1.0, config)
     assert "reward" not in batch.figures and not batch.kl_coef[~offline.action_mask].any()
 
 

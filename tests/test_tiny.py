@@ -1,12 +1,15 @@
 """The made-up conversations that the embedded model learns from, and the model itself."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import evaluate
 import helpers
 import tiny
-from tasks.base import TASKS
+from tasks import TASKS
+from training.setup import prepare
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +67,9 @@ def test_the_embedded_base_stands_where_the_papers_start():
     path = helpers.ROOT / "models" / "tiny"
     assert sum(file.stat().st_size for file in path.iterdir()) < 2e6
     config = evaluate.Config(model=str(path))
-    task, sampler, tokenizer, splits = evaluate.prepare(config, {"validation": None})
-    shared = (sampler, tokenizer, task, *zip(*splits["validation"], strict=True), config)
-    sampled, greedy = (evaluate.evaluate(*shared, T)[0] for T in (1.0, 0.0))
-    assert (
-        0.3 < sampled["acc_t1"] < 0.5
-        and -0.1 < sampled["delta"] < -0.02
-        and greedy["delta"] <= 0.001
-    )
+    env, sampler, splits = prepare(config, {"validation": None})
+    look = partial(evaluate.look, env, config, "self_correct", sampler, splits["validation"])
+    (sampled, _), (greedy, _) = look(1.0), look(0.0)
+    assert 0.3 < sampled["acc_t1"] < 0.5 and -0.1 < sampled["delta"] < -0.02
+    assert greedy["delta"] <= 0.001
     assert sampled["well_formed"] > 0.85

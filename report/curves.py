@@ -59,7 +59,8 @@ def _draw(path: Path, rows: list[dict], least: int) -> None:
         axis.set_xlim(0, rows[-1]["step"] + 1)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlabel("step", fontsize=9)
-        style.percent(axis, *_limits(seen))
+        axis.yaxis.set_major_formatter("{x:.0f} %")
+        axis.set_ylim(*_limits(seen))
 
 
 def _draw_line(axis, rows, name, batch, validation, dash, width) -> list[float]:

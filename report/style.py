@@ -73,18 +73,12 @@ def curve(axis, x, values, color: str, label: str = "", dash: str = SECOND, mark
     axis.plot(x, mean, dash, color=color, label=label or "_", marker=marker, markersize=3.5)
 
 
-def level(axis, y: float, text: str, x: float, color: str = GREY, above: bool = True) -> None:
-    """A horizontal line to compare with, named on it at `x`."""
-    axis.axhline(y, color=color, linestyle=":", linewidth=1.3, label="_", zorder=1)
-    place = {"xytext": (0, 3 if above else -3), "textcoords": "offset points"}
-    place["va"] = "bottom" if above else "top"
-    axis.annotate(text, (x, y), color=color, fontsize=9, **place)
-
-
-def percent(axis, low: float | None = None, high: float | None = None) -> None:
-    """The y axis in per cent, from `low` to `high` where they are given."""
-    axis.yaxis.set_major_formatter("{x:.0f} %")
-    axis.set_ylim(low, high)
+def level(axis, x, y: float, label: str, error: float = 0.0) -> None:
+    """A dotted line over all of `x` to compare with, in a band of `error` to each side."""
+    ends = [min(x), max(x)]
+    axis.plot(ends, [y, y], ":", color=GREY, label=label, linewidth=1.5, zorder=1)
+    if error:
+        axis.fill_between(ends, y - error, y + error, color=GREY, alpha=0.12, linewidth=0)
 
 
 def _name_lines(figure, axis) -> None:
@@ -99,7 +93,8 @@ def _name_lines(figure, axis) -> None:
     order = np.argsort(heights)
     for number, height in zip(order, spread(heights[order], 1.3 * size), strict=True):
         line, moved = lines[number], height - heights[number]
-        leader = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.7, "shrinkB": 3}
+        leader = {"arrowstyle": "-", "color": line.get_color(), "lw": 0.7}
+        leader |= {"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
         axis.annotate(
             line.get_label(),
             ends[number],
@@ -109,7 +104,7 @@ def _name_lines(figure, axis) -> None:
             fontsize=size,
             color=line.get_color(),
             annotation_clip=False,
-            arrowprops=leader | {"shrinkA": 1},
+            arrowprops=leader,
         )
 
 

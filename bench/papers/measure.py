@@ -1,8 +1,7 @@
-"""What `reproduce.py` measures of one trained model, in a process of its own: figures of the test
-split, as JSON.
+"""What `reproduce.py` measures of one model, in a process of its own: figures of the test split.
 
-Each attempt of each of the 1,500 problems is kept as a bit, so that methods can be compared problem
-by problem.
+Written as JSON. Each attempt of each of the 1,500 problems is kept as a bit, so that methods can be
+compared problem by problem.
 """
 
 import json
@@ -24,8 +23,7 @@ from training.flags import flag, parse_args  # noqa: E402
 from training.policy import accumulate_gradients, make_scorer, pick_problems  # noqa: E402
 
 MODES = {"greedy": 0.0, "sampled": 1.0}
-# attempts in a row; answers a problem, and of how many problems
-ATTEMPTS, VOTERS, VOTED = 10, 32, 500
+ATTEMPTS, VOTERS, VOTED = 10, 32, 500  # in a row; answers a problem, and of how many problems
 EDIT_BINS = np.linspace(0, 0.5, 26)
 DESIGNS = {  # of a batch, all of 320 attempts: P, G, K
     "nested, K = 4": (16, 4, 4),
@@ -52,8 +50,7 @@ def bits(values) -> str:
 
 
 def measure(cast, method: str, shared) -> tuple[dict, dict, dict]:
-    """({mode: figures}, {mode: {key: bits}}, {mode: conversations}) of two attempts at every
-    problem."""
+    """({mode: figures}, {mode: {key: bits}}, {mode: conversations}), two attempts a problem."""
     figures, kept, talks = {}, {}, {}
     for mode, T in MODES.items():
         figures[mode], talks[mode] = evaluate(cast, *shared, T, method)
@@ -65,14 +62,12 @@ def measure(cast, method: str, shared) -> tuple[dict, dict, dict]:
 
 
 def more_of(sampler, talks: list[dict], shared) -> tuple[list, dict]:
-    """([kind, x, value], ...) of curves that take longer, at T = 1, and the bits of the largest
-    vote."""
+    """([kind, x, value], ...) of curves that take longer, T = 1; the bits of the largest vote."""
     ratios = [min(talk["values"]["edit_ratio"], 0.499) for talk in talks]
     counts = np.histogram(ratios, EDIT_BINS)[0] / len(ratios)
     rows = [["edit_ratio", round(float(x), 3), float(n)] for x, n in zip(EDIT_BINS, counts)]
     tokenizer, task, problems, prompts, config = shared
-    # so that ten fit into the context; a whole attempt has 13
-    long = score.Config(max_new_tokens=14)
+    long = score.Config(max_new_tokens=14)  # ten fit into the context; a whole attempt has 13
     long.attempts = ATTEMPTS
     figures, _ = evaluate(sampler, tokenizer, task, problems, prompts, long, 1.0)
     rows += [["attempts", t, figures[f"acc_t{t}"]] for t in range(1, ATTEMPTS + 1)]
@@ -90,13 +85,18 @@ def more_of(sampler, talks: list[dict], shared) -> tuple[list, dict]:
 
 def measure_all(config: Config) -> dict:
     settings = replace(rrr.Config(), model=config.base)
-    task, base, tokenizer, splits = prepare(settings, {"test": config.limit})
+    few = min(settings.eval_problems, config.limit or settings.eval_problems)
+    task, base, tokenizer, splits = prepare(settings, {"test": config.limit, "validation": few})
     shared = (tokenizer, task, *zip(*splits["test"], strict=True), settings)
-    trained = (
-        base if config.model == config.base else load_sampler(config.model, tokenizer, settings)
-    )
+    trained = base
+    if config.model != config.base:
+        trained = load_sampler(config.model, tokenizer, settings)
     figures, kept, talks = measure(trained, config.method, shared)
     found = {"figures": {"": figures}, "bits": {"": kept}, "more": []}
+    if trained is base:  # as a run evaluates it, so that its curves have where to begin
+        some = zip(*splits["validation"], strict=True)
+        start, _ = evaluate(base, tokenizer, task, *some, settings, 1.0, config.method)
+        found["start"] = {f"eval_{key}": value for key, value in start.items()}
     if config.method == "reflect_retry":
         for name, (cast, method) in controls(base, trained).items():
             # the base's own are the same for every model
@@ -119,9 +119,11 @@ def gradient(scorer, sampler, tokenizer, task, split, step: int, config) -> torc
 
 
 def noise_of(gradients: torch.Tensor) -> dict:
-    """Of n gradients (n, weights): the variance of one; the squared length of their mean, without
-    the part of it that is noise; both with standard errors (jackknife); and how many such batches
-    make the noise as long as the mean."""
+    """Of n gradients (n, weights): the variance of one, and the squared length of their mean.
+
+    The latter without the part of it that is noise; both with standard errors (jackknife); and how
+    many such batches make the noise as long as the mean.
+    """
     n = len(gradients)
 
     def estimate(some: torch.Tensor) -> tuple[float, float]:
@@ -131,36 +133,27 @@ def noise_of(gradients: torch.Tensor) -> dict:
     variance, signal = estimate(gradients)
     without = np.array([estimate(gradients[torch.arange(n) != i]) for i in range(n)])
     errors = ((n - 1) * without.var(axis=0)) ** 0.5
-    found = {
-        "variance": variance,
-        "variance_se": errors[0],
-        "signal": signal,
-        "signal_se": errors[1],
-    }
+    found = {"variance": variance, "variance_se": errors[0]}
+    found |= {"signal": signal, "signal_se": errors[1]}
     return found | {"batches": variance / signal if signal > 0 else float("nan")}
 
 
 def measure_noise(config: Config) -> list[dict]:
-    """Nested against flat second attempts, with and without the bonus; the expected gradient is the
-    same for both."""
+    """Nested against flat second attempts, with and without the bonus.
+
+    The expected gradient is the same for both shapes.
+    """
     rows = []
     for alpha in (0.0, 10.0):
         for name, (P, G, K) in DESIGNS.items():
             sizes = {"problems": P, "group_size": G, "second_attempts": K}
-            settings = score.Config(
-                model=config.model, alpha=alpha, beta1=0.0, normalise="none", seed=1000, **sizes
-            )
+            sizes |= {"alpha": alpha, "beta1": 0.0, "normalise": "none", "seed": 1000}
+            settings = score.Config(model=config.model, **sizes)
             task, sampler, tokenizer, splits = prepare(settings, {"train": None})
-            shared = (
-                make_scorer(sampler.model, settings),
-                sampler,
-                tokenizer,
-                task,
-                splits["train"],
-            )
-            found = torch.stack(
-                [gradient(*shared, step, settings) for step in range(config.batches)]
-            )
+            scorer = make_scorer(sampler.model, settings)
+            shared = (scorer, sampler, tokenizer, task, splits["train"])
+            steps = range(config.batches)
+            found = torch.stack([gradient(*shared, step, settings) for step in steps])
             rows.append({"design": name, "alpha": alpha, "n": config.batches, **noise_of(found)})
     return rows
 

@@ -10,8 +10,10 @@ COMMITTED = Path(__file__).parent.parent.parent / "results" / "reproduce"
 
 
 def score_of(results: dict, method: str) -> float:
-    """What a learning rate is chosen by: Acc@t2 on validation, mean of greedy and T = 1; plain RL
-    trains Acc@t1."""
+    """What a learning rate is chosen by: Acc@t2 on validation, mean of greedy and T = 1.
+
+    Single-turn RL is judged by Acc@t1, which is what it trains.
+    """
     key = "acc_t1" if method == "single-turn RL" else "acc_t2"
     return sum(results["trained"][mode][key] for mode in ("greedy", "sampled")) / 2
 
@@ -29,21 +31,15 @@ def tuning_run(method: str, lr: float) -> Run:
 
 def tuning_rows(config, method: str, failed: list[str]) -> dict[float, list]:
     """{rate: row of tuning.csv}, of all that was tried. A run that failed has a score of -inf."""
-    old = (
-        tables.of(tables.read_csv(config.results / "tuning.csv"), method=method)
-        if config.missing
-        else []
-    )
+    old = tables.read_csv(config.results / "tuning.csv") if config.missing else []
+    old = tables.of(old, method=method)
     rows = {float(row["lr"]): [*row.values()] for row in old}
     for run in (tuning_run(method, lr) for lr in LADDER):
         path, cells = run.directory(config) / run.done, ["-inf", "", "", "", "", ""]
         if path.exists():
             results = json.loads(path.read_text())
-            figures = [
-                results["trained"][m][k]
-                for m in ("greedy", "sampled")
-                for k in ("acc_t1", "acc_t2")
-            ]
+            trained = results["trained"]
+            figures = [trained[m][k] for m in ("greedy", "sampled") for k in ("acc_t1", "acc_t2")]
             cells = [f"{score_of(results, method):.5f}", "", *(f"{x:.5f}" for x in figures)]
         if path.exists() or str(run.directory(config)) in failed:
             rows[run.lr] = [method, f"{run.lr:g}", *cells]
@@ -55,12 +51,12 @@ def tuning_rows(config, method: str, failed: list[str]) -> dict[float, list]:
 
 def tuning_runs(config, failed: list[str]) -> list[Run]:
     """Those that are due by what is known."""
-    rows = {method: tuning_rows(config, method, failed) for method in TUNED}
-    return [
-        tuning_run(method, lr)
-        for method in TUNED
-        for lr in rates_due({lr: float(row[2]) for lr, row in rows[method].items()})
-    ]
+    due = []
+    for method in TUNED:
+        rows = tuning_rows(config, method, failed)
+        scores = {lr: float(row[2]) for lr, row in rows.items()}
+        due += [tuning_run(method, lr) for lr in rates_due(scores)]
+    return due
 
 
 def tuned_as(method: str) -> str:
@@ -85,6 +81,5 @@ def require_rates(experiments: dict[str, Experiment], config) -> None:
     methods = {tuned_as(m) for e in experiments.values() for m in e.methods if m in METHODS}
     missing = sorted(m for m in methods if chosen_rate(m, config) is None)
     if missing and not config.quick:
-        raise ValueError(
-            f"no learning rate is chosen yet for {', '.join(missing)}: --only tune does it"
-        )
+        names = ", ".join(missing)
+        raise ValueError(f"no learning rate is chosen yet for {names}: --only tune does it")

@@ -168,6 +168,14 @@ def processes(session: int, zombies: bool = False) -> dict[int, int]:
     return found
 
 
+def soon(condition, seconds: float = 5.0) -> bool:
+    """Whether it comes true: on a busy machine the kernel ends a worker late."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
 def server() -> int:
     assert verify_math(r"\boxed{5}", "5")
     return grader._server[0].pid
@@ -181,7 +189,8 @@ def test_a_thousand_hung_verdicts_leave_nothing_behind():
         return verify_math(text, "5", timeout=0.008)
 
     assert verify_batch(verify, [HANG] * 1000, [{}] * 1000, 4) == [False] * 1000
-    assert server() == session and len(processes(session, zombies=True)) <= 1 + grader.WORKERS
+    assert server() == session
+    assert soon(lambda: len(processes(session, zombies=True)) <= 1 + grader.WORKERS)
     assert len(os.listdir("/proc/self/fd")) <= files + 2 + grader.WORKERS
     assert sum(processes(session).values()) < 150e6 * len(processes(session))
     assert processes(os.getsid(0))[os.getpid()] < before[os.getpid()] + 50e6
@@ -268,10 +277,7 @@ def test_nothing_outlives_its_caller(end):
             caller.kill()
         caller.wait(timeout=20)
         assert end == "stay" or not Path(f"/proc/{session}").exists()
-    deadline = time.monotonic() + 3
-    while processes(session) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert processes(session) == {}
+    assert soon(lambda: not processes(session))
 
 
 def test_importing_the_verifiers_starts_nothing_and_imports_no_sympy():

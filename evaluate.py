@@ -164,10 +164,8 @@ def next_attempts(cast, env, before, rows, protocol):
 def answers_of(env, rollout, problems: list[dict]) -> list[dict]:
     """What is to be known of each row's answer in the last turn."""
     turn = rollout.stopped.shape[1] - 1
-    right, texts = env.verdicts(rollout, turn, problems)
-    asked = [problems[index] for index in rollout.prompt.tolist()]
+    right, texts, answers = env.verdicts(rollout, turn, problems)
     ids, stopped = rollout.completion_ids(turn), rollout.stopped[:, turn].tolist()
-    answers = [env.task.answer(text, problem) for text, problem in zip(texts, asked, strict=True)]
     names = ("text", "right", "ids", "stopped", "answer")
     columns = (texts, right.tolist(), ids, stopped, answers)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -44,14 +44,12 @@ def token_scores(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Scores:
-    """Scores of M tokens from the hidden states that predict them, without ever holding all (M, V)
-    logits.
+    """Scores of M tokens from the hidden states that predict them, never holding (M, V) logits.
 
     hidden, ref_hidden (M, H); head, ref_head (V, H); tokens (M,) int64. `chunk` tokens at a time
     (by default as many as make 2^24 logits), and each chunk's logits are computed again in the
     backward pass: so memory grows with the chunk only. Both distributions are taken at the sampling
-        `temperature`. Without a reference, ref_logprobs and kl
-    are zero.
+    `temperature`. Without a reference, ref_logprobs and kl are zero.
     """
     chunk = chunk or max(1, 2**24 // len(head))
 
@@ -74,9 +72,8 @@ def token_scores(
     for start in range(0, len(tokens), chunk):
         piece = slice(start, start + chunk)
         reference = None if ref_hidden is None else ref_hidden[piece]
-        parts.append(
-            checkpoint(score, hidden[piece], tokens[piece], reference, use_reentrant=False)
-        )
+        inputs = (hidden[piece], tokens[piece], reference)
+        parts.append(checkpoint(score, *inputs, use_reentrant=False))
     return Scores(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -87,7 +84,7 @@ def subtract_baseline(
 
     none:          the reward itself; unbiased.
     leave_one_out: minus the mean of the *other* G - 1; unbiased (RLOO, Ahmadian et al. 2024). It
-        needs G > 1.
+                   needs G > 1.
     group_mean:    minus the mean of all G, its own included: the gradient shrinks by (G - 1) / G.
 
     present (N, G) of 0 and 1 marks groups of unequal size: what is absent counts nowhere and gets
@@ -97,9 +94,8 @@ def subtract_baseline(
     if kind == "none":
         return rewards * present
     count = present.sum(dim=1, keepdim=True)
-    centred = (
-        rewards - (rewards * present).sum(dim=1, keepdim=True) / count.clamp_min(1)
-    ) * present
+    mean = (rewards * present).sum(dim=1, keepdim=True) / count.clamp_min(1)
+    centred = (rewards - mean) * present
     if kind == "group_mean":
         return centred
     if rewards.shape[1] < 2:
@@ -110,28 +106,24 @@ def subtract_baseline(
 def divide_by_std(
     advantages: Tensor, dim: int | None = None, present: Tensor | None = None
 ) -> Tensor:
-    """Divided by their standard deviation over `dim` (all by default). Zero variance gives zeros,
-    never NaN."""
+    """Divided by their standard deviation over `dim` (default: all). No variance: 0, never NaN."""
     present = torch.ones_like(advantages) if present is None else present
     over = {"dim": tuple(range(advantages.ndim)) if dim is None else dim, "keepdim": True}
     count = present.sum(**over).clamp_min(1)
     mean = (advantages * present).sum(**over) / count
     deviation = (((advantages - mean) * present).square().sum(**over) / count).sqrt()
-    return torch.where(
-        deviation > 1e-6, advantages / deviation.clamp_min(1e-6), torch.zeros_like(advantages)
-    )
+    scaled = advantages / deviation.clamp_min(1e-6)
+    return torch.where(deviation > 1e-6, scaled, torch.zeros_like(advantages))
 
 
 def spread(per_turn: Tensor, rollout) -> Tensor:
     """(B, turns) -> (B, T): every sampled token gets its turn's value, every other token 0."""
-    return (
-        per_turn.to(rollout.ids.device).gather(1, rollout.turn.clamp_min(0)) * rollout.action_mask
-    )
+    turn = rollout.turn.clamp_min(0)  # padding is turn -1, and no action
+    return per_turn.to(turn.device).gather(1, turn) * rollout.action_mask
 
 
 def later_in_turn(values: Tensor, turn: Tensor) -> Tensor:
-    """The sum of `values` (B, T) over the later positions of the same turn, this position left out.
-    turn (B, T)."""
+    """Of values (B, T), at each position the sum over the later ones of the same turn (B, T)."""
     total = torch.zeros_like(values)
     for t in range(int(turn.max()) + 1):
         mine = torch.where(turn == t, values, 0)
@@ -140,8 +132,7 @@ def later_in_turn(values: Tensor, turn: Tensor) -> Tensor:
 
 
 def kl_terms(scores: Scores, kind: str) -> tuple[Tensor, Tensor]:
-    """A KL penalty as a loss a token and a cost a token (B, T); the cost is charged to the tokens
-    that led there.
+    """A KL penalty (B, T): a loss a token, and a cost a token charged to those that led there.
 
     With L = log pi - log pi_ref of the sampled token, and the gradient that each really has in
     expectation:
@@ -182,16 +173,16 @@ def policy_loss(
     old_logprobs: Tensor | None = None,
     clip: float = 0.2,
 ) -> Tensor:
-    """Sum over sampled tokens of -advantage * log pi + kl_coef * KL, over one global `denominator`:
-    a scalar.
+    """Eq. 1-2: the sum over sampled tokens of -advantage * log pi + kl_coef * KL, a scalar.
 
-    All tensors (B, T). The denominator is counted over the whole batch (every micro-batch and
-    rank), so the gradient does not depend on how the batch is cut. Written with the ratio pi /
-    pi_old, which is 1 in an on-policy update (old_logprobs None), where its gradient is
+    All tensors (B, T). It is divided by one `denominator`, counted over the whole batch (every
+    micro-batch and rank), so the gradient does not depend on how the batch is cut. Written with the
+    ratio pi / pi_old, which is 1 in an on-policy update (old_logprobs None), where its gradient is
     REINFORCE's; in later epochs it is clipped as in PPO.
     """
     old = scores.logprobs.detach() if old_logprobs is None else old_logprobs
     penalty, cost = kl_terms(scores, kl_kind)
+    # a token that leads to later KL is blamed for it, as for a smaller reward
     credit = advantages - later_in_turn(kl_coef * cost * action_mask, turn)
     ratio = torch.exp(scores.logprobs - old)
     surrogate = torch.minimum(ratio * credit, ratio.clamp(1 - clip, 1 + clip) * credit)

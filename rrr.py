@@ -27,6 +27,7 @@ from evaluate import both_modes, compare_after_failure, conclude, look, side_by_
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
+from tasks.env import Verdicts
 from training import distributed
 from training.batches import draw, share_of
 from training.checkpoint import write_text
@@ -114,8 +115,8 @@ class Episodes(NamedTuple):
     """
 
     rollout: Rollout  # B rows, those that are present
-    rewards: Tensor  # (N, G, R) verdicts on the retries
-    texts: list[str]  # (B,) the retries
+    retries: Verdicts  # (B,)
+    rewards: Tensor  # (N, G, R) the same, 0 where an episode is not present
     present: Tensor  # (N, G) of 0 and 1: an episode whose first attempt is right has no rows
     held: Tensor | None = None  # (B, T) bool: the stored attempt's tokens, sampled long ago
 
@@ -130,11 +131,11 @@ def roll_out(env, sampler, mine, config) -> Episodes:
     more = env.follow_up(failed, "reflect")
     reflected = sampler.extend(failed, more, G, seeds=seeds, **reflection_limits(config))
     rollout = retry(env, sampler, reflected, config)
-    right, texts = env.verdicts(rollout, 2, [failure["problem"] for failure in failures])
+    retries = env.verdicts(rollout, 2, [failure["problem"] for failure in failures])
     later = rollout.ids.shape[1] - failed.ids.shape[1]
     held = F.pad(failed.action_mask, (0, later))[rollout.prompt]  # (B, T)
-    rewards, present = right.view(len(failures), G, R), torch.ones(len(failures), G)
-    return Episodes(rollout, rewards, texts, present, held)
+    rewards, present = retries.right.view(len(failures), G, R), torch.ones(len(failures), G)
+    return Episodes(rollout, retries, rewards, present, held)
 
 
 def roll_out_episodes(env, sampler, mine, config) -> Episodes:
@@ -147,10 +148,10 @@ def roll_out_episodes(env, sampler, mine, config) -> Episodes:
     more = env.follow_up(first, "reflect", rows)
     reflected = sampler.extend(first, more, rows=rows, **reflection_limits(config))
     rollout = retry(env, sampler, reflected, config)
-    right, texts = env.verdicts(rollout, 2, queries)
+    retries = env.verdicts(rollout, 2, queries)
     rewards, present = torch.zeros(len(queries) * G, R), wrong.float()
-    rewards[rows] = right.view(len(rows), R)
-    return Episodes(rollout, rewards.view(-1, G, R), texts, present.view(-1, G))
+    rewards[rows] = retries.right.view(len(rows), R)
+    return Episodes(rollout, retries, rewards.view(-1, G, R), present.view(-1, G))
 
 
 def retry(env, sampler, reflected, config) -> Rollout:
@@ -177,14 +178,14 @@ def turn_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
     everyone = present[..., None].expand(N, G, R).reshape(N, G * R)
     reflection = group_advantages(rewards.mean(-1), present, config)[..., None].expand(N, G, R)
     retry = group_advantages(rewards.reshape(N, G * R), everyone, config).view(N, G, R)
+    # the paper's mask: the verdict on the retry reaches the reflection's tokens, and no others
     rewarded = {"reflection": (1, 0), "retry": (0, 1), "both": (1, 1)}[config.reward_on]
     both = torch.stack([reflection * rewarded[0], retry * rewarded[1]], dim=-1)  # (N, G, R, 2)
     return both[present.bool()].view(-1, 2)
 
 
 def group_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
-    """Rewards (N, G) against their group's mean, over its standard deviation. No variance: no
-    gradient, no NaN."""
+    """Rewards (N, G) against their group's mean, over its deviation; without any: 0, no NaN."""
     advantages = subtract_baseline(rewards, config.baseline, present)
     return divide_by_std(advantages, 1, present) if config.normalise else advantages
 
@@ -241,8 +242,8 @@ def answer_all(env, sampler, mine, config) -> list[tuple[str, float, list[int]]]
     """(text, verdict, ids of the whole row) of one answer to each query, of all ranks."""
     seeds = mine.seeds("collect")
     rollout = env.first_attempts(sampler, mine.items, 1, seeds, **answer_limits(config))
-    right, texts = env.verdicts(rollout, 0, mine.items)
-    rows = [*zip(texts, right.tolist(), rollout.row_ids(), strict=True)]
+    said = env.verdicts(rollout, 0, mine.items)
+    rows = [*zip(said.texts, said.right.tolist(), rollout.row_ids(), strict=True)]
     return [row for part in exchange(rows) for row in part]
 
 

@@ -19,7 +19,8 @@ class Verdicts(NamedTuple):
     """What the verifier says of one turn of a rollout's B rows."""
 
     right: Tensor  # (B,) float32: 1 right, 0 wrong
-    texts: list[str]  # (B,) what was judged, without the stop token
+    texts: list[str]  # (B,) what was said, without the stop token
+    answers: list[str | None]  # (B,) the answer in it that was judged; None: not well-formed
 
 
 class Env:
@@ -82,7 +83,8 @@ class Env:
         asked = [problems[index] for index in rollout.prompt.tolist()]
         workers = 2 * (os.cpu_count() or 1) if self.task.warm_up else 1
         right = verify_batch(self.task.verify, texts, asked, workers)
-        return Verdicts(torch.tensor(right, dtype=torch.float32), texts)
+        answers = [self.task.answer(*pair) for pair in zip(texts, asked, strict=True)]
+        return Verdicts(torch.tensor(right, dtype=torch.float32), texts, answers)
 
     def tokens_after(self, config) -> int:
         """How many tokens may come after a first prompt, at most.

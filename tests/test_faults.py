@@ -26,7 +26,7 @@ import rrr
 import score
 from sampler import Sampler
 from tasks import TASKS
-from tasks.env import Env, Verdicts
+from tasks.env import Env
 from training import checkpoint, models, policy
 from training import loop as training
 from training import run as run_module
@@ -567,9 +567,9 @@ def poison_reward(bad):
     verdicts = Env.verdicts
 
     def poisoned(*arguments):
-        right, texts = verdicts(*arguments)
-        right[-1:] = bad
-        return Verdicts(right, texts)
+        found = verdicts(*arguments)
+        found.right[-1:] = bad
+        return found
 
     return Env, "verdicts", poisoned
 

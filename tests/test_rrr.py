@@ -106,7 +106,7 @@ def make_rollout(model_dir, retries=2, reflection_tokens=6):
 
 
 def test_the_retry_stands_on_the_exact_ids_of_problem_failure_and_reflection(model_dir):
-    (rollout, rewards, _, _, held), failures, env, config, caches = make_rollout(model_dir)
+    (rollout, _, rewards, _, held), failures, env, config, caches = make_rollout(model_dir)
     # the failure is encoded, and the retry goes on from the reflection's cache
     assert [cache is None for cache in caches] == [True, False]
     assert rewards.shape == (3, 2, 2) and len(rollout.ids) == 12

@@ -7,6 +7,7 @@ compared problem by problem.
 import json
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ sys.path.insert(0, str(ROOT))
 
 import rrr  # noqa: E402
 import score  # noqa: E402
-from evaluate import controls, evaluate, load_sampler, prepare  # noqa: E402
+from evaluate import Protocol, controls, evaluate, look  # noqa: E402
 from report.figures import votes  # noqa: E402
+from training.batches import draw  # noqa: E402
 from training.flags import flag, parse_args  # noqa: E402
-from training.policy import accumulate_gradients, make_scorer, pick_problems  # noqa: E402
+from training.models import make_scorer  # noqa: E402
+from training.policy import accumulate_gradients  # noqa: E402
+from training.setup import load_sampler, prepare  # noqa: E402
 
 MODES = {"greedy": 0.0, "sampled": 1.0}
 ATTEMPTS, VOTERS, VOTED = 10, 32, 500  # in a row; answers a problem, and of how many problems
@@ -49,11 +53,11 @@ def bits(values) -> str:
     return f"{len(values)}:{np.packbits(np.array(values, dtype=bool)).tobytes().hex()}"
 
 
-def measure(cast, method: str, shared) -> tuple[dict, dict, dict]:
+def measure(look_at, cast, problems) -> tuple[dict, dict, dict]:
     """({mode: figures}, {mode: {key: bits}}, {mode: conversations}), two attempts a problem."""
     figures, kept, talks = {}, {}, {}
     for mode, T in MODES.items():
-        figures[mode], talks[mode] = evaluate(cast, *shared, T, method)
+        figures[mode], talks[mode] = look_at(cast, problems, T)
         values = [talk["values"] for talk in talks[mode]]
         kept[mode] = {
             key: bits([v[key] == 1 for v in values]) for key in ("acc_t1", "acc_t2", "well_formed")
@@ -61,20 +65,18 @@ def measure(cast, method: str, shared) -> tuple[dict, dict, dict]:
     return figures, kept, talks
 
 
-def more_of(sampler, talks: list[dict], shared) -> tuple[list, dict]:
+def more_of(sampler, env, talks: list[dict], problems, settings) -> tuple[list, dict]:
     """([kind, x, value], ...) of curves that take longer, T = 1; the bits of the largest vote."""
     ratios = [min(talk["values"]["edit_ratio"], 0.499) for talk in talks]
     counts = np.histogram(ratios, EDIT_BINS)[0] / len(ratios)
     rows = [["edit_ratio", round(float(x), 3), float(n)] for x, n in zip(EDIT_BINS, counts)]
-    tokenizer, task, problems, prompts, config = shared
-    long = score.Config(max_new_tokens=14)  # ten fit into the context; a whole attempt has 13
-    long.attempts = ATTEMPTS
-    figures, _ = evaluate(sampler, tokenizer, task, problems, prompts, long, 1.0)
+    # ten of 14 tokens fit into the context; a whole attempt has 13
+    long = Protocol("self_correct", 1.0, 14, 0, attempts=ATTEMPTS)
+    figures, _ = evaluate(sampler, env, problems, long)
     rows += [["attempts", t, figures[f"acc_t{t}"]] for t in range(1, ATTEMPTS + 1)]
-    some = slice(VOTED)
-    figures, talks = evaluate(
-        sampler, tokenizer, task, problems[some], prompts[some], config, 1.0, samples=VOTERS
-    )
+    limits = (settings.max_new_tokens, settings.max_reflection_tokens)
+    many = Protocol("self_correct", 1.0, *limits, samples=VOTERS)
+    figures, talks = evaluate(sampler, env, problems[:VOTED], many)
     for kind in ("parallel", "corrected"):
         budgets = [2**i for i in range(1, 11) if 2**i <= VOTERS]
         rows += [[f"vote_{kind}", budget, figures[f"vote_{kind}_{budget}"]] for budget in budgets]
@@ -86,33 +88,32 @@ def more_of(sampler, talks: list[dict], shared) -> tuple[list, dict]:
 def measure_all(config: Config) -> dict:
     settings = replace(rrr.Config(), model=config.base)
     few = min(settings.eval_problems, config.limit or settings.eval_problems)
-    task, base, tokenizer, splits = prepare(settings, {"test": config.limit, "validation": few})
-    shared = (tokenizer, task, *zip(*splits["test"], strict=True), settings)
+    env, base, splits = prepare(settings, {"test": config.limit, "validation": few})
+    test, look_at = splits["test"], partial(look, env, settings)
     trained = base
     if config.model != config.base:
-        trained = load_sampler(config.model, tokenizer, settings)
-    figures, kept, talks = measure(trained, config.method, shared)
+        trained = load_sampler(config.model, env, settings)
+    figures, kept, talks = measure(partial(look_at, config.method), trained, test)
     found = {"figures": {"": figures}, "bits": {"": kept}, "more": []}
     if trained is base:  # as a run evaluates it, so that its curves have where to begin
-        some = zip(*splits["validation"], strict=True)
-        start, _ = evaluate(base, tokenizer, task, *some, settings, 1.0, config.method)
+        start, _ = look_at(config.method, base, splits["validation"], 1.0)
         found["start"] = {f"eval_{key}": value for key, value in start.items()}
     if config.method == "reflect_retry":
         for name, (cast, method) in controls(base, trained).items():
             # the base's own are the same for every model
             if name.startswith("base,") == (trained is base):
-                found["figures"][name], found["bits"][name], _ = measure(cast, method, shared)
+                figures, kept, _ = measure(partial(look_at, method), cast, test)
+                found["figures"][name], found["bits"][name] = figures, kept
     if config.more:
-        found["more"], votes_kept = more_of(trained, talks["sampled"], shared)
+        found["more"], votes_kept = more_of(trained, env, talks["sampled"], test, settings)
         found["bits"][""]["sampled"] |= votes_kept
     return found
 
 
-def gradient(scorer, sampler, tokenizer, task, split, step: int, config) -> torch.Tensor:
+def gradient(scorer, sampler, env, mine, config) -> torch.Tensor:
     """Of one batch of Stage II, as a vector."""
-    chosen = pick_problems(split, config.seed, step, config.problems)
-    rollout, r1, r2 = score.roll_out(sampler, sampler, tokenizer, task, chosen, step, config)
-    accumulate_gradients(scorer, score.make_batch(rollout, r1, r2, 2, 0.0, config), config)
+    attempts = score.roll_out(env, sampler, mine, config)
+    accumulate_gradients(scorer, score.make_batch(attempts, 2, 0.0, config), config)
     parts = [p.grad.flatten() for p in scorer.model.parameters() if p.grad is not None]
     scorer.model.zero_grad(set_to_none=True)
     return torch.cat(parts)
@@ -149,12 +150,18 @@ def measure_noise(config: Config) -> list[dict]:
             sizes = {"problems": P, "group_size": G, "second_attempts": K}
             sizes |= {"alpha": alpha, "beta1": 0.0, "normalise": "none", "seed": 1000}
             settings = score.Config(model=config.model, **sizes)
-            task, sampler, tokenizer, splits = prepare(settings, {"train": None})
+            env, sampler, splits = prepare(settings, {"train": None})
             scorer = make_scorer(sampler.model, settings)
-            shared = (scorer, sampler, tokenizer, task, splits["train"])
-            steps = range(config.batches)
-            found = torch.stack([gradient(*shared, step, settings) for step in steps])
-            rows.append({"design": name, "alpha": alpha, "n": config.batches, **noise_of(found)})
+            batches = [draw(splits["train"], P, 1000, step) for step in range(config.batches)]
+            found = [gradient(scorer, sampler, env, mine, settings) for mine in batches]
+            rows.append(
+                {
+                    "design": name,
+                    "alpha": alpha,
+                    "n": config.batches,
+                    **noise_of(torch.stack(found)),
+                }
+            )
     return rows
 
 

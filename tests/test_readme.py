@@ -1,10 +1,168 @@
-"""What the README tells a reader to do is done here as printed."""
+"""What README.md and docs/ say is held against the files: figures, paths, commands, examples."""
 
 import importlib.util
 import re
+import shlex
+from importlib import import_module
+from pathlib import Path
 
-import helpers
+import pytest
+
 import memory
+from training.flags import parse_args
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+TABLES = (ROOT / "results" / "reproduce" / "tables.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench" / "README.md"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)\n```", text, re.DOTALL)
+
+
+# What stands in README.md
+
+
+def test_the_readme_is_two_screens_and_starts_with_two_commands_that_can_be_pasted():
+    assert len(README.splitlines()) <= 220 and len(README.split()) <= 2500
+    made = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+    lines = README.splitlines()[:60]
+    assert made + ".venv/bin/python score.py" in lines
+    assert made + ".venv/bin/python -m pytest" in lines
+
+
+def test_every_path_of_the_file_tree_exists_and_every_file_at_the_root_is_in_it():
+    tree = README.partition("## What is where")[2]
+    [tree] = blocks(tree, "")
+    told = set()
+    for line in tree.splitlines():
+        folder = ROOT / line.split()[0] if line.split()[0].endswith("/") else ROOT
+        for word in line.split():
+            name = word.rstrip(".,;:")
+            if not name.endswith(("/", ".py", ".sh", ".md")):
+                continue
+            inside = folder / name if (folder / name).exists() else ROOT / name
+            assert inside.exists(), f"{name}: in the tree, but not there"
+            told.add(inside)
+    assert {path for path in ROOT.glob("*.py")} <= told
+
+
+def test_the_lines_of_the_roll_out_are_those_of_score():
+    [lines] = blocks(README, "python")
+    score = (ROOT / "score.py").read_text().splitlines()
+    assert not [line for line in lines.splitlines() if line not in score]
+
+
+def test_the_rows_of_results_are_those_of_the_tables():
+    names = {"base, untrained": "base", "plain multi-turn RL": "multi-turn RL", "SCoRe": "SCoRe",
+             "imitation (STaR with D+)": "STaR, D+"}  # fmt: skip
+    methods = TABLES.partition("## methods (tiny)")[2].partition("\n## ")[0]
+    cells = [[cell.strip() for cell in line.split("|")] for line in methods.splitlines()]
+    known = {(row[1], row[2]): row[5:7] for row in cells if len(row) > 6 and row[4] == "sampled"}
+    for told, name in names.items():
+        [row] = re.findall(rf"^\| {re.escape(told)} \| (.*) \|$", README, re.MULTILINE)
+        steps = ("320", "160", "320", "640") if name != "base" else ("", "", "", "")
+        firsts = [known[name, step][index > 0] for index, step in enumerate(steps)]
+        assert row.split(" | ") == firsts
+
+
+def test_the_verdicts_numbers_are_those_of_the_tables():
+    verdict = README.partition("**Self-correction is learnt")[2].partition("RRR's gain")[0]
+    told = re.findall(r"(\d+\.\d) points", verdict)
+    assert told and not [mean for mean in told if f"| +{mean} |" not in TABLES]
+
+
+# What stands in docs/
+
+
+def test_the_figures_of_the_reproduction_are_those_of_its_tables():
+    text = DOCS["results.md"] + DOCS["log.md"]
+    means = re.findall(r"\| (-?\d+\.\d ± \d+\.\d)", text)
+    assert len(means) > 200 and not [mean for mean in means if f" {mean} " not in TABLES]
+    known = re.findall(r"\| ([+-]\d+\.\d) \| ([+-]\d+\.\d) to ([+-]\d+\.\d) \|", TABLES)
+    known = {tuple(map(float, effect)) for effect in known}
+    known |= {(-mean, -high, -low) for mean, low, high in known}
+    effect = r"([+-]?\d+\.\d)(?: points)? \((-?\d+\.\d) to (-?\d+\.\d)\)"
+    told = re.findall(effect, " ".join(text.split()))
+    assert len(told) > 100
+    assert not [effect for effect in told if tuple(map(float, effect)) not in known]
+
+
+def test_the_memory_table_is_that_of_the_formula():
+    assert memory.table() in DOCS["gpus.md"]
+
+
+def test_every_fault_has_its_test():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    table = [line for line in DOCS["faults.md"].splitlines() if line.startswith("| ")]
+    rows = [line.split("|")[3] for line in table][1:]
+    assert len(rows) > 15
+    for row in rows:
+        names = re.findall("`([a-z0-9_]+)`", row)
+        assert names and all(f"def test_{name}(" in tests for name in names), row
+
+
+def test_every_equation_is_where_the_table_says():
+    table = DOCS["choices.md"].partition("## Where each equation is")[2].partition("\n## ")[0]
+    places = re.findall(r"`(\w+)\.(\w+)`", table)
+    assert len(places) > 5
+    for module, name in places:
+        assert f"\ndef {name}(" in (ROOT / f"{module}.py").read_text(), f"{module}.{name}"
+
+
+# In all of them
+
+
+def anchors(text: str) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_script_that_is_named_exists(page):
+    text = page.read_text()
+    for name in re.findall(r"(?:python|bash) ((?:bench/|recipes/)?[\w/]+\.(?:py|sh))", text):
+        assert (ROOT / name).exists(), name
+
+
+def commands(text: str) -> list[list[str]]:
+    """[script, flags...] of every line that starts one, with the shell's variables filled in."""
+    found = []
+    for block in blocks(text, "sh"):
+        values = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            if named := re.match(r"([A-Z]+)=(\S+|\".*\")$", line):
+                values[named[1]] = named[2].strip('"')
+            for name in reversed(values):  # a value may hold one that was set before it
+                line = line.replace(f"${name}", values[name])
+            words = shlex.split(line, comments=True)
+            scripts = [n for n, word in enumerate(words) if re.fullmatch(r"[\w/]+\.py", word)]
+            if words and words[0] in ("python", "torchrun") and scripts:
+                found.append(words[scripts[0] :])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_is_one_that_its_script_takes(page):
+    for script, *flags in commands(page.read_text()):
+        parse_args(import_module(Path(script).stem).Config, flags)
+
+
+# The algorithms that a reader adds
 
 
 def apply(diff: str, text: str) -> str:
@@ -15,69 +173,27 @@ def apply(diff: str, text: str) -> str:
     return text.replace(old, new)
 
 
-def test_the_readers_third_algorithm_is_a_few_lines_and_trains(tmp_path):
-    text = (helpers.ROOT / "rrr.py").read_text()
-    changes = re.findall(
-        r"```diff\n(.*?)\n```", (helpers.ROOT / "README.md").read_text(), re.DOTALL
-    )
-    assert 1 <= sum(line[0] in "+-" for change in changes for line in change.splitlines()) <= 10
+def changed_copy(script: str, path: Path):
+    """`script` with the README's changes to it, imported: those between its name and the next."""
+    sections = re.split(r"^A copy of `(\w+\.py)`", README, flags=re.MULTILINE)
+    changes = blocks(dict(zip(sections[1::2], sections[2::2], strict=True))[script], "diff")
+    assert 1 <= sum(line[0] in "+-" for change in changes for line in change.splitlines()) <= 15
+    text = (ROOT / script).read_text()
     for change in changes:
         text = apply(change, text)
-    (tmp_path / "brief.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("brief", tmp_path / "brief.py")
-    brief = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(brief)
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+@pytest.mark.parametrize("script, flag", [("rrr.py", "--brevity"), ("score.py", "--courage")])
+def test_the_readers_own_algorithms_are_a_few_lines_and_train(tmp_path, script, flag):
+    import helpers
+
+    own = changed_copy(script, tmp_path / f"own_{script}")
     model = helpers.save_random_model(tmp_path / "model")
-    flags = [
-        "--steps",
-        "2",
-        "--queries",
-        "6",
-        "--tries",
-        "2",
-        "--failures_per_step",
-        "2",
-        "--group_size",
-        "2",
-    ]
-    rows = helpers.train_here(
-        brief, model, tmp_path / "run", *flags, "--max_reflection_tokens", "6", "--brevity", "0.5"
-    )
-    assert [row["step"] for row in rows] == [0, 1]
-
-
-def test_the_memory_table_is_that_of_the_formula():
-    assert memory.table() in (helpers.ROOT / "README.md").read_text()
-
-
-def test_every_fault_has_its_test():
-    table = (
-        (helpers.ROOT / "README.md")
-        .read_text()
-        .partition("## What can happen to a run")[2]
-        .partition("\n## ")[0]
-    )
-    tests = "".join(path.read_text() for path in (helpers.ROOT / "tests").glob("test_*.py"))
-    rows = [line.split("|")[3] for line in table.splitlines() if line.startswith("| ")][1:]
-    for row in rows:
-        names = [name for name in re.findall("`([a-z0-9_]+)`", row)]
-        assert names and all(f"def test_{name}(" in tests for name in names), row
-
-
-def test_the_figures_of_the_reproduction_are_those_of_its_tables():
-    section = (
-        (helpers.ROOT / "README.md").read_text().partition("## The embedded task and model")[0]
-    )
-    tables = (helpers.ROOT / "results" / "reproduce" / "tables.md").read_text()
-    means = re.findall(r"\| (-?\d+\.\d ± \d+\.\d)", section)
-    assert len(means) > 200 and not [mean for mean in means if f" {mean} " not in tables]
-    known = re.findall(r"\| ([+-]\d+\.\d) \| ([+-]\d+\.\d) to ([+-]\d+\.\d) \|", tables)
-    known = {tuple(map(float, effect)) for effect in known}
-    known |= {(-mean, -high, -low) for mean, low, high in known}
-    told = re.findall(
-        r"([+-]?\d+\.\d)(?: points)? \((-?\d+\.\d) to (-?\d+\.\d)\)", section.replace("\n", " ")
-    )
-    assert len(told) > 100 and not [
-        effect for effect in told if tuple(map(float, effect)) not in known
-    ]
+    few = helpers.FEW[script.removesuffix(".py")]
+    rows = helpers.train_here(own, model, tmp_path / "run", *few, flag, "0.5")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]

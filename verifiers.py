@@ -2,6 +2,8 @@
 
 Each is a pure function that never raises on any response text and never calls `eval`. A verdict is
 about the answer alone: a response in the wrong format is a wrong answer.
+
+In this order: Countdown, mathematics, function calls, programs.
 """
 
 import json

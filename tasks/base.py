@@ -77,20 +77,3 @@ class Task:
 def fill(template: str, problem: dict, view: dict[str, Callable[[dict], str]]) -> str:
     """Each {placeholder} replaced by what `view` makes of the problem."""
     return PLACEHOLDER.sub(lambda match: view[match[1]](problem), template)
-
-
-def __getattr__(name: str):  # for a while: what lay here before
-    from importlib import import_module
-
-    homes = {
-        "TASKS": "tasks",
-        "load_task": "tasks.loading",
-        "few_shot_examples": "tasks.loading",
-        "enumerate_steps": "tasks.tiny",
-        "tiny_splits": "tasks.tiny",
-        "countdown_key": "tasks.countdown",
-        "generate_countdown": "tasks.countdown",
-    }
-    if name not in homes:
-        raise AttributeError(name)
-    return getattr(import_module(homes[name]), name)

@@ -162,6 +162,12 @@ def test_every_command_is_one_that_its_script_takes(page):
         parse_args(import_module(Path(script).stem).Config, flags)
 
 
+def test_every_test_that_is_said_to_catch_a_break_exists():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_[a-z0-9_]+)", (ROOT / "tests" / "README.md").read_text()))
+    assert len(named) > 50 and not [name for name in named if f"def {name}" not in tests]
+
+
 # The algorithms that a reader adds
 
 

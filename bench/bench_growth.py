@@ -3,15 +3,15 @@
     python bench/bench_growth.py
 
 Random Llama models, so nothing to download. Writes results/growth.csv and a log-log plot,
-results/growth.png, in which a slope of 1 is proportional; it is fitted to the three largest sizes
-of a series.
+results/growth.png, in which a slope of 1 is proportional. A slope is fitted to the three largest
+sizes of a series.
 """
 
 import copy
 import csv
 import random
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -75,9 +75,8 @@ def make_model(hidden_size: int, config: Config):
         tie_word_embeddings=True,
         eos_token_id=None,
     )
-    return ready(
-        AutoModelForCausalLM.from_config(shape), config, PROMPT + max(config.sizes("lengths"))
-    )
+    longest = PROMPT + max(config.sizes("lengths"))
+    return ready(AutoModelForCausalLM.from_config(shape), config, longest)
 
 
 def make_sampler(model) -> Sampler:
@@ -93,8 +92,7 @@ def roll_out(sampler: Sampler, rows: int, length: int):
 
 
 def update_job(sampler: Sampler, tokens: int, config: Config):
-    """An update of one batch, as often as it is called: forward, reference, loss, backward,
-    AdamW."""
+    """An update of one batch at every call: forward, reference, loss, backward, AdamW."""
     rollout = roll_out(sampler, max(1, tokens // (2 * PROMPT)), PROMPT)
     rollout.cache = None
     weights = rollout.action_mask.float()
@@ -107,20 +105,13 @@ def update_job(sampler: Sampler, tokens: int, config: Config):
 def make_jobs(config: Config) -> dict[tuple[str, int], object]:
     """(series, size) -> what is timed."""
     base, jobs = make_sampler(make_model(config.hidden_size, config)), {}
-
-    @cache
-    def sampler_of(hidden_size: int) -> Sampler:
-        return make_sampler(make_model(hidden_size, config))
-
     for rows in config.sizes("batches"):
-        jobs["batch", rows] = lambda rows=rows: roll_out(base, rows, 32)
+        jobs["batch", rows] = partial(roll_out, base, rows, 32)
     for length in config.sizes("lengths"):
-        jobs["length", length] = lambda length=length: roll_out(base, 32, length)
+        jobs["length", length] = partial(roll_out, base, 32, length)
     for hidden_size in config.sizes("hidden_sizes"):
-        sampler = sampler_of(hidden_size)
-        jobs["model", sampler.model.num_parameters()] = lambda sampler=sampler: roll_out(
-            sampler, 32, 32
-        )
+        sampler = make_sampler(make_model(hidden_size, config))
+        jobs["model", sampler.model.num_parameters()] = partial(roll_out, sampler, 32, 32)
     trained = make_sampler(make_model(config.hidden_size, config))
     for tokens in config.sizes("tokens"):
         jobs["update", tokens] = update_job(trained, tokens, config)
@@ -132,13 +123,14 @@ def measure(config: Config) -> dict[str, dict[int, list[float]]]:
     jobs = make_jobs(config)
     for job in jobs.values():
         job()
-    runs = interleave(
-        {key: lambda job=job: clock(job, config.device)[0] for key, job in jobs.items()},
-        config.repeats,
-    )
+
+    def seconds(job) -> float:
+        return clock(job, config.device)[0]
+
+    timed = {key: partial(seconds, job) for key, job in jobs.items()}
     series = {name: {} for name in LABELS}
-    for (name, size), seconds in runs.items():
-        series[name][size] = seconds
+    for (name, size), runs in interleave(timed, config.repeats).items():
+        series[name][size] = runs
     return series
 
 
@@ -147,7 +139,8 @@ def slope(points: dict[int, list[float]]) -> float | None:
     if len(points) < 2:
         return None
     sizes = sorted(points)[-3:]
-    return float(np.polyfit(np.log(sizes), np.log([median(points[size]) for size in sizes]), 1)[0])
+    seconds = [median(points[size]) for size in sizes]
+    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def write_csv(path: Path, series: dict) -> None:
@@ -156,10 +149,8 @@ def write_csv(path: Path, series: dict) -> None:
         writer = csv.writer(file)
         writer.writerow(("series", "size", "round", "seconds"))
         for name, points in series.items():
-            for size, seconds in points.items():
-                writer.writerows(
-                    (name, size, number, f"{second:.5g}") for number, second in enumerate(seconds)
-                )
+            for size, runs in points.items():
+                writer.writerows((name, size, i, f"{run:.5g}") for i, run in enumerate(runs))
 
 
 def draw(path: Path, series: dict) -> None:
@@ -170,40 +161,41 @@ def draw(path: Path, series: dict) -> None:
 
     figure, axes = plt.subplots(1, len(series), figsize=(3.6 * len(series), 3.4))
     for axis, (name, points) in zip(axes, series.items(), strict=True):
-        sizes = sorted(points)
-        for size in sizes:
-            axis.plot([size] * len(points[size]), points[size], ".", color="tab:gray", markersize=3)
-        axis.plot(
-            sizes, [median(points[size]) for size in sizes], "o-", color="tab:blue", markersize=4
-        )
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlabel=LABELS[name],
-            ylabel="seconds" if axis is axes[0] else "",
-        )
-        axis.xaxis.minorticks_off()
-        labels = [
-            f"{size / 1e6:.1f}M" if size >= 1e6 else f"{size / 1e3:.0f}k" if size >= 1e4 else size
-            for size in sizes
-        ]
-        axis.set_xticks(sizes, labels, fontsize=8, rotation=45)
-        if (steepness := slope(points)) is not None:
-            axis.annotate(f"slope {steepness:.2f}", (0.06, 0.9), xycoords="axes fraction")
-        axis.grid(alpha=0.2, which="both")
+        draw_series(axis, points)
+        axis.set_xlabel(LABELS[name])
+    axes[0].set_ylabel("seconds")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def draw_series(axis, points: dict[int, list[float]]) -> None:
+    sizes = sorted(points)
+    for size in sizes:
+        axis.plot([size] * len(points[size]), points[size], ".", color="tab:gray", markersize=3)
+    medians = [median(points[size]) for size in sizes]
+    axis.plot(sizes, medians, "o-", color="tab:blue", markersize=4)
+    axis.set(xscale="log", yscale="log")
+    axis.xaxis.minorticks_off()
+    axis.set_xticks(sizes, [short(size) for size in sizes], fontsize=8, rotation=45)
+    if (steepness := slope(points)) is not None:
+        axis.annotate(f"slope {steepness:.2f}", (0.06, 0.9), xycoords="axes fraction")
+    axis.grid(alpha=0.2, which="both")
+
+
+def short(size: int) -> str:
+    """12,345,678 is 12.3M, 12,345 is 12k."""
+    if size >= 1e6:
+        return f"{size / 1e6:.1f}M"
+    return f"{size / 1e3:.0f}k" if size >= 1e4 else str(size)
 
 
 def main(config: Config) -> None:
     series, path = measure(config), ROOT / config.output
     write_csv(path.with_suffix(".csv"), series)
     draw(path.with_suffix(".png"), series)
-    rows = [
-        (LABELS[n], size, spread(s, 4))
-        for n, points in series.items()
-        for size, s in points.items()
-    ]
+    rows = []
+    for name, points in series.items():
+        rows += [(LABELS[name], size, spread(seconds, 4)) for size, seconds in points.items()]
     print_table(("", "size", "seconds"), rows)
     slopes = {f"slope_{name}": points and slope(points) for name, points in series.items()}
     finish(config, **{key: value and round(value, 3) for key, value in slopes.items()})

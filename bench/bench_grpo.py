@@ -1,5 +1,4 @@
-"""One whole GRPO step, ours against TRL's: rollout, reference pass, loss, backward, AdamW; time and
-peak memory.
+"""Time and memory of a GRPO step, ours and TRL's: rollout, reference, loss, backward, AdamW.
 
     python bench/bench_grpo.py --model DIR --trl_python TRL_ENVIRONMENT/bin/python
 
@@ -17,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from common import (
 from loss import divide_by_std, subtract_baseline
 from loss import spread as spread_turns
 from sampler import Sampler
-from tasks.base import TASKS
+from tasks import TASKS
 from training.flags import TrainConfig
 from training.policy import Batch, update
 from training.scorer import Scorer
@@ -50,17 +50,9 @@ TRL_SIDES = {
     "TRL, no checkpointing, 8 rows at a time": {"checkpointing": False, "micro": 8},
 }
 OUR_SIDES = {
-    "ours, k3": {"kl": "k3", "token_budget": TrainConfig.token_budget, "checkpointing": False},
-    "ours, exact": {
-        "kl": "exact",
-        "token_budget": TrainConfig.token_budget,
-        "checkpointing": False,
-    },
-    "ours, k3, checkpointing": {
-        "kl": "k3",
-        "token_budget": TrainConfig.token_budget,
-        "checkpointing": True,
-    },
+    "ours, k3": {"kl": "k3", "checkpointing": False},
+    "ours, exact": {"kl": "exact", "checkpointing": False},
+    "ours, k3, checkpointing": {"kl": "k3", "checkpointing": True},
 }
 
 
@@ -85,17 +77,14 @@ class Config(BenchConfig):
 
 def make_job(config: Config) -> dict:
     """All that either side needs to know, of plain types."""
-    rng = random.Random(config.seed)
-    problems = [
-        {"nums": rng.sample(range(1, 100), 3), "target": rng.randint(10, 99)}
-        for _ in range(config.prompts)
-    ]
-    # about 50 tokens
-    prompts = [TASKS["countdown"].prompt(problem).partition(", without")[0] for problem in problems]
+    rng, prompts = random.Random(config.seed), []
+    for _ in range(config.prompts):
+        problem = {"nums": rng.sample(range(1, 100), 3), "target": rng.randint(10, 99)}
+        prompt = TASKS["countdown"].prompt(problem)
+        prompts.append(prompt.partition(", without")[0])  # about 50 tokens
     rows = config.prompts * config.group_size
     lengths = draw_lengths(rng, rows, config.median_tokens, config.max_new_tokens)
-    # the longest is always there: it decides how long one waits
-    lengths[rng.randrange(rows)] = config.max_new_tokens
+    lengths[rng.randrange(rows)] = config.max_new_tokens  # for it everybody waits
     return asdict(config) | {"prompts": prompts, "lengths": lengths}
 
 
@@ -106,43 +95,34 @@ def our_batch(sampler: Sampler, prompts: list, job: dict, rng: torch.Generator) 
     rewards = torch.rand(len(prompts), job["group_size"], generator=rng)
     advantages = divide_by_std(subtract_baseline(rewards, "group_mean"), dim=1).view(-1, 1)
     kl_coef = torch.full_like(advantages, job["beta"])
-    tokens = float(rollout.action_mask.sum())
-    return Batch(
-        rollout, spread_turns(advantages, rollout), spread_turns(kl_coef, rollout), tokens, {}
-    )
+    spread_out = spread_turns(advantages, rollout), spread_turns(kl_coef, rollout)
+    return Batch(rollout, *spread_out, float(rollout.action_mask.sum()), {})
 
 
 def our_steps(job: dict) -> dict:
     """What trl_step.py does, with this project's parts."""
     bench = BenchConfig(device=job["device"], dtype=job["dtype"])
-    model, tokenizer = load(
-        job["model"], bench, max(map(len, job["prompts"])) + job["max_new_tokens"]
-    )
+    longest = max(map(len, job["prompts"])) + job["max_new_tokens"]
+    model, tokenizer = load(job["model"], bench, longest)
     scorer = Scorer(model, copy.deepcopy(model), checkpointing=job["checkpointing"])
     sampler = Sampler(model, tokenizer)
     sampler.is_stop[:] = False  # lengths are the job's
     optimizer = torch.optim.AdamW(model.parameters(), lr=job["lr"], weight_decay=0.0, fused=True)
-    train_config, rng = (
-        TrainConfig(kl=job["kl"], token_budget=job["token_budget"]),
-        torch.Generator().manual_seed(job["seed"]),
-    )
+    train_config = TrainConfig(kl=job["kl"])
+    rng = torch.Generator().manual_seed(job["seed"])
     prompts = [tokenizer(prompt).input_ids for prompt in job["prompts"]]
     result = {"seconds": [], "rollout": [], "loaded_mib": memory_mib(job["device"], peak=False)}
     for _ in range(job["steps"] + 1):
-        rollout_seconds, batch = clock(lambda: our_batch(sampler, prompts, job, rng), job["device"])
-        update_seconds, _ = clock(
-            lambda: update(scorer, optimizer, batch, train_config), job["device"]
-        )  # noqa: B023
+        roll_out = partial(our_batch, sampler, prompts, job, rng)
+        rollout_seconds, batch = clock(roll_out, job["device"])
+        learn = partial(update, scorer, optimizer, batch, train_config)
+        update_seconds, _ = clock(learn, job["device"])
         result["seconds"].append(rollout_seconds + update_seconds)
         result["rollout"].append(rollout_seconds)
-    result = {key: value[1:] if isinstance(value, list) else value for key, value in result.items()}
-    sampled = int(batch.rollout.action_mask.sum())
-    prompt_tokens = sum(map(len, prompts)) * job["group_size"]
-    return result | {
-        "prompt_tokens": prompt_tokens,
-        "sampled_tokens": sampled,
-        "peak_mib": memory_mib(job["device"]),
-    }
+    result |= {key: result[key][1:] for key in ("seconds", "rollout")}  # the first is not counted
+    result["prompt_tokens"] = sum(map(len, prompts)) * job["group_size"]
+    result["sampled_tokens"] = int(batch.rollout.action_mask.sum())
+    return result | {"peak_mib": memory_mib(job["device"])}
 
 
 def compare(config: Config) -> dict[str, dict]:
@@ -159,56 +139,48 @@ def compare(config: Config) -> dict[str, dict]:
         runs = interleave(jobs, config.repeats)
     work = {(run["prompt_tokens"], run["sampled_tokens"]) for side in runs.values() for run in side}
     if len(work) > 1:
-        raise RuntimeError(
-            f"the sides did not do the same work: {work} (prompt tokens, sampled tokens)"
-        )
+        counts = f"{work} (prompt tokens, sampled tokens)"
+        raise RuntimeError(f"the sides did not do the same work: {counts}")
     return {name: merge(side) for name, side in runs.items()}
 
 
 def merge(runs: list[dict]) -> dict:
     """Steps of all processes in one list, memory one value a process."""
     lists = {key: [second for run in runs for second in run[key]] for key in ("seconds", "rollout")}
-    lists["rest"] = [
-        whole - part for whole, part in zip(lists["seconds"], lists["rollout"], strict=True)
-    ]
+    pairs = zip(lists["seconds"], lists["rollout"], strict=True)
+    lists["rest"] = [whole - rollout for whole, rollout in pairs]
     lists["peak_mib"] = [run["peak_mib"] for run in runs]
     lists["above_mib"] = [run["peak_mib"] - run["loaded_mib"] for run in runs]
     return lists | {key: runs[0].get(key) for key in ("prompt_tokens", "sampled_tokens", "trl")}
 
 
-def main(config: Config) -> None:
-    sides = compare(config)
+def show(sides: dict[str, dict], config: Config) -> None:
     some = next(iter(sides.values()))
-    print(f"{config.prompts * config.group_size} rows: {some['prompt_tokens']} prompt tokens, {some['sampled_tokens']} "
-          f"sampled, at most {config.max_new_tokens} a row")  # fmt: skip
-    header = (
-        "",
-        "step, s",
-        "rollout, s",
-        "the rest, s",
-        "peak, MiB",
-        "above the loaded models, MiB",
-    )
-    memory, seconds = ("peak_mib", "above_mib"), ("seconds", "rollout", "rest")
-    cells = {
-        name: [spread(side[k]) for k in seconds] + [spread(side[k], 0) for k in memory]
-        for name, side in sides.items()
-    }
-    print_table(header, [(name, *row) for name, row in cells.items()])
+    sizes = f"{some['prompt_tokens']} prompt tokens, {some['sampled_tokens']} sampled"
+    rows = config.prompts * config.group_size
+    print(f"{rows} rows: {sizes}, at most {config.max_new_tokens} a row")
+    table = []
+    for name, side in sides.items():
+        seconds = [spread(side[key]) for key in ("seconds", "rollout", "rest")]
+        table.append((name, *seconds, *(spread(side[key], 0) for key in ("peak_mib", "above_mib"))))
+    times, memory = ("step, s", "rollout, s", "the rest, s"), "above the loaded models, MiB"
+    print_table(("", *times, "peak, MiB", memory), table)
     if not config.trl_python:
         print("TRL left out: --trl_python names no python")
+
+
+def main(config: Config) -> None:
+    sides = compare(config)
+    show(sides, config)
+    kinds = dict(zip(("k3", "exact", "k3_checkpointing"), OUR_SIDES, strict=True))
+    labels = dict(zip(("trl", "trl_no_checkpointing", "trl_8_rows"), TRL_SIDES, strict=True))
+    keys = {"speedup": "seconds", "memory_ratio": "peak_mib", "above_ratio": "above_mib"}
     figures = {}
-    for label, theirs in zip(("trl", "trl_no_checkpointing", "trl_8_rows"), TRL_SIDES, strict=True):
-        for kind, name in zip(("k3", "exact", "k3_checkpointing"), OUR_SIDES, strict=True):
-            ours, other = sides[name], sides.get(theirs)
-            for prefix, key in (
-                ("speedup", "seconds"),
-                ("memory_ratio", "peak_mib"),
-                ("above_ratio", "above_mib"),
-            ):
-                figures[f"{prefix}_{kind}_over_{label}"] = (
-                    ratio(other[key], ours[key]) if other else None
-                )
+    for (label, theirs), (kind, ours) in product(labels.items(), kinds.items()):
+        for prefix, key in keys.items():
+            other = sides.get(theirs)
+            figure = ratio(other[key], sides[ours][key]) if other else None
+            figures[f"{prefix}_{kind}_over_{label}"] = figure
     finish(config, **figures, sides=sides)
 
 

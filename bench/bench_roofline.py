@@ -1,13 +1,11 @@
-"""A decode step against the hardware: the time it takes beside the time that its bytes or its
-arithmetic must take.
+"""A decode step against the hardware: its time beside what its bytes or its arithmetic must take.
 
     python bench/bench_roofline.py --model DIR
 
 The floor of a step at batch B and context C is the larger of bytes / bandwidth and FLOPs / rate.
 Bytes: every weight and every cached key and value once. FLOPs: 2 a weight and row, and 4 C a layer,
-    row and width of all heads. Bandwidth
-and rate are the best that torch reaches here on a large tensor and a large product, measured again
-in every round.
+row and width of all heads. Bandwidth and rate are the best that torch reaches here on a large
+tensor and a large product, measured again in every round.
 """
 
 import random
@@ -33,8 +31,7 @@ from common import (
 )
 from sampler import Sampler
 
-# steps that are not counted: what a call costs once is in both times whose difference is taken
-WARM = 8
+WARM = 8  # steps in both of the calls whose difference is taken, as is what a call costs once
 
 
 @dataclass
@@ -70,12 +67,10 @@ def arithmetic(config: Config) -> dict[str, float]:
     ways = {"F.linear": lambda: F.linear(x, weight), "matmul": lambda: x @ weight}
     if config.device == "cpu" and torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        ways["packed weight"] = lambda: torch.ops.mkldnn._linear_pointwise(
-            x, packed, None, "none", [], ""
-        )
-    return {
-        name: 2 * rows * columns**2 / fastest([way], config.device) for name, way in ways.items()
-    }
+        product = torch.ops.mkldnn._linear_pointwise
+        ways["packed weight"] = lambda: product(x, packed, None, "none", [], "")
+    flops = 2 * rows * columns**2
+    return {name: flops / fastest([way], config.device) for name, way in ways.items()}
 
 
 def cost(model, batch: int, context: int) -> tuple[float, float]:
@@ -101,8 +96,7 @@ def at_batch(model, sampler: Sampler, batch: int, config: Config) -> dict[str, l
     """Every round's ceilings and step times at one batch size."""
     rng, vocabulary = random.Random(config.seed), model.config.get_text_config().vocab_size
     before = max(1, config.context - WARM - config.steps // 2 - 2)
-    # distinct: no row's cache is another's
-    prompts = [draw_ids(rng, before, vocabulary) for _ in range(batch)]
+    prompts = [draw_ids(rng, before, vocabulary) for _ in range(batch)]  # distinct: none share
     rollout = sampler.generate(prompts, max_new_tokens=1)
     room = WARM + config.steps
     jobs = {
@@ -127,37 +121,24 @@ def summary(model, batch: int, rounds: dict, config: Config) -> dict:
     cache = min(("dynamic", "static"), key=lambda kind: median(rounds[kind]))
     steps = {"ours": [1e3 * (many - few) / config.steps for many, few in pairs]}
     steps["generate"] = [1e3 * seconds for seconds in rounds[cache]]
-    shares = {
-        f"{side}_share": round(max(reading, counting) / median(ms), 3) for side, ms in steps.items()
-    }
+    floor = max(reading, counting)
+    shares = {f"{side}_share": round(floor / median(ms), 3) for side, ms in steps.items()}
     return {"batch": batch, "bytes": reading, "flops": counting, "cache": cache} | steps | shares
 
 
 def show(lines: list[dict], ceilings: dict, config: Config) -> None:
     print(f"{median(ceilings['bandwidth']) / 1e9:.1f} GB/s")
     for way in ceilings["arithmetic"][0]:
-        print(
-            f"{median(rates[way] for rates in ceilings['arithmetic']) / 1e9:.0f} GFLOP/s, {config.dtype}, {way}"
-        )
+        rate = median(rates[way] for rates in ceilings["arithmetic"])
+        print(f"{rate / 1e9:.0f} GFLOP/s, {config.dtype}, {way}")
     table = []
     for line in lines:
-        floor = (f"{line['bytes']:.2f}", f"{line['flops']:.2f}")
-        sides = (line["ours"], line["ours_share"], line["generate"], line["generate_share"])
-        cells = [
-            spread(cell) if isinstance(cell, list) else f"{100 * cell:.0f} %" for cell in sides
-        ]
-        table.append((line["batch"], *floor, *cells, line["cache"]))
-    header = (
-        "batch",
-        "bytes, ms",
-        "FLOPs, ms",
-        "ours, ms",
-        "of roofline",
-        "generate, ms",
-        "of roofline",
-        "its cache",
-    )
-    print_table(header, table)
+        row = [line["batch"], f"{line['bytes']:.2f}", f"{line['flops']:.2f}"]
+        for side in ("ours", "generate"):
+            row += [spread(line[side]), f"{100 * line[f'{side}_share']:.0f} %"]
+        table.append((*row, line["cache"]))
+    sides = ("ours, ms", "of roofline", "generate, ms", "of roofline", "its cache")
+    print_table(("batch", "bytes, ms", "FLOPs, ms", *sides), table)
 
 
 def main(config: Config) -> None:

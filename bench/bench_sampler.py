@@ -1,5 +1,4 @@
-"""Our sampler against `model.generate` on what RL asks of one: groups of first attempts, then a
-second turn of each.
+"""Our sampler against `model.generate` on RL's work: groups of first attempts, then second ones.
 
     python bench/bench_sampler.py --model DIR
 
@@ -12,6 +11,7 @@ random ids: neither side's time depends on them.
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,9 +71,8 @@ class Workload(NamedTuple):
     lengths: tuple[list[int], list[int]]  # of each turn's response, of each row
 
     def shortened(self, longest: int):
-        return self._replace(
-            lengths=tuple([min(n, longest) for n in turn] for turn in self.lengths)
-        )
+        lengths = ([min(n, longest) for n in turn] for turn in self.lengths)
+        return self._replace(lengths=tuple(lengths))
 
 
 class RowLengths(StoppingCriteria):
@@ -88,9 +87,8 @@ class RowLengths(StoppingCriteria):
 
 def draw(config: Config, vocabulary: int) -> Workload:
     rng, rows = random.Random(config.seed), config.prompts * config.group_size
-    sizes = [
-        rng.randint(config.shortest_prompt, config.longest_prompt) for _ in range(config.prompts)
-    ]
+    bounds = (config.shortest_prompt, config.longest_prompt)
+    sizes = [rng.randint(*bounds) for _ in range(config.prompts)]
     prompts = [draw_ids(rng, size, vocabulary) for size in sizes]
     instructions = [draw_ids(rng, config.instruction, vocabulary)] * rows
     turns = [draw_lengths(rng, rows, config.median_tokens, config.max_new_tokens) for _ in range(2)]
@@ -105,15 +103,13 @@ def ours(sampler: Sampler, work: Workload, temperature: float, config: Config) -
         return sampler.generate(work.prompts, config.group_size, **limits)
 
     def second():
-        return sampler.extend(
-            one, work.instructions, max_new_tokens=work.lengths[1], temperature=temperature
-        )
+        limits = {"max_new_tokens": work.lengths[1], "temperature": temperature}
+        return sampler.extend(one, work.instructions, **limits)
 
     first_seconds, one = clock(first, config.device)
     second_seconds, two = clock(second, config.device)
-    return seconds(first_seconds, second_seconds) | {
-        "ids": [two.completion_ids(turn) for turn in (0, 1)]
-    }
+    ids = [two.completion_ids(turn) for turn in (0, 1)]
+    return seconds(first_seconds, second_seconds) | {"ids": ids}
 
 
 def theirs(model, work: Workload, temperature: float, config: Config, setting: Setting) -> dict:
@@ -122,10 +118,8 @@ def theirs(model, work: Workload, temperature: float, config: Config, setting: S
     # static caches get one shape for all calls of a turn, so that one graph serves all
     widest = config.longest_prompt
     for lengths in work.lengths:
-        took, sampled = clock(
-            lambda: generate(model, rows, lengths, temperature, config, setting, widest),  # noqa: B023
-            config.device,
-        )
+        turn = partial(generate, model, rows, lengths, temperature, config, setting, widest)
+        took, sampled = clock(turn, config.device)
         result.append(took)
         ids.append(sampled)
         rows = [a + b + c for a, b, c in zip(rows, sampled, work.instructions, strict=True)]
@@ -160,17 +154,11 @@ def calls(rows: list, size: int) -> list[list[int]]:
 
 
 def best_setting(model, work: Workload, config: Config) -> Setting:
-    """The one with the shortest predicted time of turn 1's steps: seconds a step x steps of each
-    call."""
+    """The one with the shortest predicted time of turn 1: seconds a step x steps of each call."""
     rows = [prompt for prompt in work.prompts for _ in range(config.group_size)]
-    sizes = (
-        [config.rows] if config.rows else sorted({min(size, len(rows)) for size in (32, 64, 128)})
-    )
-    caches = (
-        [config.cache]
-        if config.cache
-        else ["dynamic", "static"] + ["compiled"] * config.try_compiled
-    )
+    sizes, caches = {min(size, len(rows)) for size in (32, 64, 128)}, ["dynamic", "static"]
+    sizes = [config.rows] if config.rows else sorted(sizes)
+    caches = [config.cache] if config.cache else caches + ["compiled"] * config.try_compiled
     candidates = [Setting(cache, size) for cache in caches for size in sizes]
     if len(candidates) == 1:
         return candidates[0]
@@ -178,23 +166,15 @@ def best_setting(model, work: Workload, config: Config) -> Setting:
     for setting in candidates:
         groups = calls(rows, setting.rows)
         steps = sum(max(work.lengths[0][i] for i in group) for group in groups)
-        width = (
-            len(rows[groups[len(groups) // 2][0]])
-            if setting.cache == "dynamic"
-            else config.longest_prompt
-        )
+        middle = len(rows[groups[len(groups) // 2][0]])
+        width = middle if setting.cache == "dynamic" else config.longest_prompt
         # a dynamic cache gets slower as it grows: look at it half-way
         half = config.max_new_tokens // 2
-        step = generate_step(
-            model, setting.cache, setting.rows, width + half, config.max_new_tokens - half
-        )
+        step = generate_step(model, *setting, width + half, config.max_new_tokens - half)
         predicted[setting] = step * steps
-        table.append(
-            (setting.cache, setting.rows, f"{step * 1e3:.1f}", steps, f"{step * steps:.1f}")
-        )
-    print_table(
-        ("generate's cache", "rows a call", "ms a step", "steps of turn 1", "predicted s"), table
-    )
+        table.append((*setting, f"{step * 1e3:.1f}", steps, f"{step * steps:.1f}"))
+    header = ("generate's cache", "rows a call", "ms a step", "steps of turn 1", "predicted s")
+    print_table(header, table)
     return min(predicted, key=predicted.get)
 
 
@@ -213,9 +193,8 @@ def main(config: Config) -> None:
     tokens = dict(zip(TURNS, seconds(*map(sum, work.lengths)).values(), strict=True))
     setting = best_setting(model, work, config)
     name = f"generate, {setting.cache} cache, {setting.rows} rows a call"
-    print(
-        f"\n{len(work.lengths[0])} rows, {tokens['turn 1']} + {tokens['turn 2']} sampled tokens\n"
-    )
+    sampled = f"{tokens['turn 1']} + {tokens['turn 2']} sampled tokens"
+    print(f"\n{len(work.lengths[0])} rows, {sampled}\n")
     table, figures = [], {"setting": setting._asdict()}
     for mode in [config.mode] if config.mode != "both" else MODES:
         heat = MODES[mode]
@@ -224,19 +203,22 @@ def main(config: Config) -> None:
         for job in jobs.values():
             job(work.shortened(3))
         runs = interleave(jobs, config.repeats)
-        speeds = {
-            side: {t: [tokens[t] / run[t] for run in r] for t in TURNS} for side, r in runs.items()
-        }
-        table += [(mode, side, *(spread(speeds[side][t], 1) for t in TURNS)) for side in jobs]
+        speeds = {side: speeds_of(runs[side], tokens) for side in jobs}
+        for side, speed in speeds.items():
+            table.append((mode, side, *(spread(speed[turn], 1) for turn in TURNS)))
         for turn in TURNS:
-            figures[f"speedup_{mode}_{turn.replace(' ', '')}"] = ratio(
-                speeds["ours"][turn], speeds[name][turn]
-            )
-        figures[f"seconds_{mode}"] = {side: [run["whole"] for run in r] for side, r in runs.items()}
+            speedup = ratio(speeds["ours"][turn], speeds[name][turn])
+            figures[f"speedup_{mode}_{turn.replace(' ', '')}"] = speedup
+        figures[f"seconds_{mode}"] = {side: [run["whole"] for run in runs[side]] for side in jobs}
         if mode == "greedy":
             figures["greedy_agreement"] = agreement(runs["ours"][0]["ids"], runs[name][0]["ids"])
     print_table(("", "", *(f"tokens/s, {turn}" for turn in TURNS)), table)
     finish(config, **figures)
+
+
+def speeds_of(runs: list[dict], tokens: dict[str, int]) -> dict[str, list[float]]:
+    """Tokens a second of each turn, one value a run."""
+    return {turn: [tokens[turn] / run[turn] for run in runs] for turn in TURNS}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Rows a second and memory of each rank, with 1 and 2 processes of one thread each: `python
-bench/bench_scaling.py`.
+"""Rows a second and memory of each rank, with 1 and 2 processes of one thread each.
+
+    python bench/bench_scaling.py
 
 A step is what score.py does in one: the ranks share the problems, sample, and make one update.
 `plain` is a process without torchrun. The model is a random Llama, large enough to see what
@@ -19,10 +20,6 @@ from statistics import median
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import score
-import tiny
-
-# isort: skip
 from common import (
     ROOT,
     BenchConfig,
@@ -37,6 +34,8 @@ from common import (
 from loss import spread as per_token
 from memory import Shape, gib
 from sampler import Sampler
+from score import Config as ScoreConfig
+from tiny import build_tokenizer
 from training import distributed, policy
 from training.checkpoint import save_model
 from training.loop import train_step
@@ -59,19 +58,18 @@ class Config(BenchConfig):
 def build(config: Config, path: Path) -> int:
     """Saves the random model; its number of parameters."""
     torch.manual_seed(config.seed)
-    heads = max(1, config.hidden_size // 64)
-    shape = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": 4 * config.hidden_size,
-        "num_attention_heads": heads,
-    }
-    shape |= {
-        "num_hidden_layers": config.layers,
-        "vocab_size": config.vocabulary,
-        "tie_word_embeddings": True,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=None, bos_token_id=None))
-    save_model(model, tiny.build_tokenizer(), path)
+    shape = LlamaConfig(
+        vocab_size=config.vocabulary,
+        hidden_size=config.hidden_size,
+        intermediate_size=4 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=max(1, config.hidden_size // 64),
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(shape)
+    save_model(model, build_tokenizer(), path)
     return sum(p.numel() for p in model.parameters())
 
 
@@ -83,12 +81,9 @@ def peak_mib() -> float:
 
 
 def work(job: dict) -> dict:
-    """One rank: {seconds a step, peak memory while loading and while training, beyond that of the
-    libraries}."""
-    config, flags = (
-        Config(**job["config"]),
-        score.Config(model=job["model"], checkpointing=True, token_budget=1024),
-    )
+    """One rank: seconds a step, peak memory of loading and of training beyond the libraries'."""
+    config = Config(**job["config"])
+    flags = ScoreConfig(model=job["model"], checkpointing=True, token_budget=1024)
     torch.set_num_threads(1)
     distributed.start()
     libraries = resident_mib("VmRSS")
@@ -127,24 +122,17 @@ def measure(size: str, model: str, config: Config) -> list[dict]:
     """What each rank of a run says of itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        ranks = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-            "WORLD_SIZE": size,
-        }
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     world, processes = 1 if size == "plain" else int(size), []
     with tempfile.TemporaryDirectory() as directory:
         for rank in range(world):
-            job = {
-                "config": asdict(config) | {"worker": None},
-                "model": model,
-                "output": f"{directory}/{rank}",
-            }
-            own = {} if size == "plain" else ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            job = {"config": asdict(config) | {"worker": None}, "model": model}
+            job["output"] = f"{directory}/{rank}"
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            if size != "plain":
+                env |= meeting | {"WORLD_SIZE": size, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, __file__, "--worker", json.dumps(job)]
-            processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=os.environ | own | {"OMP_NUM_THREADS": "1"})
-            )
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=env))
         if any([process.wait() for process in processes]):
             raise RuntimeError(f"a run of {size} failed")
         return [json.loads(Path(f"{directory}/{rank}").read_text()) for rank in range(world)]
@@ -161,44 +149,31 @@ def main(config: Config) -> None:
                 runs[size].append(measure(size, model, config))
     rows = config.problems * config.group_size
     speed = {s: [rows / median(run[0]["seconds"]) for run in runs[s]] for s in sizes}
-    peaks = {
-        key: {
-            s: [max(run[r][f"{key}_mib"] for run in runs[s]) for r in range(len(runs[s][0]))]
-            for s in sizes
-        }
-        for key in ("loading", "training")
-    }
-    shape = Shape(
-        N,
-        config.vocabulary,
-        config.hidden_size,
-        config.layers,
-        max(1, config.hidden_size // 64),
-        64,
-        True,
-    )
-    cached = rows * (config.prompt + config.new_tokens)
-    formula = {
-        s: 1024 * gib(shape, int(s), cached // int(s), 1024, c=4) for s in sizes if s != "plain"
-    }
-    table = [
-        (
-            s,
-            spread(speed[s]),
-            *(", ".join(f"{x:.0f}" for x in peaks[k][s]) for k in peaks),
-            f"{formula.get(s, 0):.0f}",
-        )
-        for s in sizes
-    ]
-    print_table(
-        ("processes", "rows a second", "MiB a rank, loading", "training", "by the formula"), table
-    )
-    ratios = {
-        f"speedup_{s}": ratio(speed[s], speed["1"]) for s in sizes if s != "1" and "1" in sizes
-    }
-    finish(
-        config, parameters=N, rows_per_second=speed, peak_mib=peaks, formula_mib=formula, **ratios
-    )
+    peaks = {key: {s: highest(runs[s], key) for s in sizes} for key in ("loading", "training")}
+    formula = {s: by_formula(N, int(s), config) for s in sizes if s != "plain"}
+    table = []
+    for size in sizes:
+        mib = [", ".join(f"{x:.0f}" for x in peaks[key][size]) for key in peaks]
+        table.append((size, spread(speed[size]), *mib, f"{formula.get(size, 0):.0f}"))
+    header = ("processes", "rows a second", "MiB a rank, loading", "training", "by the formula")
+    print_table(header, table)
+    figures = {"parameters": N, "rows_per_second": speed, "peak_mib": peaks, "formula_mib": formula}
+    others = [size for size in sizes if size != "1" and "1" in sizes]
+    figures |= {f"speedup_{size}": ratio(speed[size], speed["1"]) for size in others}
+    finish(config, **figures)
+
+
+def highest(runs: list[list[dict]], phase: str) -> list[float]:
+    """MiB of each rank in a phase, in the worst of the runs."""
+    return [max(rank[f"{phase}_mib"] for rank in same) for same in zip(*runs, strict=True)]
+
+
+def by_formula(N: int, ranks: int, config: Config) -> float:
+    """MiB of a rank by the arithmetic of memory.py, in float32."""
+    H, heads = config.hidden_size, max(1, config.hidden_size // 64)
+    shape = Shape(N, config.vocabulary, H, config.layers, heads, 64, True)
+    cached = config.problems * config.group_size * (config.prompt + config.new_tokens)
+    return 1024 * gib(shape, ranks, cached // ranks, 1024, c=4)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The loss without the logits: time and peak memory of `loss.token_scores` against plain full
-logits.
+"""The loss without the logits: time and memory of `loss.token_scores` against plain full logits.
 
     python bench/bench_update.py
 
@@ -60,9 +59,8 @@ def draw_inputs(job: dict, count: int):
     dtype, device = getattr(torch, job["dtype"]), job["device"]
 
     def normal(rows: int, scale: float):
-        return (
-            torch.randn(rows, job["hidden_size"], generator=generator).mul_(scale).to(device, dtype)
-        )
+        drawn = torch.randn(rows, job["hidden_size"], generator=generator)
+        return drawn.mul_(scale).to(device, dtype)
 
     vocabulary = job["vocabulary"]
     hidden, head = normal(count, 1.0).requires_grad_(), normal(vocabulary, 0.1).requires_grad_()
@@ -98,22 +96,18 @@ def fits(kind: str, tokens: int, vocabulary: int, config: Config) -> bool:
 
 
 def measure(tokens: int, vocabulary: int, config: Config, directory: str) -> dict:
-    """{kind: {seconds: [...], grown_mib: [...]}} and the gradients' difference; a kind that doesn't
-    fit is missing."""
+    """{kind: {seconds: [...], grown_mib: [...]}} and the gradients' difference.
+
+    A kind that doesn't fit is missing, and the difference with it.
+    """
     runs, paths = {}, {kind: Path(directory) / f"{kind}.pt" for kind in KINDS}
     for _ in range(config.repeats):
         for kind in KINDS:
             if not fits(kind, tokens, vocabulary, config):
                 continue
-            job = {
-                "kind": kind,
-                "vocabulary": vocabulary,
-                "tokens": tokens,
-                "gradients": str(paths[kind]),
-            }
-            done = last_json(
-                [sys.executable, __file__, "--worker", json.dumps(asdict(config) | job)]
-            )
+            job = asdict(config) | {"kind": kind, "vocabulary": vocabulary, "tokens": tokens}
+            job["gradients"] = str(paths[kind])
+            done = last_json([sys.executable, __file__, "--worker", json.dumps(job)])
             for key, value in done.items():
                 runs.setdefault(kind, {}).setdefault(key, []).append(value)
     if "plain" in runs:
@@ -144,23 +138,15 @@ def main(config: Config) -> None:
             for tokens in map(int, config.tokens.split(",")):
                 runs = measure(tokens, vocabulary, config, directory)
                 if plain := runs.get("plain"):
-                    scale, name = median(plain["grown_mib"]) / tokens, f"{vocabulary}_{tokens}"
-                    figures[f"speedup_{name}"] = ratio(plain["seconds"], runs["chunked"]["seconds"])
-                    figures[f"memory_ratio_{name}"] = ratio(
-                        plain["grown_mib"], runs["chunked"]["grown_mib"]
-                    )
+                    chunked, name = runs["chunked"], f"{vocabulary}_{tokens}"
+                    scale = median(plain["grown_mib"]) / tokens
+                    figures[f"speedup_{name}"] = ratio(plain["seconds"], chunked["seconds"])
+                    memory = ratio(plain["grown_mib"], chunked["grown_mib"])
+                    figures[f"memory_ratio_{name}"] = memory
                     worst = max(worst, *runs["difference"])
                 table.append(row(tokens, vocabulary, runs, scale))
-    header = (
-        "vocabulary",
-        "tokens",
-        "chunked, s",
-        "plain, s",
-        "chunked, MiB",
-        "plain, MiB",
-        "gradients differ by",
-    )
-    print_table(header, table)
+    sizes, times = ("vocabulary", "tokens"), ("chunked, s", "plain, s")
+    print_table((*sizes, *times, "chunked, MiB", "plain, MiB", "gradients differ by"), table)
     print("\nThe largest difference of a gradient over its largest entry: hidden states, head.")
     finish(config, **figures, gradient_difference=worst)
 

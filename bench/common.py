@@ -1,5 +1,7 @@
-"""What the timing scripts share: flags, models, workloads, clocks, tables and the JSON line at the
-end."""
+"""What timing scripts share: flags, models, workloads, clocks, tables, the JSON line at the end.
+
+Imported first, since it puts the root, where the rest lies, on the path.
+"""
 
 import json
 import math
@@ -26,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from training.flags import flag, parse_args  # noqa: E402, F401
-from training.policy import load_model  # noqa: E402, F401
+from training.models import load_model  # noqa: E402
 
 
 @dataclass
@@ -43,8 +45,7 @@ class BenchConfig:
 
 
 def load(name: str, config: BenchConfig, positions: int = 0):
-    """(model, tokenizer) for conversations of `positions` tokens, be the model trained on such
-    lengths or not."""
+    """(model, tokenizer); conversations may have `positions` tokens, trained on such or not."""
     model, tokenizer = load_model(name, config.device)
     return ready(model, config, positions), tokenizer
 
@@ -62,14 +63,10 @@ def draw_ids(rng: random.Random, length: int, vocabulary: int) -> list[int]:
     return [rng.randrange(vocabulary) for _ in range(length)]
 
 
-def draw_lengths(
-    rng: random.Random, count: int, median: float, longest: int, sigma: float = 0.8
-) -> list[int]:
+def draw_lengths(rng: random.Random, count: int, median: float, longest: int) -> list[int]:
     """Response lengths, log-normal as those of a model that may think, clipped to 1..longest."""
-    return [
-        min(longest, max(1, round(rng.lognormvariate(math.log(median), sigma))))
-        for _ in range(count)
-    ]
+    drawn = (rng.lognormvariate(math.log(median), 0.8) for _ in range(count))
+    return [min(longest, max(1, round(length))) for length in drawn]
 
 
 def clock(function, device: str):
@@ -88,15 +85,13 @@ def synchronize(device: str) -> None:
 
 def left_padded(rows: list[list[int]], width: int, device: str):
     """(ids, attention mask), both (n, width)."""
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    return ids, torch.tensor(
-        [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device
-    )
+    ids = [[0] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def generate_options(cache: str, temperature: float, max_new_tokens: int) -> dict:
-    """For `model.generate`: a dynamic, static or compiled static cache, no stop token, nothing
-    hidden."""
+    """For `model.generate`: a dynamic, static or compiled static cache, no stop token."""
     settings = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, "pad_token_id": 0}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -104,14 +99,12 @@ def generate_options(cache: str, temperature: float, max_new_tokens: int) -> dic
         settings |= {"cache_implementation": "static", "disable_compile": cache != "compiled"}
     if cache == "compiled":
         settings["compile_config"] = CompileConfig()
-        # by itself it compiles on accelerators only
-        settings["compile_config"]._compile_all_devices = True
+        settings["compile_config"]._compile_all_devices = True  # by itself: accelerators only
     return {"generation_config": GenerationConfig(**settings)}
 
 
 class StepClock(StoppingCriteria):
-    """Times generate's steps from the `first` to the `last`, in steady state: after prefill and
-    compilation."""
+    """Times generate's steps from the `first` to the `last`: after prefill and compilation."""
 
     def __init__(self, first: int, last: int, device: str):
         self.first, self.last, self.device, self.calls, self.times = first, last, device, 0, []
@@ -127,39 +120,31 @@ class StepClock(StoppingCriteria):
 def generate_step(
     model, cache: str, rows: int, context: int, room: int, temperature: float = 1.0
 ) -> float:
-    """Seconds a step of `model.generate` on `rows` rows with `context` tokens each, a static cache
-    having `room` more.
+    """Seconds a step of `model.generate` on `rows` rows that have `context` tokens each.
 
-    The cache is filled with noise instead of a prefill, which would take longer than what is
-    measured.
+    A static cache has `room` more. It is filled with noise instead of a prefill, which would take
+    longer than what is measured.
     """
     device, config = model.device, model.config.get_text_config()
-    kind = (
-        {"config": config}
-        if cache == "dynamic"
-        else {"config": config, "max_cache_len": context + room}
-    )
-    filled = (DynamicCache if cache == "dynamic" else StaticCache)(**kind)
-    heads, size = config.num_key_value_heads, getattr(config, "head_dim", None)
-    size = size or config.hidden_size // config.num_attention_heads
+    if cache == "dynamic":
+        filled = DynamicCache(config=config)
+    else:
+        filled = StaticCache(config=config, max_cache_len=context + room)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (2, rows, config.num_key_value_heads, context, size)
     for layer in range(config.num_hidden_layers):
-        filled.update(
-            *torch.randn(2, rows, heads, context, size, device=device, dtype=model.dtype), layer
-        )
+        filled.update(*torch.randn(shape, device=device, dtype=model.dtype), layer)
     ids = torch.zeros(rows, context + 1, dtype=torch.int64, device=device)
     steps = StepClock(min(4, room - 1), min(12, room), str(device))
-    options = generate_options(cache, temperature, room) | {
-        "past_key_values": filled,
-        "stopping_criteria": [steps],
-    }
+    options = generate_options(cache, temperature, room)
     options["generation_config"].cache_implementation = None  # it is given
+    options |= {"past_key_values": filled, "stopping_criteria": [steps]}
     model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return (steps.times[1] - steps.times[0]) / (steps.last - steps.first)
 
 
 def interleave(jobs: dict, repeats: int) -> dict[str, list]:
-    """Results of each job, run A B A B ...: what slows the machine down for a while slows all of
-    them."""
+    """Results of each job, run A B A B ...: what slows the machine for a while slows all alike."""
     results = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
@@ -181,9 +166,8 @@ def resident_mib(line: str = "VmHWM") -> float:
 def memory_mib(device: str, peak: bool = True) -> float:
     """Of the GPU if the work is done there, else of the process."""
     if device.startswith("cuda"):
-        return (
-            torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-        ) / 2**20
+        count = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return count() / 2**20
     return resident_mib("VmHWM" if peak else "VmRSS")
 
 
@@ -198,9 +182,8 @@ def last_json(command: list) -> dict:
 def spread(values: list[float], digits: int = 2) -> str:
     """Median and range."""
     low, high = min(values), max(values)
-    return f"{statistics.median(values):.{digits}f}" + (
-        f" ({low:.{digits}f}-{high:.{digits}f})" if low < high else ""
-    )
+    between = f" ({low:.{digits}f}-{high:.{digits}f})" if low < high else ""
+    return f"{statistics.median(values):.{digits}f}{between}"
 
 
 def ratio(above: list[float], below: list[float]) -> float:
@@ -209,33 +192,24 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def print_table(header: tuple, rows: list[tuple]) -> None:
-    print(
-        "\n".join(
-            f"| {' | '.join(map(str, row))} |" for row in [header, ("---",) * len(header), *rows]
-        ),
-        flush=True,
-    )
+    lines = [header, ("---",) * len(header), *rows]
+    print("\n".join(f"| {' | '.join(map(str, line))} |" for line in lines), flush=True)
 
 
 def finish(config, **figures) -> None:
     """The last line: figures, flags, and what they were measured on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    about = {
-        "hardware": hardware(config.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    about |= {"transformers": transformers.__version__, "commit": commit.stdout.strip() or None}
-    print(
-        json.dumps({"bench": Path(sys.argv[0]).stem, **figures, **about, "flags": asdict(config)})
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    about = {"hardware": hardware(config.device), "threads": torch.get_num_threads()}
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    about |= {"commit": commit or None, "flags": asdict(config)}
+    print(json.dumps({"bench": Path(sys.argv[0]).stem, **figures, **about}))
 
 
 def hardware(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0]} x {len(models)}" if models else platform.processor()

@@ -1,5 +1,4 @@
-"""Memory of a rank by the arithmetic of policy.py's docstring: `python bench/memory.py` prints the
-README's table."""
+"""Memory of a rank by the arithmetic of training/models.py, as a table of some models and ranks."""
 
 from typing import NamedTuple
 
@@ -30,14 +29,12 @@ def parts(shape: Shape, ranks: int, cached: int, scored: int, c: int = 2) -> dic
     """Bytes, by phase."""
     N, V, H, L, K, D, tied = shape
     embedding = V * H * (1 if tied else 2)
+    gathered = 3 * c * embedding + 5 * c * N / L
+    logits, activations = 24 * 2**24, c * (L + 34) * H * scored
     return {
         "always": 16 * N / ranks,
         "sampling": c * N + 2 * c * L * K * D * cached,
-        "updating": 4 * N / ranks
-        + 3 * c * embedding
-        + 5 * c * N / L
-        + 24 * 2**24
-        + c * (L + 34) * H * scored,
+        "updating": 4 * N / ranks + gathered + logits + activations,
     }
 
 

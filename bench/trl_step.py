@@ -1,8 +1,8 @@
-"""The other half of bench_grpo.py: `trl_step.py JOB.json` times steps of TRL's GRPOTrainer, in
-TRL's own environment.
+"""The other half of bench_grpo.py: `trl_step.py JOB.json` times steps of TRL's GRPOTrainer.
 
-Imports nothing of this project. Lengths are forced where transformers lets a caller do so: a logits
-processor bans the stop token before a row's length and leaves nothing else at it.
+It runs in TRL's own environment and imports nothing of this project. Lengths are forced where
+transformers lets a caller do so: a logits processor bans the stop token before a row's length and
+leaves nothing else at it.
 """
 
 import json
@@ -22,8 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class ForceLengths(LogitsProcessor):
-    """Row i of a batch of len(lengths) samples exactly lengths[i] tokens, the stop token
-    included."""
+    """Row i of a batch of len(lengths) samples exactly lengths[i] tokens, stop token included."""
 
     def __init__(self, lengths, stop_ids):
         self.lengths, self.stop_ids, self.start = lengths, stop_ids, None
@@ -58,15 +57,13 @@ def now():
 
 
 def memory_mib(job, line):
-    """Of the GPU if the work is done there, else of this process: VmHWM is its peak, VmRSS what it
-    holds now."""
+    """Of the GPU if the work is done there, else of this process: VmHWM the peak, VmRSS now."""
     if job["device"].startswith("cuda"):
-        return (
-            torch.cuda.max_memory_allocated() if line == "VmHWM" else torch.cuda.memory_allocated()
-        ) / 2**20
-    entries = dict(
-        entry.split(":", 1) for entry in Path("/proc/self/status").read_text().splitlines()
-    )
+        cuda = torch.cuda
+        count = cuda.max_memory_allocated if line == "VmHWM" else cuda.memory_allocated
+        return count() / 2**20
+    lines = Path("/proc/self/status").read_text().splitlines()
+    entries = dict(entry.split(":", 1) for entry in lines)
     return int(entries[line].split()[0]) / 2**10
 
 
@@ -109,18 +106,9 @@ def timed_generate(generate, job, stop_ids, calls, **inputs):
     out = generate(**inputs, logits_processor=[ForceLengths(job["lengths"], stop_ids)])
     completions = out[:, inputs["input_ids"].shape[1] :]
     stops = torch.isin(completions, torch.tensor(stop_ids, device=out.device))
-    sampled = (
-        completions.numel()
-        if not stops.any()
-        else int((stops.int().cumsum(1) - stops.int() == 0).sum())
-    )
-    calls.append(
-        {
-            "seconds": now() - started,
-            "prompt": int(inputs["attention_mask"].sum()),
-            "sampled": sampled,
-        }
-    )
+    sampled = int((stops.int().cumsum(1) - stops.int() == 0).sum())  # up to a row's first stop
+    prompt = int(inputs["attention_mask"].sum())
+    calls.append({"seconds": now() - started, "prompt": prompt, "sampled": sampled})
     return out
 
 

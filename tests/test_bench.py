@@ -1,7 +1,9 @@
-"""Every timing script at its smallest size: it runs, and its last line is JSON with what it
-promises."""
+"""Every timing script at its smallest size: it runs, and ends in JSON with what it promises."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,32 +34,21 @@ def last_line(script, capsys, **flags):
 
 
 def test_sampler_against_generate(model, capsys):
-    sizes = {
-        "prompts": 2,
-        "group_size": 2,
-        "shortest_prompt": 3,
-        "longest_prompt": 6,
-        "median_tokens": 3,
-    }
-    sizes |= {"max_new_tokens": 5, "instruction": 2, "try_compiled": False}
+    sizes = {"prompts": 2, "group_size": 2, "shortest_prompt": 3, "longest_prompt": 6}
+    sizes |= {"median_tokens": 3, "max_new_tokens": 5, "instruction": 2, "try_compiled": False}
     figures, out = last_line(bench_sampler, capsys, model=model, repeats=1, **sizes)
     for mode in ("greedy", "sampled"):
         for turn in ("turn1", "turn2", "whole"):
             assert figures[f"speedup_{mode}_{turn}"] > 0
-    # both did the same work, and a random tiny model leaves no near ties
-    assert figures["greedy_agreement"] == 1
+    assert figures["greedy_agreement"] == 1  # a random tiny model leaves no near ties
     assert "| greedy | ours |" in out
 
 
 def test_roofline(model, capsys):
     small = {"batches": "1,2", "context": 24, "steps": 4, "probe_mib": 1, "probe_size": 64}
     figures, _ = last_line(bench_roofline, capsys, model=model, repeats=1, **small)
-    assert {
-        "speedup_batch1",
-        "speedup_batch2",
-        "roofline_share_batch1",
-        "roofline_share_batch2",
-    } <= set(figures)
+    for batch in (1, 2):
+        assert {f"speedup_batch{batch}", f"roofline_share_batch{batch}"} <= set(figures)
 
 
 def test_cost_of_a_step(tiny):
@@ -94,46 +85,47 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
 
 
 def test_growth(tmp_path, capsys):
-    sizes = {
-        "hidden_size": 64,
-        "layers": 1,
-        "batches": "1,2",
-        "lengths": "2,3",
-        "hidden_sizes": "32",
-        "tokens": "64,128",
-    }
-    figures, _ = last_line(
-        bench_growth, capsys, repeats=1, output=str(tmp_path / "growth"), **sizes
-    )
+    sizes = {"hidden_size": 64, "layers": 1, "batches": "1,2", "lengths": "2,3"}
+    sizes |= {"hidden_sizes": "32", "tokens": "64,128", "output": str(tmp_path / "growth")}
+    figures, _ = last_line(bench_growth, capsys, repeats=1, **sizes)
     assert isinstance(figures["slope_batch"], float) and figures["slope_model"] is None
     assert (tmp_path / "growth.png").stat().st_size > 1000
     assert (tmp_path / "growth.csv").read_text().splitlines()[0] == "series,size,round,seconds"
 
 
 def test_scaling(capsys):
-    small = {
-        "hidden_size": 64,
-        "layers": 1,
-        "vocabulary": 200,
-        "prompt": 4,
-        "new_tokens": 2,
-        "steps": 2,
-    }
+    small = {"hidden_size": 64, "layers": 1, "vocabulary": 200}
+    small |= {"prompt": 4, "new_tokens": 2, "steps": 2}
     figures, _ = last_line(bench_scaling, capsys, repeats=1, sizes="1,2", **small)
-    assert figures["speedup_2"] > 0 and [
-        len(figures["peak_mib"]["training"][size]) for size in "12"
-    ] == [1, 2]
+    assert figures["speedup_2"] > 0
+    ranks = figures["peak_mib"]["training"]
+    assert [len(ranks[size]) for size in "12"] == [1, 2]
 
 
 def test_results_do_not_depend_on_the_order_of_rows(model):
     """Rows are handed to generate sorted, in several calls, and come back in their own order."""
-    config = bench_sampler.Config(model=model, device="cpu", prompts=3, group_size=2, max_new_tokens=6, median_tokens=3,
-                                  shortest_prompt=2, longest_prompt=9)  # fmt: skip
+    sizes = {"prompts": 3, "group_size": 2, "shortest_prompt": 2, "longest_prompt": 9}
+    sizes |= {"median_tokens": 3, "max_new_tokens": 6}
+    config = bench_sampler.Config(model=model, device="cpu", **sizes)
     loaded, _ = common.load(model, config)
     work = bench_sampler.draw(config, loaded.config.vocab_size)
-    one, two = (
-        bench_sampler.theirs(loaded, work, 0.0, config, bench_sampler.Setting(cache, rows))["ids"]
-        for cache, rows in (("dynamic", 6), ("static", 2))
-    )
+
+    def sampled(cache: str, rows: int) -> list:
+        setting = bench_sampler.Setting(cache, rows)
+        return bench_sampler.theirs(loaded, work, 0.0, config, setting)["ids"]
+
+    one, two = sampled("dynamic", 6), sampled("static", 2)
     assert one == two
     assert [list(map(len, turn)) for turn in one] == list(map(list, work.lengths))
+
+
+def test_memory_by_arithmetic_and_flags_from_any_directory(tmp_path):
+    bench = Path(common.__file__).parent
+
+    def says(*command: str) -> str:
+        command = [sys.executable, bench / command[0], *command[1:]]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    assert "| Qwen2.5-7B | " in says("memory.py")
+    assert "--shortest_prompt" in says("bench_sampler.py", "--help")
+    assert "--hidden_size" in says("bench_scaling.py", "--help")

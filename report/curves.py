@@ -24,8 +24,9 @@ def plot_curves(run: Path, least: int = 10) -> None:
     """`curves.png` of a run, from its metrics.jsonl: what it got right, step by step.
 
     Training batches: faint points, and a line of their trailing mean over `least` steps, or a
-    twentieth of a longer run. Validation: large dots, joined where there is no such line. No rows,
-    or no matplotlib: no picture.
+    twentieth of a longer run. Validation: dots. Imitation, which has verdicts on training problems
+    only where a round begins: diamonds, and the dots of validation joined. No rows, or no
+    matplotlib: no picture.
     """
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
@@ -43,43 +44,59 @@ def plot_curves(run: Path, least: int = 10) -> None:
 
 
 def _draw(path: Path, rows: list[dict], least: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     width = max(least, len(rows) // 20)
     retries = any("eval_retry_given_failure" in row for row in rows)
     retries |= any("reward" in row and not {"acc_t1", "acc_t2"} & {*row} for row in rows)
-    said = f"% right: line, training batches (mean of {width} steps); dots, validation"
-    with style.picture(path, "What is right while it is trained", said) as axis:
-        seen = [
-            value
-            for name, batch, validation, dash in (RRR_LINES if retries else LINES)
-            for value in _draw_line(axis, rows, name, batch, validation, dash, width)
-        ]
+    said = f"% right: line, training batches (mean of the last {width} steps); dots, validation"
+    if imitates(rows):
+        said = "% right: dots, validation; diamonds, training problems as a round begins"
+    with style.picture(path, "Right answers while training", said) as axis:
+        seen = []
+        for name, batch, validation, dash in RRR_LINES if retries else LINES:
+            seen += _draw_batches(axis, rows, name, batch, dash, width)
+            seen += _draw_validation(axis, rows, name, batch, validation, dash)
         _draw_stages(axis, rows)
         axis.set_xlim(0, rows[-1]["step"] + 1)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        style.whole_numbers(axis.xaxis, "")
+        style.whole_numbers(axis.yaxis)
         axis.set_xlabel("step", fontsize=9)
-        axis.yaxis.set_major_formatter("{x:.0f} %")
         axis.set_ylim(*_limits(seen))
 
 
-def _draw_line(axis, rows, name, batch, validation, dash, width) -> list[float]:
-    """One curve with its points; returns all values that are to be seen."""
+def imitates(rows: list[dict]) -> bool:
+    return not any("reward" in row for row in rows)
+
+
+def _draw_batches(axis, rows, name, key, dash, width) -> list[float]:
+    """The figure of training batches, raw and smoothed; returns the raw values."""
     color = style.COLORS[name]
-    x, y = _series(rows, batch)
-    dense = len(x) > len(rows) / 2  # imitation has verdicts where a round begins, and no others
-    faint = {"alpha": 0.25 if dense else 0.6, "markersize": 4, "clip_on": False}
-    axis.plot(x, y, "." if dense else "D", color=color, **faint)
-    if dense:
-        sums = np.cumsum([0.0, *y])
-        first = np.maximum(np.arange(len(y)) + 1 - width, 0)
-        mean = (sums[1:] - sums[first]) / (np.arange(len(y)) + 1 - first)
-        axis.plot(x, mean, dash, color=color, label=name)
-    eval_x, eval_y = _series(rows, validation)
-    joined = {} if dense else {"linestyle": dash, "label": name if len(eval_x) else "_"}
-    style_of_dots = {"marker": "o", "linestyle": "", "markersize": 5.5} | joined
-    axis.plot(eval_x, eval_y, color=color, markeredgecolor="white", clip_on=False, **style_of_dots)
-    return [*y, *eval_y]
+    x, y = _series(rows, key)
+    if not x:  # a line without points would still take room
+        return []
+    few = len(rows) < 20
+    faint = {"alpha": 0.45 if few else 0.25, "markersize": 7 if few else 4, "clip_on": False}
+    if imitates(rows):
+        label = "_" if any(f"eval_{key}" in row for row in rows) else name
+        axis.plot(x, y, "D", color=color, alpha=0.6, markersize=5, clip_on=False, label=label)
+        return y
+    axis.plot(x, y, ".", color=color, **faint)
+    sums = np.cumsum([0.0, *y])
+    last = np.arange(1, len(y) + 1)
+    first = np.maximum(last - width, 0)
+    axis.plot(x, (sums[last] - sums[first]) / (last - first), dash, color=color, label=name)
+    return y
+
+
+def _draw_validation(axis, rows, name, batch, key, dash) -> list[float]:
+    """Dots, which are joined and named where no line of training batches is."""
+    x, y = _series(rows, key)
+    if not x:
+        return []
+    dots = {"marker": "o", "linestyle": "", "markersize": 6.5, "clip_on": False}
+    if imitates(rows) or not any(batch in row for row in rows):
+        dots |= {"linestyle": dash, "label": name}
+    axis.plot(x, y, color=style.COLORS[name], markeredgecolor="white", **dots)
+    return y
 
 
 def _series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
@@ -90,10 +107,9 @@ def _series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 def _draw_stages(axis, rows: list[dict]) -> None:
     """A line where a stage, or a round of imitation, begins."""
-    imitates = not any("reward" in row for row in rows)
     for before, row in zip(rows, rows[1:]):
         if row["stage"] != before["stage"]:
-            name = f"round {row['stage']}" if imitates else "Stage " + "I" * row["stage"]
+            name = f"round {row['stage']}" if imitates(rows) else "Stage " + "I" * row["stage"]
             axis.axvline(row["step"], color=style.GREY, linestyle=":", linewidth=1)
             place = {"xycoords": axis.get_xaxis_transform(), "xytext": (4, -2)}
             place |= {"textcoords": "offset points", "va": "top"}

@@ -1,9 +1,9 @@
 """How every picture looks, so that a colour and a dash mean the same in all of them.
 
-A colour is a method; dashed are first attempts, solid second ones; dotted and grey is the base; a
-band is one standard error over seeds to each side. Where all lines are of one model, the attempts
-have colours of their own. Lines are named at their ends; what is counted, and on which data, stands
-above the axes. matplotlib is imported where something is drawn, and not before.
+A colour is a method; first attempts are dashed and hollow, second ones solid; dotted and grey is
+the base; a band is one standard error over seeds to each side. Where all lines are of one model,
+the attempts have colours of their own. Lines are named at their ends; what is counted, and on which
+data, stands above the axes. matplotlib is imported where something is drawn, and not before.
 """
 
 from contextlib import contextmanager
@@ -21,9 +21,9 @@ COLORS = {
     "no bonus": "#8c564b",
     "multi-turn RL": "#0072b2",
     "single-turn RL": "#56b4e9",
-    "STaR": "#86c9a5",
+    "STaR": "#4fae84",
     "STaR, D+": "#00805c",
-    "Pair-SFT": "#e3a8cd",
+    "Pair-SFT": "#d277a8",
     "Pair-SFT, D+": "#b83280",
     "RRR": "#312e81",
     "RRR, loose": "#0d9488",
@@ -54,6 +54,7 @@ def picture(path: Path, title: str, subtitle: str, size=SIZE):
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.25, linewidth=0.7)
+    axis.set_axisbelow(True)
     axis.tick_params(labelsize=9)
     axis.margins(x=0.01)
     yield axis
@@ -63,14 +64,16 @@ def picture(path: Path, title: str, subtitle: str, size=SIZE):
     fresh.replace(path)
 
 
-def curve(axis, x, values, color: str, label: str = "", dash: str = SECOND, marker="o") -> None:
+def curve(axis, x, values, color: str, label: str, dash: str = SECOND) -> None:
     """The mean of `values` (seeds, points) over `x`, with a band of one standard error."""
     values = np.asarray(values, dtype=float)
     mean = values.mean(axis=0)
     if len(values) > 1:
         error = values.std(axis=0, ddof=1) / len(values) ** 0.5
         axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
-    axis.plot(x, mean, dash, color=color, label=label or "_", marker=marker, markersize=3.5)
+    filled = "white" if dash == FIRST else color
+    dots = {"marker": "o", "markersize": 4, "markerfacecolor": filled}
+    axis.plot(x, mean, dash, color=color, label=label, **dots)
 
 
 def level(axis, x, y: float, label: str, error: float = 0.0) -> None:
@@ -79,6 +82,14 @@ def level(axis, x, y: float, label: str, error: float = 0.0) -> None:
     axis.plot(ends, [y, y], ":", color=GREY, label=label, linewidth=1.5, zorder=1)
     if error:
         axis.fill_between(ends, y - error, y + error, color=GREY, alpha=0.12, linewidth=0)
+
+
+def whole_numbers(axis, unit: str = " %") -> None:
+    """Ticks of an `axis.xaxis` or `axis.yaxis` where its numbers need no rounding."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(f"{{x:.0f}}{unit}")
 
 
 def _name_lines(figure, axis) -> None:
@@ -105,6 +116,7 @@ def _name_lines(figure, axis) -> None:
             color=line.get_color(),
             annotation_clip=False,
             arrowprops=leader,
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5},
         )
 
 

@@ -65,7 +65,7 @@ def draw(path: Path, title: str, said: str, x_label: str, lines: list[Line], bas
                 axis.set_xscale("log", base=2)
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_xlabel(x_label, fontsize=9)
-        axis.yaxis.set_major_formatter(f"{{x:.0f}}{unit}")
+        style.whole_numbers(axis.yaxis, unit)
 
 
 def by_seed(rows: list[dict], x, y) -> tuple[np.ndarray, np.ndarray]:
@@ -189,12 +189,13 @@ def draw_rrr(results: Path, curves: list[dict]) -> None:
     base = of(curves, method="base, RRR")
     levels = [(right(row), "base", retry_error(row)) for row in base]
     title, said = "Retries after a reflection, by what is rewarded", f"% right, {VALIDATION}"
-    draw(results / "rrr.png", title, said, "step", lines(right), levels and levels[0])
+    ticks = range(40, 241, 40)
+    draw(results / "rrr.png", title, said, "step", lines(right), levels and levels[0], ticks)
     levels = [(float(row[tokens]), "base") for row in base]
     title, said = "How long a reflection is, by what is rewarded", f"tokens, {VALIDATION}"
     length = lambda row: float(row[tokens]) if row[tokens] else ""  # noqa: E731
-    draw(results / "rrr_tokens.png", title, said, "step", lines(length), levels and levels[0],
-         unit="")  # fmt: skip
+    levels = levels and levels[0]
+    draw(results / "rrr_tokens.png", title, said, "step", lines(length), levels, ticks, unit="")
 
 
 def retry_error(row: dict) -> float:
@@ -224,10 +225,13 @@ def draw_beta1(path: Path, figures: list[dict], curves: list[dict]) -> None:
             axis.errorbar(x, mean, error, linestyle="", color=color, alpha=0.45)
             axis.plot(x, mean, dash, color=color, marker="o", markersize=5, label=f"{name} attempt")
         for kl, (name, _, (y, error)) in points.items():
-            place = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
-            axis.annotate(name, (kl, y + error), xytext=(0, 2), fontsize=9, **place)
+            crowded = any(0 < other - kl < 0.15 for other in points)
+            place = {"xytext": (0, 13 if crowded else 2), "ha": "center"}
+            if name == "base":
+                error, place = 0, {"xytext": (8, -4)}
+            axis.annotate(name, (kl, y + error), fontsize=9, textcoords="offset points", **place)
         axis.set_xlabel("KL from the base, nats of both attempts (last 10 steps)", fontsize=9)
-        axis.yaxis.set_major_formatter("{x:.0f} %")
+        style.whole_numbers(axis.yaxis)
 
 
 def distance(rows: list[dict]) -> float | None:
@@ -276,7 +280,7 @@ def draw_edits(path: Path, more: list[dict]) -> None:
         found[method] = [values[:, x > least].sum(axis=1).mean() for least in (0.05, 0.25)]
     if not found:
         return
-    said = f"% of second attempts, {TEST}; edit distance over 5 %, solid: 25 % of both lengths"
+    said = f"% of second attempts, {TEST}; edit distance / both lengths > 5 % (solid: > 25 %)"
     with style.picture(path, "Second attempts that are no copy of the first", said) as axis:
         names = sorted(found, key=found.get)
         for y, method in enumerate(names):
@@ -298,4 +302,4 @@ def name_rows(axis, names: list[str]) -> None:
     axis.grid(axis="y", alpha=0)
     axis.grid(axis="x", alpha=0.25, linewidth=0.7)
     axis.spines["left"].set_visible(False)
-    axis.xaxis.set_major_formatter("{x:.0f} %")
+    style.whole_numbers(axis.xaxis)

@@ -1,0 +1,16 @@
+"""A run: what an algorithm's `main` calls, from its flags to the model it leaves.
+
+To be read in this order; each module's docstring says more.
+
+    loop.py         the loop: rollout, update, metrics, saved states; stopped and resumed
+    batches.py      which problems a step is about, this rank's share of them, the seeds of rows
+    policy.py       the update: micro-batches, gradients, clipping, the learning rate
+    scorer.py       log-probabilities of whole rollouts, with gradients, a shared prefix only once
+    models.py       a model and its tokenizer from disk or hub, and the policy made of it
+    setup.py        what comes before the loop: task, sampler, prompts that fit, a first try
+    run.py          the run's directory: its lock, its logs, what is said when it can't be used
+    checkpoint.py   saved states: complete or not at all
+    distributed.py  many processes: what they tell each other, weights spread over them
+    flags.py        the flags that scripts share, and how bad input is said
+    failures.py     a file of failures, for rrr.py to reflect on
+"""

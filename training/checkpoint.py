@@ -1,10 +1,10 @@
-"""Saved states and exported models: complete or not at all, checked before use, and read by any
-number of processes.
+"""Saved states and exported models: complete or not at all, and checked before use.
 
-A state is a directory run/states/step_000020 with
+Any number of processes can read what another number has written. A state is a directory
+run/states/step_000020 with
 
-    tensors/         weights of policy and reference, and the optimiser's moments
-                     (torch.distributed.checkpoint)
+    tensors/         weights of policy and reference, the optimiser's moments, in the format of
+                     torch.distributed.checkpoint
     memory.json      all else: the step, the best window so far, the algorithm's own memory
     best/            the best model so far, in Hugging Face format; run/checkpoint is a copy of it
     manifest.json    size and SHA-256 of every file, written last
@@ -12,7 +12,7 @@ A state is a directory run/states/step_000020 with
 It is written under another name, synced, and renamed, so a state with its name is whole unless the
 disk has lost some of it, which the manifest shows. There is no random state in it and no place in
 the data: every sample's seed and every step's problems are functions of the run's seed and the step
-    (policy.row_seeds, policy.pick_problems).
+(batches.row_seeds, batches.pick_problems).
 """
 
 import ctypes
@@ -31,8 +31,7 @@ import torch.distributed.checkpoint as dcp
 
 from training import distributed
 
-# one process is no mistake
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no mistake, if alone
 
 STATE = re.compile(r"step_\d+")
 
@@ -47,8 +46,7 @@ def save_model(model, tokenizer, path: Path, weights: dict | None = None) -> Non
 
 
 def save_policy(scorer, model, tokenizer, path: Path) -> None:
-    """The trained policy; if it is spread over the ranks, the first one collects and writes it,
-    built as `model` is."""
+    """The trained policy, built as `model` is; one spread over ranks is collected by the first."""
     weights = None
     if distributed.together():
         pairs = ((name, tensor.cpu()) for name, tensor in distributed.whole_tensors(scorer.model))
@@ -57,8 +55,7 @@ def save_policy(scorer, model, tokenizer, path: Path) -> None:
 
 
 def publish(fresh: Path, path: Path) -> None:
-    """Puts `fresh` where `path` is, in one step: at any moment the old or the new one is there, and
-    whole."""
+    """Puts `fresh` where `path` is: at any moment the old or the new one is there, and whole."""
     for file in [*fresh.rglob("*"), fresh]:
         sync(file)
     if path.exists():
@@ -78,8 +75,7 @@ def sync(path: Path) -> None:
 
 
 def swap(a: Path, b: Path) -> None:
-    """Two directories change names at once (Linux); where that can't be done, b is gone for a
-    moment."""
+    """Two directories change names at once; where none can (it takes Linux), b is gone a moment."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         failed = ctypes.CDLL(None).renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange)
@@ -100,12 +96,8 @@ def write_text(path: Path, text: str) -> None:
 
 def states(run: Path) -> list[Path]:
     """All that are there, the newest first."""
-    found = (run / "states").glob("step_*")
-    return sorted(
-        (path for path in found if STATE.fullmatch(path.name)),
-        key=lambda p: int(p.name[5:]),
-        reverse=True,
-    )
+    found = [path for path in (run / "states").glob("step_*") if STATE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def tensors_of(scorer, optimizer) -> dict:
@@ -115,17 +107,18 @@ def tensors_of(scorer, optimizer) -> dict:
         moments = optimizer.state[parameter]
         if not moments:
             zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            moments.update(
-                step=torch.zeros((), dtype=torch.float32, device=zeros["exp_avg"].device), **zeros
-            )
+            step = torch.zeros((), dtype=torch.float32, device=zeros["exp_avg"].device)
+            moments.update(step=step, **zeros)
         tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
     return tensors
 
 
 def save_state(run: Path, scorer, optimizer, memory: dict, save_best, keep: int) -> None:
-    """Adds a state, and drops all but the `keep` newest. `save_best(path)` writes the model if it
-    is the best by now;
-    None: the best one is that of the state before."""
+    """Adds a state, and drops all but the `keep` newest.
+
+    `save_best(path)` writes the model if it is the best by now; None: the best one is that of the
+    state before.
+    """
     step, here = memory["step"], run / "states"
     fresh, path = here / f"new_{step:06d}", here / f"step_{step:06d}"
 
@@ -155,8 +148,7 @@ def save_state(run: Path, scorer, optimizer, memory: dict, save_best, keep: int)
 
 
 def load_state(path: Path, scorer, optimizer) -> dict:
-    """All tensors into their places, over whatever ranks they are spread now; returns the
-    memory."""
+    """All tensors into their places, over whatever ranks they are spread; returns the memory."""
     tensors = tensors_of(scorer, optimizer)
     dcp.load(tensors, checkpoint_id=path / "tensors", no_dist=not distributed.together())
     return distributed.on_first(lambda: json.loads((path / "memory.json").read_text()))
@@ -170,8 +162,7 @@ def clean(run: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """A copy of an exported model, whose weights take no second place on the disk, where it can do
-    that."""
+    """A copy of an exported model, whose weights take no second place on the disk, if it can."""
     target.mkdir()
     for file in source.iterdir():
         try:
@@ -198,14 +189,10 @@ def digests(state: Path) -> dict:
         with open(path, "rb") as file:
             return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
-    files = sorted(
-        path for path in state.rglob("*") if path.is_file() and path.name != "manifest.json"
-    )
+    files = sorted(p for p in state.rglob("*") if p.is_file() and p.name != "manifest.json")
+    names = [str(path.relative_to(state)) for path in files]
     with ThreadPoolExecutor() as threads:
-        return {
-            str(path.relative_to(state)): d
-            for path, d in zip(files, threads.map(digest, files), strict=True)
-        }
+        return dict(zip(names, threads.map(digest, files), strict=True))
 
 
 def damage(state: Path) -> str | None:
@@ -228,24 +215,23 @@ def damage(state: Path) -> str | None:
 
 
 def newest_state(run: Path, skip_damaged: bool) -> Path | None:
-    """The newest state, None if there never was one. A damaged one is a ValueError, or set aside if
-    so asked."""
+    """The newest state, or None if there never was one.
+
+    A damaged one is a ValueError, or set aside if so asked; ValueError too if none is left then.
+    """
     found = states(run)
     for state in found:
         fault = damage(state)
         if fault is None:
             return state
         if not skip_damaged:
-            raise ValueError(
-                f"--resume: {state} is damaged ({fault}): "
-                "take the one before it with --skip_damaged"
-            )
+            way_out = "take the one before it with --skip_damaged"
+            raise ValueError(f"--resume: {state} is damaged ({fault}): {way_out}")
         print(f"{state} is damaged ({fault}) and set aside", file=sys.stderr)
         aside = state.with_name(f"damaged_{state.name}")
         shutil.rmtree(aside, ignore_errors=True)
         state.rename(aside)
     if found:
-        raise ValueError(
-            f"--resume: {run} has no saved state that is whole: start a new run elsewhere"
-        )
+        none_left = "has no saved state that is whole: start a new run elsewhere"
+        raise ValueError(f"--resume: {run} {none_left}")
     return None

@@ -1,5 +1,4 @@
-"""Many processes: which one this is, what they tell each other, and weights that are spread over
-them (FSDP2).
+"""Many processes: which one this is, what they tell each other, weights spread over them (FSDP2).
 
 `torchrun` starts them; without it there is one, and everything here does nothing. All that ranks
 must agree on goes through `exchange`, so that control flow never depends on one rank's data: a rank
@@ -31,28 +30,33 @@ PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others
 
 
 class Stopped(BaseException):
-    """The run was told to stop, and every rank has come to the same place. No Exception, so that
-    nothing swallows it"""
+    """The run was told to stop, and every rank has come to the same place.
+
+    No Exception, so that nothing swallows it.
+    """
 
 
 class _Interrupted(BaseException):
     """This rank was told to stop, in the midst of work that may be left undone."""
 
 
-# SIGTERM came; it may end this very line; we are within `interruptible`
-_told = _may_stop = _inside = False
+_told = False  # SIGTERM came
+_may_stop = False  # it may end this very line
+_inside = False  # we are within `interruptible`
 
 
 def start() -> None:
-    """Joins the other processes that torchrun has started, if it has. Only the first one says
-    anything on stdout."""
+    """Joins the other processes that torchrun has started, if it has.
+
+    Only the first one says anything on stdout.
+    """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
+    backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
-    )
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=PATIENCE)
     if rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -77,22 +81,21 @@ def world() -> int:
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def share(count: int) -> range:
-    """Which of `count` things are this rank's: neighbours, as many as any other rank's or one more
-    or less."""
+    """Which of `count` things are this rank's: neighbours, as many as any other's or one off."""
     return range(count * rank() // world(), count * (rank() + 1) // world())
 
 
 def exchange(x=None) -> list:
-    """Every rank's x, in order, on every rank. A run that was told to stop raises Stopped here, on
-    all of them."""
+    """Every rank's x, in order, on every rank.
+
+    A run that was told to stop raises Stopped here, on all of them.
+    """
     global _may_stop
     before, _may_stop = _may_stop, False
     parts = [(x, _told)] * world()
@@ -117,8 +120,7 @@ def own(rows: Tensor, count: int) -> Tensor:
 
 
 def on_first(function, *arguments):
-    """function(...) on the first rank alone. All ranks get its result; what it raises, they
-    raise."""
+    """function(...) on the first rank alone: all get its result, or raise what it raises."""
     result = error = None
     if rank() == 0:
         try:
@@ -133,8 +135,10 @@ def on_first(function, *arguments):
 
 @contextmanager
 def listening():
-    """Within it SIGTERM no longer kills: it asks for an end where `interruptible` says. A second
-    one exits at once."""
+    """Within it SIGTERM no longer kills: it asks for an end where `interruptible` says.
+
+    A second one exits at once.
+    """
 
     def hear(*_):
         global _told
@@ -157,8 +161,10 @@ def listening():
 
 @contextmanager
 def interruptible():
-    """Around work that may be left undone: SIGTERM on any rank ends it at once, or where ranks next
-    meet: Stopped."""
+    """Around work that may be left undone: SIGTERM on any rank ends it, with Stopped on all.
+
+    It ends at once on the rank that was told, on the others where ranks next meet.
+    """
     global _may_stop, _inside
     _inside = True
     try:
@@ -176,36 +182,28 @@ def interruptible():
 
 
 def shard(
-    module: nn.Module,
-    models: list,
-    dtype: torch.dtype,
-    replicas: int = 1,
-    cpu_offload: bool = False,
+    module: nn.Module, models: list, dtype: torch.dtype, replicas: int = 1, cpu_offload=False
 ) -> None:
-    """Spreads the weights of `module` over the ranks: those of each block of its `models`, and the
-    rest with its root.
+    """Spreads the weights of `module` over the ranks: each block of its `models`, then the rest.
 
     Forward and backward gather a block at a time, in `dtype`; weights, gradients and their sum stay
     in float32. Gradients are added up, not averaged: each rank's loss is its part of one sum.
     `replicas` > 1 keeps so many copies, each spread over its own group of neighbours (HSDP: one for
     each node, say).
     """
-    shape, names = (
-        ((world(),), ("shard",))
-        if replicas == 1
-        else ((replicas, world() // replicas), ("copy", "shard"))
-    )
-    mesh = dist.init_device_mesh(device().type, shape, mesh_dim_names=names)
-    pinned = device().type == "cuda"
-    offload = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
+    shape, names = (world(),), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, world() // replicas), ("copy", "shard")
+    kind = device().type
+    mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=names)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in [*(block for model in models for block in model.get_decoder().layers), module]:
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
-            # else a factor takes an operation that gloo has not
-            part.set_force_sum_reduction_for_comms(True)
+            part.set_force_sum_reduction_for_comms(True)  # else gloo lacks what a factor takes
 
 
 def tensors_of(model) -> list[Tensor]:
@@ -215,10 +213,11 @@ def tensors_of(model) -> list[Tensor]:
 
 @torch.no_grad()
 def send(model, *copies) -> None:
-    """From the first rank's `model`, which the others have without values, to all ranks' copies of
-    it, whole or
-    sharded: one tensor at a time, so that no rank but the first ever holds a whole model for
-        this."""
+    """From the first rank's `model` to all ranks' copies of it, whole or sharded.
+
+    The other ranks have `model` without values. One tensor at a time goes round, so that no rank
+    but the first ever holds a whole model for this.
+    """
     for source, *targets in zip(tensors_of(model), *map(tensors_of, copies), strict=True):
         tensor = torch.empty(source.shape, dtype=source.dtype, device=device())
         if rank() == 0:
@@ -226,32 +225,30 @@ def send(model, *copies) -> None:
         dist.broadcast(tensor, 0)
         for target in targets:
             if isinstance(target, DTensor):
-                placed = distribute_tensor(
-                    tensor, target.device_mesh, target.placements, src_data_rank=None
-                )
+                where = target.device_mesh, target.placements
+                placed = distribute_tensor(tensor, *where, src_data_rank=None)
                 target.to_local().copy_(placed.to_local())
             else:
                 target.copy_(tensor)
 
 
 def whole_tensors(model) -> Iterator[tuple[str, Tensor]]:
-    """(name, parameter) with the values of all ranks, one at a time, on this rank's device and in
-    float32."""
+    """(name, parameter) with all ranks' values, one at a time, on this rank's device; float32."""
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         if isinstance(tensor, DTensor):
             local = tensor.to_local().to(device())  # offloaded ones are on the CPU
-            shape, stride = tensor.shape, tensor.stride()
-            placed = (tensor.device_mesh, tensor.placements)
-            tensor = DTensor.from_local(
-                local, *placed, run_check=False, shape=shape, stride=stride
-            ).full_tensor()
+            where = tensor.device_mesh, tensor.placements
+            size = {"shape": tensor.shape, "stride": tensor.stride()}
+            tensor = DTensor.from_local(local, *where, run_check=False, **size).full_tensor()
         yield name, tensor
 
 
 def gather_weights(sharded, plain) -> None:
-    """`plain`, a model of the same build, gets the whole weights, in its own dtype; `drop_weights`
-    frees them."""
+    """`plain`, a model of the same build, gets the whole weights, in its own dtype.
+
+    `drop_weights` frees them.
+    """
     for (_, tensor), parameter in zip(whole_tensors(sharded), plain.parameters(), strict=True):
         parameter.data = tensor.to(parameter.dtype)
 

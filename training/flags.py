@@ -1,5 +1,7 @@
-"""The command-line flags that scripts share, and how bad input is said: one line, exit code 2,
-before any long work."""
+"""The command-line flags that scripts share, and how bad input is said.
+
+That is one line, exit code 2, before any long work.
+"""
 
 import os
 import sys
@@ -35,12 +37,12 @@ class TaskConfig:
         "(MBPP: by task_id, as published)",
     )
     prompts: str | None = flag(
-        None, "JSON file that replaces some of the task's prompts; prompts.py has their names"
+        None, "JSON file that replaces some of the task's prompts; tasks/base.py has their names"
     )
     shots: int | None = flag(
         None,
-        "few-shot examples, from the train split (MBPP: from task_id 1 to 10); default: 3 for "
-        "mbpp, else 0",
+        "few-shot examples, from the train split (MBPP: from task_id 1 to 10); "
+        "default: 3 for mbpp, else 0",
     )
     shots_file: str | None = flag(
         None, "take the examples from this file instead; a `response` in it is shown as it is"
@@ -103,10 +105,11 @@ class TrainConfig(TaskConfig):
         64, "training problems tried first: where all fail or none, training stops; 0: no probe"
     )
 
-    # no flags: of evaluate.evaluate, where rrr.py has the second as a flag
-    attempts, max_reflection_tokens = 2, 0
-    # the stage in which the best checkpoint is looked for, and the figure of a step by which
-    last_stage, judged_by = 1, "reward"
+    # What follows has no annotation, and so is no flag.
+    attempts = 2  # of an evaluation
+    max_reflection_tokens = 0  # rrr.py alone has it as a flag
+    last_stage = 1  # in which the best checkpoint is looked for
+    judged_by = "reward"  # the figure of a step by which it is
 
 
 def first_of_node() -> bool:
@@ -115,8 +118,7 @@ def first_of_node() -> bool:
 
 @contextmanager
 def exit_on_bad_input():
-    """Around a script's preparations: a ValueError there is the user's to mend, so it is one line
-    and exit code 2."""
+    """Around a script's preparations: a ValueError is the user's to mend: one line, exit code 2."""
     try:
         yield
     except ValueError as error:
@@ -126,8 +128,7 @@ def exit_on_bad_input():
 
 
 def parse_args(config_class, args: list[str] | None = None):
-    """The dataclass, filled from the command line; a flag that does not parse is one line and exit
-    code 2."""
+    """The dataclass, filled from the command line; what does not parse is one line, exit code 2."""
     parser = HfArgumentParser(config_class)
 
     def error(message: str):
@@ -142,7 +143,8 @@ def parse_args(config_class, args: list[str] | None = None):
 
 def check_counts(config, *may_be_zero: str) -> None:
     """Every whole number among the flags must be at least 1, or 0 where that means something."""
+    zero = {*may_be_zero, "seed", "warmup", "eval_every", "shots", "probe"}
     for name, value in asdict(config).items():
-        least = 0 if name in (*may_be_zero, "seed", "warmup", "eval_every", "shots", "probe") else 1
+        least = 0 if name in zero else 1
         if type(value) is int and value < least:
             raise ValueError(f"--{name} {value}: must be at least {least}")

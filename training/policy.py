@@ -1,4 +1,7 @@
-"""Scoring and updating the policy, be it in one place or spread over many processes."""
+"""Scoring and updating the policy, be it in one place or spread over many processes.
+
+Letters of shapes: B rows of this rank, T their longest; b rows of a micro-batch, t their longest.
+"""
 
 import math
 from typing import NamedTuple
@@ -13,10 +16,10 @@ from training.scorer import Scorer
 
 
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
-    """Row indices, cut so that rows x longest row stays within the budget; each row in exactly one.
+    """Row indices (b,), cut so that b * t stays within the budget; each row is in exactly one.
 
-    In order, not by length, since neighbours are siblings that share their prefix; padding costs
-    attention only.
+    lengths: (B,), tokens of each row; one that is longer than the budget is alone. In order, not by
+    length, since neighbours are siblings that share their prefix; padding costs attention only.
     """
     batches, start, longest = [], 0, 0
     for row, length in enumerate(lengths.tolist()):
@@ -28,15 +31,12 @@ def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
 
 
 class Batch(NamedTuple):
-    """What an algorithm makes of one step's rollout, and all that the shared update needs: this
-    rank's rows.
+    """What an algorithm makes of one step's rollout: all that the update needs of this rank's rows.
 
     advantages, kl_coef: (B, T) float32, one for every sampled token, 0 elsewhere
     denominator:         what the loss is divided by, counted over the whole batch, of all ranks
-    figures:             the step's own metrics; `reward` among them decides which checkpoint is
-                         kept
-    held:                (B, T) bool or None: tokens of the prompt that get a KL all the same, and
-                         nothing else
+    figures:             the step's own metrics; `reward` among them decides which model is kept
+    held:                (B, T) bool or None: tokens of the prompt that get a KL and nothing else
     """
 
     rollout: object
@@ -48,28 +48,30 @@ class Batch(NamedTuple):
 
 
 def accumulate_gradients(
-    scorer, batch: Batch, config, old_logprobs: Tensor | None = None
+    scorer: Scorer, batch: Batch, config, old_logprobs: Tensor | None = None
 ) -> tuple[Scores, float]:
-    """Adds the gradient of `policy_loss` over all rows of a batch: (detached scores, each (B, T);
-    the loss)."""
+    """Adds the gradient of `policy_loss` over all rows of a batch: (detached scores, the loss).
+
+    old_logprobs: (B, T) of the policy that the ratio is clipped against; None: of this very one.
+    Scores are (B, T) each; of the one sum that is the loss this is the rank's part.
+    """
     rollout, loss = batch.rollout, 0.0
-    kept = [torch.zeros_like(rollout.logprobs) for _ in Scores._fields]
+    kept = [torch.zeros_like(rollout.logprobs) for _ in Scores._fields]  # (B, T) each
     scored = rollout.action_mask if batch.held is None else rollout.action_mask | batch.held
-    whole = (rollout.ids, scored, rollout.turn, batch.advantages, batch.kl_coef)
+    whole = (rollout.ids, scored, rollout.turn, batch.advantages, batch.kl_coef)  # (B, T) each
     pieces = micro_batches(rollout.lengths, config.token_budget)
     idle = max(distributed.exchange(len(pieces))) - len(pieces)
     for rows in pieces:
         cut = int(rollout.lengths[rows].max())
-        ids, mask, turn, advantages, kl_coef = (x[rows, :cut] for x in whole)
-        scores = scorer(ids, mask, config.temperature)
+        ids, mask, turn, advantages, kl_coef = (x[rows, :cut] for x in whole)  # (b, t) each
         old = None if old_logprobs is None else old_logprobs[rows, :cut]
-        part = policy_loss(
-            scores, advantages, kl_coef, mask, turn, batch.denominator, config.kl, old, config.clip
-        )
-        part.backward()
+        how = batch.denominator, config.kl, old, config.clip
+        scores = scorer(ids, mask, config.temperature)  # (b, t) each, with their graph
+        part = policy_loss(scores, advantages, kl_coef, mask, turn, *how)
+        part.backward()  # frees the graph: of one micro-batch at a time
         loss += part.detach()
-        for all_rows, part in zip(kept, scores, strict=True):
-            all_rows[rows, :cut] = part.detach().to(all_rows)
+        for all_rows, some in zip(kept, scores, strict=True):
+            all_rows[rows, :cut] = some.detach().to(all_rows)
     for _ in range(idle):  # another rank has more, and weights are gathered by all ranks or none
         token = torch.tensor([[False, True]], device=rollout.ids.device)
         (0 * scorer(token.long(), token).logprobs.sum()).backward()
@@ -77,17 +79,19 @@ def accumulate_gradients(
 
 
 def update(scorer: Scorer, optimizer, batch: Batch, config) -> tuple[Scores, float, list[str]]:
-    """One on-policy step on the batch, or `config.epochs`: (scores before the first, norm of the
-    last gradient, what was not finite). If anything was not, that step is not made, and no other
-    after it."""
-    before, wrong = None, []
-    for _ in range(config.epochs if batch.denominator else 1):
-        old_logprobs = None if before is None else before.logprobs
+    """One on-policy step on the batch, or `config.epochs` of them.
+
+    Returns (scores before the first, (B, T) each; norm of the last gradient; what was not finite).
+    If anything was not, that step is not made, and no other after it. A batch with a denominator of
+    0 has nothing to learn from: it is scored, and makes no step.
+    """
+    before, wrong, learns = None, [], bool(batch.denominator)
+    for _ in range(config.epochs if learns else 1):
+        old_logprobs = None if before is None else before.logprobs  # (B, T)
         scores, loss = accumulate_gradients(scorer, batch, config, old_logprobs)
         before, wrong = before or scores, not_finite(batch, loss)
-        norm = apply_gradients(
-            scorer.model, optimizer, config.max_grad_norm, bool(batch.denominator) and not wrong
-        )
+        wanted = learns and not wrong
+        norm = apply_gradients(scorer.model, optimizer, config.max_grad_norm, wanted)
         wrong += [] if math.isfinite(norm) else ["gradient"]
         if wrong:
             break
@@ -114,8 +118,10 @@ def finite_weights(model) -> bool:
 
 
 def apply_gradients(model, optimizer, max_norm: float, wanted: bool = True) -> float:
-    """Clips, steps if `wanted`, clears. Returns the gradient's norm; one that is not finite makes
-    no step either."""
+    """Clips, steps if `wanted`, clears. Returns the gradient's norm before it was clipped.
+
+    Where that is not finite, no step is made either.
+    """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if wanted and math.isfinite(norm):

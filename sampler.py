@@ -11,10 +11,10 @@ batch, and one mask, j <= position, does for all. Between calls the cache holds 
 but the last, the pending one, so whatever is fed next starts with it: a decoding step or the next
 turn's instruction.
 
-Memory goes into the cache: 2 * layers * kv_heads * head_dim numbers for every slot of every row,
-and each row has as many slots as the longest with its limit (50 KB a token for a model of 1.5
-billion parameters in bfloat16 with two kv heads of 128, say). A turn copies what it goes on from,
-so that the old rollout can be branched from again: free its cache when it will not be.
+Memory goes into the cache: 2 * layers * kv_heads * head_dim numbers for every slot of every row
+(28 KB for 28 layers with 2 heads of 128 in bfloat16), and each row has as many slots as the longest
+with its limit. A turn copies what it goes on from, so that the old rollout can be branched from
+again: free its cache (`rollout.cache = None`) when it will not be, and before an update.
 
 Left out: top-k, top-p and penalties (a policy gradient needs the log-probs of what was sampled
 from), paged memory, and reading a group's prompt once for all its rows (it is *computed* once).
@@ -51,11 +51,12 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self.block = block or (4 if model.device.type == "cpu" else 16)
-        self.fast_forward = None  # while it samples, and where it may
+        self.config = config = model.config.get_text_config()
+        self.fast_forward = None  # set while it samples, by `_sampling`
         self.fused = self._try_out()
         self.graphs = self.fused and model.device.type == "cuda"
-        config, eos = model.config.get_text_config(), model.generation_config.eos_token_id
-        vocabulary, self.limit = range(config.vocab_size), position_limit(config)
+        vocabulary, eos = range(config.vocab_size), model.generation_config.eos_token_id
+        self.limit = position_limit(config)
         stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
         stops = [i for i in stops if i in vocabulary]
         self.is_stop = torch.zeros(len(vocabulary), dtype=torch.bool, device=model.device)  # (V,)
@@ -64,10 +65,7 @@ class Sampler:
 
     def _try_out(self):
         """Whether the fast path is right for this model; ValueError if even the plain one isn't."""
-        name, layers = (
-            check_model(self.model),
-            self.model.config.get_text_config().num_hidden_layers,
-        )
+        name, layers = check_model(self.model), self.config.num_hidden_layers
         ids = torch.arange(2, device=self.model.device)[None]
         cache = KVCache(1, 2, ids.device, self.model)
         try:

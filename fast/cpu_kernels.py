@@ -1,5 +1,4 @@
-"""cpu_kernels.c from Python: two operations of a decoding step on CPU, compiled on first use where
-there is a compiler.
+"""cpu_kernels.c from Python: two operations of a decoding step on CPU, compiled on first use.
 
 For a few rows torch's products with weights, oneDNN's packed ones too, don't overlap reading and
 computing, and its batched products of one query reach half the bandwidth and read every row as far
@@ -47,16 +46,16 @@ def _build(*sizes: str):
 
 @cache
 def compiled(group: int, head: int):
-    """cpu_kernels.c for heads of size `head`, `group` of which share keys and values; None without
-    a C compiler."""
+    """cpu_kernels.c for heads of size `head`, `group` of which share keys and values.
+
+    None, and a warning, where there is no C compiler.
+    """
     try:
         library = _build(f"-DGROUP={group}", f"-DHEAD={head}")
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace")[-500:]
-        message = (
-            f"sampling on CPU will be slower, since cpu_kernels.c can't be compiled: {error} {said}"
-        )
-        warnings.warn(message, stacklevel=2)
+        fault = f"cpu_kernels.c can't be compiled: {error} {said}"
+        warnings.warn(f"sampling on CPU will be slower, since {fault}", stacklevel=2)
         return None
     for name, types in ARGUMENTS.items():
         function = getattr(library, name)
@@ -65,8 +64,7 @@ def compiled(group: int, head: int):
 
 
 def linear(library, weight: Tensor, bias: Tensor | None) -> Callable:
-    """x (..., K) -> x times a copy of weight (N, K) as it is now, plus bias (N,): (..., N). All
-    float32."""
+    """x (..., K) -> x times weight (N, K) as it is now, plus bias (N,): (..., N). All float32."""
     (N, K), width = weight.shape, INTEGER.in_dll(library, "panel_width").value
     pad = -N % width
     panels = F.pad(weight, (0, 0, 0, pad)).view(-1, width, K).transpose(1, 2).contiguous()
@@ -82,27 +80,20 @@ def linear(library, weight: Tensor, bias: Tensor | None) -> Callable:
     return forward
 
 
-def one_query(
-    library, cache, cos, sin, positions, scale: float, layer: int, query, key, value
-) -> Tensor:
-    """Rotate, write to the cache, attend: query (n, 1, heads, D), key, value (n, 1, kv_heads, D) ->
-    (n, 1, heads * D).
+def one_query(library, cache, cos, sin, positions, scale, layer: int, query, key, value) -> Tensor:
+    """Rotate, write to the cache, attend: (n, 1, heads * D).
 
-    All float32, heads of a row side by side; cos and sin (n, 1, D), positions (n, 1). `cache` is a
-    KVCache that aims at these rows. ValueError for another dtype or device: C would write where it
-    must not.
+    query (n, 1, heads, D), key and value (n, 1, kv_heads, D), heads of a row side by side; cos and
+    sin (n, 1, D), positions (n, 1); all float32. `cache` is a KVCache that aims at these rows.
+    ValueError for another dtype or device: C would write where it must not.
     """
     n, _, heads, size = query.shape
-    keys, values = (
-        store[cache.rows]
-        for store in cache.stores(layer, key.transpose(1, 2), value.transpose(1, 2))
-    )
+    stores = cache.stores(layer, key.transpose(1, 2), value.transpose(1, 2))
+    keys, values = (store[cache.rows] for store in stores)
     floats = (query, key, value, cos, sin, keys, values)
     plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in floats)
-    require(
-        plain,
-        "the cache or the model is not float32 on CPU: was the model changed between two turns?",
-    )
+    changed = "was the model changed between two turns?"
+    require(plain, f"the cache or the model is not float32 on CPU: {changed}")
     out, scratch = query.new_empty(n, 1, heads * size), query.new_empty(n, heads, cache.capacity)
     new, rest = (query, key, value), (cos, sin, positions, keys, values, scratch, out)
     pointers = [t.data_ptr() for t in new], [t.stride(0) for t in new], [t.data_ptr() for t in rest]

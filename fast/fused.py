@@ -2,8 +2,8 @@
 
 Decoding is a sequence of small operations, and of transformers' modules each costs some time of its
 own. `fuse(model)` does without them, and on CPU takes the C of cpu_kernels.py for the two that cost
-most. The general path, the model's own forward, is its test twin: `Sampler` takes this one only for
-models that it knows and where both agree.
+most. The plain path, the model's own forward, is its test twin: `Sampler` takes this one only for
+models that it knows (`why_not`) and where both agree (`why_wrong`).
 """
 
 from collections.abc import Callable
@@ -22,8 +22,7 @@ PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", 
 
 
 class Layer(NamedTuple):
-    """One block: norms map x -> x; the others are linear, x -> one output for each of the weights
-    joined in them."""
+    """One block: norms map x -> x, the others x -> one output for each linear layer in them."""
 
     norm1: Callable
     qkv: Callable
@@ -67,8 +66,11 @@ def why_not(model) -> str | None:
 
 @torch.no_grad()
 def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
-    """None if the fused path, fed ids (1, Q) = 0, 1, ..., gives the model's own logits (1, V), and
-    again if then fed the last one; else what is wrong with it."""
+    """What computes something else than the model itself, if anything does.
+
+    Nothing does if, fed ids (1, Q) = 0, 1, ... at their own positions, and then the last one again,
+    the fused path gives the model's logits (1, V).
+    """
 
     def agrees(forward) -> bool:
         cache, errors = KVCache(1, ids.shape[1], ids.device), []
@@ -101,32 +103,30 @@ def _norm(module) -> Callable:
 
 def _layer(library, block) -> Layer:
     attention, mlp = block.self_attn, block.mlp
-    q_norm, k_norm = (
-        _norm(m) if (m := getattr(attention, n, None)) else lambda x: x
-        for n in ("q_norm", "k_norm")
-    )
+    inner = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3 has them
+    q_norm, k_norm = (_norm(m) if m else lambda x: x for m in inner)
     return Layer(
-        _norm(block.input_layernorm),
-        _linear(library, attention.q_proj, attention.k_proj, attention.v_proj),
-        q_norm,
-        k_norm,
-        _linear(library, attention.o_proj),
-        _norm(block.post_attention_layernorm),
-        _linear(library, mlp.gate_proj, mlp.up_proj),
-        _linear(library, mlp.down_proj),
+        norm1=_norm(block.input_layernorm),
+        qkv=_linear(library, attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm=q_norm,
+        k_norm=k_norm,
+        out=_linear(library, attention.o_proj),
+        norm2=_norm(block.post_attention_layernorm),
+        gate_up=_linear(library, mlp.gate_proj, mlp.up_proj),
+        down=_linear(library, mlp.down_proj),
     )
 
 
 def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Each half of x (..., D) turned against the other; the sine of the left half comes negated."""
+    """Each half of x (..., D) turned against the other; the left half's sine comes negated."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
 
 
-def _attention(
-    cache, cos, sin, mask, scale: float, layer: int, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """q (n, Q, heads, D), k and v (n, Q, kv_heads, D), of these angles (n, Q, 1, D) -> (n, Q, heads
-    * D)."""
+def _attention(cache, cos, sin, mask, scale, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (n, Q, heads, D), k and v (n, Q, kv_heads, D) -> (n, Q, heads * D).
+
+    cos and sin of the angles (n, Q, 1, D), the sine as `_rotate` wants it.
+    """
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     key, value = cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
     return attend(q.transpose(1, 2), key, value, mask, scale, cache.spans).flatten(2)
@@ -144,12 +144,9 @@ def fuse(model, c: bool = True) -> Callable:
     With the weights of now; `c` allows the C of cpu_kernels.py, where it is for this model.
     """
     decoder, config = model.get_decoder(), model.config
-    first, group = (
-        decoder.layers[0].self_attn,
-        config.num_attention_heads // config.num_key_value_heads,
-    )
-    library = compiled(group, first.head_dim) if c and takes_c(model) else None
-    scale = first.scaling
+    group = config.num_attention_heads // config.num_key_value_heads
+    size, scale = decoder.layers[0].self_attn.head_dim, decoder.layers[0].self_attn.scaling
+    library = compiled(group, size) if c and takes_c(model) else None
     layers = [_layer(library, block) for block in decoder.layers]
     head, norm = _linear(library, model.lm_head), _norm(decoder.norm)
 
@@ -161,13 +158,11 @@ def fuse(model, c: bool = True) -> Callable:
             attention = partial(one_query, library, cache, cos, sin, positions, scale)
         else:
             left, right = sin[:, :, None].chunk(2, -1)
+            signed = torch.cat((-left, right), -1)
             mask = ragged_mask(positions, cache.width, group, None, x.dtype)
-            attention = partial(
-                _attention, cache, cos[:, :, None], torch.cat((-left, right), -1), mask, scale
-            )
+            attention = partial(_attention, cache, cos[:, :, None], signed, mask, scale)
         for i, layer in enumerate(layers):
-            # (n, Q, heads, D)
-            q, k, v = (t.view(n, Q, -1, first.head_dim) for t in layer.qkv(layer.norm1(x)))
+            q, k, v = (t.view(n, Q, -1, size) for t in layer.qkv(layer.norm1(x)))
             x = x + layer.out(attention(i, layer.q_norm(q), layer.k_norm(k), v))[0]
             gate, up = layer.gate_up(layer.norm2(x))
             x = x + layer.down(F.silu(gate) * up)[0]

@@ -1,10 +1,9 @@
-"""Attention functions of our own, put under any transformers model of standard attention while it
-samples or scores.
+"""Attention of our own, put under a transformers model of standard attention for a while.
 
-`attention_is(model, name)` switches them on for a while; a layer then hands over its queries, keys
-and values and is told where they stand by `position_ids`. This file has the switch, the check that
-a layer asks for nothing we ignore, the sampler's cache and its attention over it, "ragged"; the
-scorer's, "prefix_tree", is in scorer.py.
+`attention_is(model, name)` switches it on; a layer then hands over its queries, keys and values,
+and `position_ids` say where they stand. This file has the switch, the check that a layer asks for
+nothing we ignore, the sampler's cache and its attention over it, "ragged"; the scorer's,
+"prefix_tree", is in training/scorer.py.
 """
 
 from contextlib import contextmanager
@@ -21,8 +20,7 @@ def require(condition, message: str) -> None:
 
 
 def check_layer(module, attention_mask, window, kwargs) -> None:
-    """ValueError if a layer asks for what our attention functions can't do; what is unknown is
-    refused."""
+    """ValueError if a layer asks for what our attention can't do; what is unknown is refused."""
     name = f"{type(module).__name__} is not supported: its attention"
     known = {"position_ids", "is_causal", "use_cache", "dropout", "cache_position"}
     unknown = [k for k, v in kwargs.items() if k not in known and v is not None and v is not False]
@@ -38,11 +36,9 @@ def check_layer(module, attention_mask, window, kwargs) -> None:
 
 @contextmanager
 def attention_is(model, name: str):
-    """All layers of the model use the registered attention function `name`; afterwards what they
-    used before."""
-    configs = {
-        id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)
-    }.values()
+    """All layers use the registered attention function `name`; afterwards what they used before."""
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    configs = {id(m.config): m.config for m in parts}.values()
     before = [(config, config._attn_implementation) for config in configs]
     try:
         for config, _ in before:  # the public setter would also overwrite nested configs
@@ -68,51 +64,45 @@ def sampling_mode(model):
 
 
 class KVCache:
-    """Keys and values of all rows, (rows, kv_heads, capacity, D) a layer, for use as
-    past_key_values."""
+    """Keys and values of all rows, (rows, kv_heads, capacity, D) a layer, as past_key_values.
+
+    One block of memory a layer, in which each row has its whole capacity from the start.
+    """
 
     def __init__(self, rows, capacity, device, owner=None):
-        # widths are multiples of 8, as attention kernels like them
-        self.capacity = -(-capacity // 8) * 8
+        self.capacity = -(-capacity // 8) * 8  # multiples of 8, as attention kernels like them
         self.slots = torch.arange(rows, device=device)  # (B,) where each row of the rollout lives
         self.layers = {}
         self.owner = owner  # the model whose keys and values they are: no other can go on from them
 
     def aim(self, first, positions, widths):
-        """Write the next tokens of rows first, first + 1, ... at positions (n, Q); read slots [0,
-        width).
+        """Write the next tokens of rows first, first + 1, ... at positions (n, Q).
 
-        widths: one for each run of ceil(n / len(widths)) rows.
+        widths: how many slots to read, for each run of ceil(n / len(widths)) rows.
         """
         n, run = len(positions), -(-len(positions) // len(widths))
         row = torch.arange(first, first + n, device=positions.device)
         self.rows, self.spot = slice(first, first + n), (row[:, None], slice(None), positions)
         widths = [min(-(-width // 8) * 8, self.capacity) for width in widths]
-        self.width, self.spans = (
-            max(widths),
-            [(i * run, min(i * run + run, n), w) for i, w in enumerate(widths)],
-        )
+        self.width = max(widths)
+        self.spans = [(i * run, min(i * run + run, n), w) for i, w in enumerate(widths)]
 
     def update(self, key, value, layer_idx, *args, **kwargs):
-        """Store key and value (n, kv_heads, Q, D); return these rows so far, (n, kv_heads, width,
-        D)."""
+        """Store key and value (n, kv_heads, Q, D); these rows so far, (n, kv_heads, width, D)."""
         stores = self.stores(layer_idx, key, value)
         for store, new in zip(stores, (key, value), strict=True):
             store[self.spot] = new.transpose(1, 2)
         return tuple(store[self.rows, :, : self.width] for store in stores)
 
     def stores(self, layer_idx, key, value):
-        """The layer's keys and values, made when it first has a key and value (n, kv_heads, Q, D)
-        to keep."""
+        """The layer's keys and values, made when it first has some (n, kv_heads, Q, D) to keep."""
         if layer_idx not in self.layers:
             self.layers[layer_idx] = [store.zero_() for store in self._empty(key, value)]
         return self.layers[layer_idx]
 
     def _empty(self, key, value):
-        return [
-            x.new_empty(len(self.slots), x.shape[1], self.capacity, x.shape[3])
-            for x in (key, value)
-        ]
+        rows, capacity = len(self.slots), self.capacity
+        return [x.new_empty(rows, x.shape[1], capacity, x.shape[3]) for x in (key, value)]
 
     def get_seq_length(self, layer_idx=0):
         return 0  # models ask only to make up position ids, and ours are given
@@ -124,8 +114,7 @@ class KVCache:
             new.layers[layer] = new._empty(*stores)
             for store, copy in zip(stores, new.layers[layer], strict=True):
                 torch.index_select(store[:, :, :used], 0, slots, out=copy[:, :, :used])
-                # not left as it is, since 0 * NaN would leak through a masked slot
-                copy[:, :, used:] = 0
+                copy[:, :, used:] = 0  # or else 0 * NaN would leak through a masked slot
         return new
 
     def move(self, before, after, used):
@@ -138,64 +127,46 @@ class KVCache:
 
 
 def ragged_mask(positions: Tensor, width: int, heads: int, window: int | None, dtype) -> Tensor:
-    """What queries at positions (n, Q) may see of slots [0, width): (n, 1, heads * Q, width), to be
-    added.
+    """What queries at positions (n, Q) see of slots [0, width): (n, 1, heads * Q, width), to add.
 
-    Slot j iff j <= position and within the window; the same for each of the `heads` that share a
-    key-value head.
+    Slot j iff j <= position and within the window: since every row begins at slot 0, no padding has
+    to be left out. The same for each of the `heads` that share a key-value head.
     """
     slot, position = torch.arange(width, device=positions.device), positions[:, :, None]
     hidden = slot > position  # (n, Q, width)
     if window is not None:
         hidden |= slot <= position - window
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
-        hidden, -torch.inf
-    )
-    return mask.repeat(1, heads, 1)[:, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, -torch.inf).repeat(1, heads, 1)[:, None]
 
 
-def _one_query(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float
-) -> Tensor:
-    """Attention as it is written: on CPU, for a single position, faster than torch's kernel made
-    for many.
+def _one_query(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention as it is written: on CPU, for one position, faster than a kernel made for many.
 
     The long side of a product comes first: keys times queries takes two thirds of the time of
     queries times keys.
     """
-    return torch.add(attn_mask, (key @ query.mT).mT, alpha=scale).softmax(-1) @ value
+    return torch.add(mask, (key @ query.mT).mT, alpha=scale).softmax(-1) @ value
 
 
-def _many_queries(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, scale: float
-) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, scale=scale)
+def _many_queries(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, spans: list
-) -> Tensor:
-    """query (n, heads, Q, D), key and value (n, kv_heads, K, D), mask of `ragged_mask` -> (n, Q,
-    heads, D).
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, spans) -> Tensor:
+    """query (n, heads, Q, D), key and value (n, kv_heads, K, D) -> (n, Q, heads, D).
 
-    spans: (first row, end, width) of neighbours in length, which need not read the cache as far as
-        the longest row.
+    mask: of `ragged_mask`; spans: (first row, end, width) of neighbours in length, which need not
+    read the cache as far as the longest row.
     """
     # Heads that share a KV head become queries of it: no expanded copy of it, and any kernel will
     # do. (n, kv_heads, heads / kv_heads * Q, D)
     folded = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     single = query.shape[2] == 1 and query.device.type == "cpu" and query.dtype == torch.float32
-    kernel = _one_query if single else _many_queries
-    parts = [
-        kernel(
-            folded[a:b],
-            key[a:b, :, :width],
-            value[a:b, :, :width],
-            attn_mask=mask[a:b, ..., :width],
-            scale=scale,
-        )
-        for a, b, width in spans
-    ]
+    kernel, parts = _one_query if single else _many_queries, []
+    for a, b, width in spans:
+        rows = (folded[a:b], key[a:b, :, :width], value[a:b, :, :width], mask[a:b, ..., :width])
+        parts.append(kernel(*rows, scale))
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.unflatten(2, (-1, query.shape[2])).flatten(1, 2).transpose(1, 2)
 
@@ -206,13 +177,12 @@ def ragged_attention(
     """Over the sampler's cache, where slot j of a row holds the token at position j."""
     check_layer(module, attention_mask, sliding_window, kwargs)
     positions, heads, width = kwargs["position_ids"], query.shape[1] // key.shape[1], key.shape[2]
-    # all layers of one forward pass share their masks
-    masks = positions.__dict__.setdefault("masks", {})
-    if (width, sliding_window) not in masks:
-        masks[width, sliding_window] = ragged_mask(
-            positions, width, heads, sliding_window, query.dtype
-        )
-    return attend(query, key, value, masks[width, sliding_window], scaling, positions.spans), None
+    masks = positions.__dict__.setdefault("masks", {})  # shared by all layers of a forward pass
+    seen = masks.get((width, sliding_window))
+    if seen is None:
+        seen = ragged_mask(positions, width, heads, sliding_window, query.dtype)
+        masks[width, sliding_window] = seen
+    return attend(query, key, value, seen, scaling, positions.spans), None
 
 
 AttentionInterface.register("ragged", ragged_attention)

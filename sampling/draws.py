@@ -1,16 +1,17 @@
-"""Random draws that depend on a row's own seed and position only: seeds, uniforms, and tokens from
-logits.
+"""Random draws that depend on a row's own seed and position only, and tokens drawn from logits.
 
 Pure tensor functions. A row of seed s draws the same whatever its neighbours are, and on whatever
-rank it is.
+rank it is: no generator's state, which the order of the rows would be a part of.
 """
 
 import torch
 
 
 def _hash(seeds, counters):
-    """Two rounds of splitmix64 in int64 (>> is arithmetic, hence the masks); counters < 0 are
-    children's."""
+    """Two rounds of splitmix64 in int64 (>> is arithmetic, hence the masks).
+
+    Counters from 0 on are positions, negative ones are children.
+    """
     for step in (1, counters):
         seeds = seeds + step * (0x9E3779B97F4A7C15 - 2**64)
         seeds = (seeds ^ ((seeds >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
@@ -20,8 +21,7 @@ def _hash(seeds, counters):
 
 
 def uniform(seeds, positions):
-    """A float32 in [0, 1) for each seed and position (int64); 23 bits, so that u * total <
-    total."""
+    """A float32 in [0, 1) for each int64 seed and position; 23 bits, so that u * total < total."""
     return ((_hash(seeds, positions) >> 41) & (2**23 - 1)).float() * 2.0**-23
 
 
@@ -31,8 +31,7 @@ def child_seeds(seeds, count):
 
 
 def _draw(mass, x):
-    """The first index at which the cumulative mass (n, K) exceeds x (n, 1), and how far x reaches
-    into it."""
+    """The first index where the cumulative mass (n, K) exceeds x (n, 1), and x's rest there."""
     cdf = mass.cumsum(-1)
     index = torch.searchsorted(cdf, x, right=True).clamp(max=mass.shape[1] - 1)
     # Rounding may lift x to the end, and a parallel cumsum is not quite monotone: nothing
@@ -43,11 +42,11 @@ def _draw(mass, x):
 
 
 def sample(logits, temperature, u):
-    """Tokens (n,) from softmax(logits (n, V) / temperature) by its CDF at u (n,); log-probs (n,)
-    float32.
+    """Tokens (n,) from softmax(logits (n, V) / temperature) by its CDF at u (n,), and log-probs.
 
-    Temperature 0 is greedy, with log-probs at 1. The CDF is searched in two levels, blocks of words
-    and then the words of one block, so that all V words are only exponentiated and summed.
+    Log-probs (n,) are float32; temperature 0 is greedy, with log-probs at 1. The CDF is searched in
+    two levels, blocks of words and then the words of one block, so that all V words are only
+    exponentiated and summed.
     """
     logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
     (n, V), size, top = logits.shape, min(logits.shape[1], 256), logits.amax(-1, keepdim=True)

@@ -2,8 +2,8 @@
 
 Nothing that was sampled is ever decoded and encoded again. The chat template makes the first
 prompt, and the seam: all that stands between an answer's text and the next one. A template that
-    rewrites history (one that strips thoughts, say)
-is therefore not followed in that: the model goes on from what it did say.
+rewrites history (one that strips thoughts, say) is therefore not followed in that: the model goes
+on from what it did say.
 """
 
 PLACEHOLDER = "PLACEHOLDER"
@@ -13,9 +13,8 @@ def first_turn_ids(tokenizer, message: str, shots: tuple[tuple[str, str], ...] =
     """A conversation's first prompt, up to where the model's answer begins.
 
     shots: (user's message, good answer) of few-shot examples, which stand before it as turns of the
-        same conversation;
-    without a chat template, as plain text in which every answer ends with the eos token, as the
-    model's own has to.
+    same conversation; without a chat template, as plain text in which every answer ends with the
+    eos token, as the model's own has to.
     """
     if tokenizer.chat_template is None:
         require_end(tokenizer)
@@ -26,8 +25,7 @@ def first_turn_ids(tokenizer, message: str, shots: tuple[tuple[str, str], ...] =
 
 
 def seam_ids(tokenizer, message: str) -> list[int]:
-    """What the chat template puts between an answer's text and the next one, with the user's
-    `message` within.
+    """What the chat template puts between an answer's text and the next: the user's `message`.
 
     It begins with the token that ends the model's turn. Only this seam is encoded, around a
     placeholder.
@@ -37,15 +35,13 @@ def seam_ids(tokenizer, message: str) -> list[int]:
         return encode(tokenizer, f"{tokenizer.eos_token}\n{message}\n")
     text = render(tokenizer, [("user", "?"), ("assistant", PLACEHOLDER), ("user", message)])
     if PLACEHOLDER not in text:
-        raise ValueError(
-            "the chat template leaves out what the model said: it can't be used for several turns"
-        )
+        fault = "leaves out what the model said: it can't be used for several turns"
+        raise ValueError(f"the chat template {fault}")
     return encode(tokenizer, text.partition(PLACEHOLDER)[2].lstrip(" "))
 
 
 def follow_up_ids(tokenizer, message: str, last_ids: list[int]) -> list[list[int]]:
-    """The ids to append to rows that end with `last_ids` (B,), so that the model answers the user's
-    `message`.
+    """The ids to append to rows that end with `last_ids` (B,), for an answer to the `message`.
 
     A row that ended its turn has sampled the seam's first token itself. One that was cut off, or
     stopped at another stop token, gets the whole seam.
@@ -55,8 +51,7 @@ def follow_up_ids(tokenizer, message: str, last_ids: list[int]) -> list[list[int
 
 
 def render(tokenizer, turns: list[tuple[str, str]]) -> str:
-    """(role, content) turns as the chat template writes them, up to where the model's answer
-    begins."""
+    """(role, content) turns as the chat template writes them, up to where an answer begins."""
     chat = [{"role": role, "content": content} for role, content in turns]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
@@ -67,6 +62,5 @@ def encode(tokenizer, text: str) -> list[int]:
 
 def require_end(tokenizer) -> None:
     if tokenizer.eos_token is None:
-        raise ValueError(
-            "the tokenizer has neither a chat template nor an eos token: set one in its config"
-        )
+        neither = "neither a chat template nor an eos token"
+        raise ValueError(f"the tokenizer has {neither}: set one in its config")

@@ -18,17 +18,21 @@ QWEN_SYSTEM = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
 )
 LLAMA = (
-    "<|begin|>{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "<|begin|>{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n"
+    "{{ m.content | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
 )
 GEMMA = (
-    "<bos>{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}"
-    "<eot>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
+    "<bos>{% for m in messages %}<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<eot>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
 QWEN3 = (  # an answer keeps its thoughts only after the last user message
-    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.index0 < ns.last %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 < ns.last %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
 )
 THINK = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
@@ -66,22 +70,17 @@ TEMPLATES = {  # template, its specials (the end of turn first), the seam around
 def character_tokenizer(template, *special):
     letters = {c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}
     core = Tokenizer(models.BPE(letters, merges=[]))
-    core.pre_tokenizer, core.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(special))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=special[0], chat_template=template
-    )
+    options = {"eos_token": special[0], "chat_template": template}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **options)
 
 
 def whole(tokenizer, *contents):
     """The template's own ids of a conversation that waits for the model."""
-    chat = [
-        {"role": ("user", "assistant")[i % 2], "content": content}
-        for i, content in enumerate(contents)
-    ]
+    roles = ("user", "assistant")
+    chat = [{"role": roles[i % 2], "content": said} for i, said in enumerate(contents)]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -114,18 +113,12 @@ def test_turns_joined_on_ids_equal_the_templates_own_encoding(name):
 def test_thoughts_that_a_template_would_strip_from_history_stay_as_they_were_sampled():
     template, specials, seam = TEMPLATES["qwen3"]
     tokenizer = character_tokenizer(template, *specials)
-    prompt, answer = (
-        first_turn_ids(tokenizer, "add"),
-        sampled(tokenizer, "<think>\n1+2\n</think>\n\n3"),
-    )
+    thoughts = "<think>\n1+2\n</think>\n\n3"
+    prompt, answer = first_turn_ids(tokenizer, "add"), sampled(tokenizer, thoughts)
     joined = prompt + answer + follow_up_ids(tokenizer, "fix", answer[-1:])[0]
-    assert (
-        tokenizer.decode(joined)
-        == "<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n<think>\n1+2\n</think>\n\n3"
-        + seam
-    )
-    # the template strips them
-    assert joined != whole(tokenizer, "add", "<think>\n1+2\n</think>\n\n3", "fix")
+    asked = "<|im_start|>user\nadd<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(joined) == asked + thoughts + seam
+    assert joined != whole(tokenizer, "add", thoughts, "fix")  # the template strips them
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -140,22 +133,17 @@ def test_the_tiny_tokenizers_turns_are_its_templates_too():
     tokenizer = tiny.build_tokenizer()
     answer = "16 / 8 = 2 ; 19 + 2 = 21"
     joined = first_turn_ids(tokenizer, "8 19 16 make 24") + sampled(tokenizer, answer)
-    assert joined + follow_up_ids(tokenizer, "fix", joined[-1:])[0] == whole(
-        tokenizer, "8 19 16 make 24", answer, "fix"
-    )
+    joined += follow_up_ids(tokenizer, "fix", joined[-1:])[0]
+    assert joined == whole(tokenizer, "8 19 16 make 24", answer, "fix")
 
 
-def test_a_base_model_without_a_template_gets_plain_lines_with_examples_that_end_as_its_answers_must():
+def test_a_base_model_without_a_template_gets_lines_with_examples_that_end_as_its_answers_must():
     tokenizer = character_tokenizer(None, "<eos>")
     prompt = first_turn_ids(tokenizer, "1+2", (("1+1", "2"),))
     assert tokenizer.decode(prompt) == "1+1\n2<eos>\n1+2\n"
     assert tokenizer.decode(seam_ids(tokenizer, "fix")) == "<eos>\nfix\n"
-    assert (
-        prompt
-        == first_turn_ids(tokenizer, "1+1")
-        + sampled(tokenizer, "2")
-        + seam_ids(tokenizer, "1+2")[1:]
-    )
+    parts = (first_turn_ids(tokenizer, "1+1"), sampled(tokenizer, "2"), seam_ids(tokenizer, "1+2"))
+    assert prompt == parts[0] + parts[1] + parts[2][1:]
 
 
 def test_a_tokenizer_or_template_that_cannot_hold_a_conversation_is_refused():
@@ -163,8 +151,7 @@ def test_a_tokenizer_or_template_that_cannot_hold_a_conversation_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a chat template nor an eos token"):
         seam_ids(tokenizer, "fix")
-    tokenizer.chat_template = (
-        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    )
+    users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = users
     with pytest.raises(ValueError, match="leaves out what the model said"):
         seam_ids(tokenizer, "fix")

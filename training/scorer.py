@@ -1,5 +1,4 @@
-"""Token log-probabilities of whole rollouts, with gradients: every distinct prefix of a batch is
-encoded once.
+"""Token log-probabilities of whole rollouts, with gradients: each distinct prefix is encoded once.
 
 Rows of a group share their prompt, second attempts their first, and a policy that has learnt
 something says many things twice. `Scorer.forward` does all the work on the weights that a training
@@ -19,43 +18,33 @@ from transformers import AttentionInterface
 from loss import Scores, token_scores
 from sampling.attention import attention_is, check_layer
 
-# tokens that all rows begin with (few-shot examples, say), from which on their attention is
-# computed once
-STEM = 64
+STEM = 64  # tokens that all rows begin with (few-shot examples, say), to attend to each other once
 
 
 class PrefixTree(NamedTuple):
     """The distinct prefixes of B rows, each a node that is encoded once; R distinct rows, N nodes.
 
-    ids, positions: (1, N) int64, what to feed
-    parent:         (N,) int64, the node of the prefix without its last token; its own index at
-                    position 0
-    node:           (R, T) int64, the node at each place of a distinct row; 0 in the padding on the
-                    right
-    row:            (B,) int64, which distinct row a row is
-    stem:           how many tokens all rows begin with, nodes 0, 1, ...; 0 if that is under STEM
-    place:          (N - stem,) int64, one place of `node[:, stem:]`, flattened, where each further
-                    node stands
+    Fed as whole rows a batch would be B * T tokens; here it is N, a row of them.
     """
 
-    ids: Tensor
-    positions: Tensor
-    parent: Tensor
-    node: Tensor
-    row: Tensor
-    stem: int
-    place: Tensor
+    ids: Tensor  # (1, N) int64, what to feed
+    positions: Tensor  # (1, N) int64
+    parent: Tensor  # (N,) int64, the prefix without its last token; at position 0 the node itself
+    node: Tensor  # (R, T) int64, the node at each place of a distinct row; 0 in the padding
+    row: Tensor  # (B,) int64, which distinct row a row is
+    stem: int  # how many tokens all rows begin with, nodes 0, 1, ...; 0 if that is under STEM
+    place: Tensor  # (N - stem,) int64, where in `node[:, stem:]`, flattened, a further node stands
 
 
 def prefix_tree(ids: Tensor, real: Tensor) -> PrefixTree:
-    """The tree of rows ids (B, T), right-padded where `real` (B, T) is False. Exact: tokens are
-    compared, not hashed.
+    """The tree of rows ids (B, T), right-padded where `real` (B, T) is False.
 
-    In the sorted rows a prefix that any row above has, the next row above has too.
+    Exact: tokens are compared, not hashed. Each row is compared with the one above it alone, since
+    rows are sorted: a prefix that any row above has, the next one above has too.
     """
     rows, row = torch.unique(ids.masked_fill(~real, -1), dim=0, return_inverse=True)  # (R, T), (B,)
-    # as in the row above up to here
-    shared = F.pad((rows[1:] == rows[:-1]).long().cumprod(1), (0, 0, 1, 0)).bool()
+    above = (rows[1:] == rows[:-1]).long().cumprod(1)
+    shared = F.pad(above, (0, 0, 1, 0)).bool()  # (R, T), as in the row above up to here
     new = (rows >= 0) & ~shared  # (R, T)
     number = (new.flatten().cumsum(0) - 1).view_as(rows)
     first = torch.arange(len(rows), device=ids.device)[:, None] * new
@@ -71,8 +60,7 @@ def prefix_tree(ids: Tensor, real: Tensor) -> PrefixTree:
 def tree_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
 ):
-    """Over a PrefixTree: query (1, heads, N, D), key and value (1, kv_heads, N, D) -> (1, N, heads,
-    D).
+    """Of query (1, heads, N, D), key and value (1, kv_heads, N, D) of a tree: (1, N, heads, D).
 
     Only here are rows whole again: every node beyond the stem is copied to where it stands. All
     else in a layer is done once a node.
@@ -80,17 +68,14 @@ def tree_attention(
     check_layer(module, attention_mask, sliding_window, kwargs)
     tree, stem = kwargs["position_ids"].tree, kwargs["position_ids"].tree.stem
 
-    # (1, heads, N, D) -> (R, heads, columns of node, D)
     def spread_out(x: Tensor, node: Tensor) -> Tensor:
+        """(1, heads, N, D) -> (R, heads, columns of node, D)"""
         flat = x[0].transpose(0, 1).flatten(1).index_select(0, node.flatten())
         return flat.view(*node.shape, *x.shape[1::2]).transpose(1, 2)
 
     attend = partial(_causal, scale=scaling, window=sliding_window)
-    rows = attend(
-        spread_out(query, tree.node[:, stem:]),
-        spread_out(key, tree.node),
-        spread_out(value, tree.node),
-    )
+    queries = spread_out(query, tree.node[:, stem:])
+    rows = attend(queries, spread_out(key, tree.node), spread_out(value, tree.node))
     out = rows.flatten(0, 1).index_select(0, tree.place)[None]  # (1, N - stem, heads, D)
     if stem:
         out = torch.cat([attend(*(x[:, :, :stem] for x in (query, key, value))), out], 1)
@@ -98,10 +83,10 @@ def tree_attention(
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-    """query (n, heads, Q, D) of the last Q of T positions, key and value (n, kv_heads, T, D) -> (n,
-    Q, heads, D).
+    """query (n, heads, Q, D), key and value (n, kv_heads, T, D) -> (n, Q, heads, D).
 
-    Padding on the right is out of sight by itself.
+    The queries are those of the last Q of T positions. Padding on the right is out of sight of all
+    that counts by itself.
     """
     Q, T = query.shape[2], key.shape[2]
     mask = None
@@ -110,9 +95,8 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
         mask = t <= t[T - Q :, None]  # (Q, T)
         if window is not None:
             mask &= t > t[T - Q :, None] - window
-    # else the slow kernel's case
     grouped = query.device.type == "cpu" or (mask is None and query.dtype.itemsize == 2)
-    if not grouped:
+    if not grouped:  # where torch would take its slow kernel for shared key-value heads
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     options = {"attn_mask": mask, "is_causal": mask is None, "scale": scale, "enable_gqa": grouped}
     return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
@@ -123,15 +107,16 @@ AttentionInterface.register("prefix_tree", tree_attention)
 
 @contextmanager
 def _checkpointed(model):
-    """Blocks keep only what they are given, and run again in the backward pass, with the attention
-    that they had."""
+    """Blocks keep only what they are given, and run again in the backward pass."""
     blocks = model.get_decoder().layers
-    contexts = lambda: (nullcontext(), attention_is(model, "prefix_tree"))  # noqa: E731
+
+    def contexts():  # when run again, it is long after `_hidden`, but attention is to be the same
+        return nullcontext(), attention_is(model, "prefix_tree")
+
+    again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     try:
         for block in blocks:
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
-            )
+            block.forward = partial(again, block.forward)
         yield
     finally:
         for block in blocks:
@@ -143,28 +128,20 @@ class Scorer(nn.Module):
 
     forward(ids (B, T), action_mask (B, T), temperature) -> Scores of (B, T) float32 tensors, 0
     where not sampled. Rows start at position 0. A prefix that several rows begin with, and a token
-    sampled there by several of them, is
-    computed once: its scores, and with them the gradients, are those of every row that has it.
-        `checkpointing` spares
-    the memory of all activations inside the model's blocks, for about a third more time.
+    sampled there by several of them, is computed once: its scores, and with them the gradients, are
+    those of every row that has it. `checkpointing` spares the memory of all activations inside the
+    model's blocks, for about a third more time.
     """
 
-    def __init__(
-        self, model, reference=None, chunk: int | None = None, checkpointing: bool = False
-    ):
+    def __init__(self, model, reference=None, chunk: int | None = None, checkpointing=False):
         super().__init__()
-        self.model, self.reference, self.chunk, self.checkpointing = (
-            model,
-            reference,
-            chunk,
-            checkpointing,
-        )
+        self.model, self.reference = model, reference
+        self.chunk, self.checkpointing = chunk, checkpointing
         if reference is not None:
             reference.requires_grad_(False)
 
     def forward(self, ids: Tensor, action_mask: Tensor, temperature: float = 1.0) -> Scores:
-        # nothing after a row's last sampled token is
-        needed = action_mask.flip(1).cummax(1).values.flip(1)
+        needed = action_mask.flip(1).cummax(1).values.flip(1)  # up to a row's last sampled token
         tree = prefix_tree(ids, needed)
         sampled = tree.node[tree.row][action_mask]  # (M,) the nodes of sampled tokens
         chosen, back = torch.unique(sampled, return_inverse=True)
@@ -176,17 +153,15 @@ class Scorer(nn.Module):
                 ref_hidden, ref_head = self._hidden(self.reference, tree, chosen)
         tokens = tree.ids[0, chosen]
         scores = token_scores(hidden, head, tokens, ref_hidden, ref_head, temperature, self.chunk)
-        return Scores(
-            *(x.new_zeros(ids.shape).masked_scatter(action_mask, x[back]) for x in scores)
-        )
+        placed = (x.new_zeros(ids.shape).masked_scatter(action_mask, x[back]) for x in scores)
+        return Scores(*placed)
 
     @staticmethod
     def _hidden(model, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """What the chosen nodes (M,) are predicted from, (M, H), and the output weights (V, H)."""
         positions = tree.positions.clone()
         positions.tree = tree  # the layers hand it on to their attention
+        inputs = {"input_ids": tree.ids, "position_ids": positions, "use_cache": False}
         with attention_is(model, "prefix_tree"):
-            hidden = model.get_decoder()(
-                input_ids=tree.ids, position_ids=positions, use_cache=False
-            ).last_hidden_state
-        # (M, H), (V, H)
+            hidden = model.get_decoder()(**inputs).last_hidden_state  # (1, N, H)
         return hidden[0, tree.parent[chosen]], model.get_output_embeddings().weight

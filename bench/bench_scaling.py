@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -36,9 +37,12 @@ from memory import Shape, gib
 from sampler import Sampler
 from score import Config as ScoreConfig
 from tiny import build_tokenizer
-from training import distributed, policy
+from training import distributed
+from training.batches import row_seeds
 from training.checkpoint import save_model
-from training.loop import train_step
+from training.loop import Hooks, train_step
+from training.models import load_model, make_scorer
+from training.policy import Batch
 
 
 @dataclass
@@ -87,35 +91,35 @@ def work(job: dict) -> dict:
     torch.set_num_threads(1)
     distributed.start()
     libraries = resident_mib("VmRSS")
-    model, tokenizer = policy.load_model(job["model"], dtype=torch.float32)
+    model, tokenizer = load_model(job["model"], dtype=torch.float32)
     model.generation_config.eos_token_id, sampler = None, Sampler(model, tokenizer)
     sampler.is_stop.zero_()  # every attempt has the same length
-    scorer = policy.make_scorer(model, flags)
+    scorer = make_scorer(model, flags)
     optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
-    def make_batch(step: int, state: dict) -> policy.Batch:
-        mine = distributed.share(config.problems)
-        prompts = [[(7 * row + i) % 100 + 5 for i in range(config.prompt)] for row in mine]
-        seeds = policy.row_seeds(mine, step, each=config.group_size)
-        rollout = sampler.generate(
-            prompts, config.group_size, max_new_tokens=config.new_tokens, seeds=seeds
-        )
-        rollout.cache = None
-        advantages = per_token(
-            torch.tensor([[(-1.0) ** row] for row in range(len(rollout.ids))]), rollout
-        )
-        rows = config.problems * config.group_size
-        return policy.Batch(rollout, advantages, 0.1 * rollout.action_mask, rows, {"stage": 1})
-
-    loading, rows = peak_mib() - libraries, []
-    for step in range(config.steps):
-        rows.append(
-            train_step(flags, scorer, sampler, optimizer, step, config.steps, make_batch, {})
-        )
+    hooks = Hooks(partial(make_batch, config, sampler), evaluate=None, draw=None)
+    loading = peak_mib() - libraries
+    rows = [
+        train_step(flags, scorer, sampler, optimizer, step, hooks, {})
+        for step in range(config.steps)
+    ]
     seconds = [row["seconds_rollout"] + row["seconds_update"] for row in rows[1:]]
     done = {"seconds": seconds, "loading_mib": loading, "training_mib": peak_mib() - libraries}
     distributed.finish()
     return done
+
+
+def make_batch(config: Config, sampler: Sampler, step: int, state: dict) -> Batch:
+    """Of prompts that differ and advantages of 1 and -1: no verdicts, for they cost no time."""
+    mine = distributed.share(config.problems)
+    prompts = [[(7 * row + i) % 100 + 5 for i in range(config.prompt)] for row in mine]
+    limits = {"max_new_tokens": config.new_tokens}
+    limits["seeds"] = row_seeds(mine, step, each=config.group_size)
+    rollout = sampler.generate(prompts, config.group_size, **limits)
+    rollout.cache = None
+    signs = torch.tensor([[(-1.0) ** row] for row in range(len(rollout.ids))])
+    rows, kl_coef = config.problems * config.group_size, 0.1 * rollout.action_mask
+    return Batch(rollout, per_token(signs, rollout), kl_coef, rows, {"stage": 1})
 
 
 def measure(size: str, model: str, config: Config) -> list[dict]:

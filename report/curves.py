@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,15 @@ def plot_curves(run: Path, least: int = 10) -> None:
     try:
         _draw(run / "curves.png", rows, least)
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if error.name.partition(".")[0] != "matplotlib":
             raise
-        said = "matplotlib is not installed: the run goes on without curves.png"
-        warnings.warn(said, stacklevel=2)
+        _warn_once()
+
+
+@cache  # others reset what the filters of warnings have seen
+def _warn_once() -> None:
+    said = "matplotlib is not installed: the run goes on without curves.png"
+    warnings.warn(said, stacklevel=4)
 
 
 def _draw(path: Path, rows: list[dict], least: int) -> None:

@@ -35,7 +35,7 @@ def draw_growth(path: Path, series: dict[str, dict[int, list[float]]]) -> None:
             y = [median(points[size]) / first for size in sizes]
             steepness = slope(points)
             label = name if steepness is None else f"{name}: {steepness:.2f}"
-            axis.plot(sizes / sizes[0], y, "o-", color=color, markersize=4, label=label)
+            style.dots(axis, sizes / sizes[0], y, color, label)
         axis.xaxis.set_major_formatter("{x:g} x")
         axis.yaxis.set_major_formatter("{x:g} x")
         axis.set_xlabel("size, in smallest sizes", fontsize=9)

@@ -71,9 +71,13 @@ def curve(axis, x, values, color: str, label: str, dash: str = SECOND) -> None:
     if len(values) > 1:
         error = values.std(axis=0, ddof=1) / len(values) ** 0.5
         axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.18, linewidth=0)
-    filled = "white" if dash == FIRST else color
-    dots = {"marker": "o", "markersize": 4, "markerfacecolor": filled}
-    axis.plot(x, mean, dash, color=color, label=label, **dots)
+    dots(axis, x, mean, color, label, dash)
+
+
+def dots(axis, x, y, color: str, label: str = "_", dash: str = SECOND) -> None:
+    """A line through points; they are hollow where it is dashed."""
+    filled = {"markerfacecolor": "white" if dash == FIRST else color}
+    axis.plot(x, y, dash, color=color, label=label, marker="o", markersize=4, **filled)
 
 
 def level(axis, x, y: float, label: str, error: float = 0.0) -> None:

@@ -1,7 +1,5 @@
-"""The reproduction: what it plans, how it goes on, chooses and compares, and that its smallest size
-runs."""
+"""The reproduction: what it plans, how it goes on, chooses, compares and draws."""
 
-import csv
 import json
 import shutil
 import signal
@@ -15,6 +13,7 @@ import pytest
 import baselines
 import helpers
 import measure
+import pictures
 import rates
 import reproduce
 import rrr
@@ -69,10 +68,7 @@ def test_every_experiment_has_methods_that_there_are_and_runs_are_shared(config)
         runs = runs_of(table, config)
         directories = [run.directory(config) for run in runs]
         assert len({*directories}) == len(directories)
-    twice = {
-        "a": reproduce.Experiment(("SCoRe",)),
-        "b": reproduce.Experiment(("SCoRe",), more=True),
-    }
+    twice = {str(more): reproduce.Experiment(("SCoRe",), more=more) for more in (False, True)}
     assert [run.more for run in runs_of(twice, config)] == [True] * 5
 
 
@@ -97,18 +93,15 @@ def fake_launch(command, log):
         modes = {mode: {k: 1 - abs(lr - 1.5e-4) for k in ("acc_t1", "acc_t2")}
                  for mode in ("greedy", "sampled")}  # fmt: skip
         path.write_text(json.dumps({"trained": modes}))
-        (path.parent / "metrics.jsonl").write_text(
-            '{"stage": 2, "step": 0, "acc_t1": 0.5, "seconds_rollout": 1, "seconds_update": 1}\n'
-        )
+        row = {"stage": 2, "step": 0, "acc_t1": 0.5, "seconds_rollout": 1, "seconds_update": 1}
+        (path.parent / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     else:
-        figures = {
-            "greedy": {"acc_t1": 0.5, "acc_t1_se": 0.1},
-            "sampled": {"acc_t1": 0.25, "acc_t1_se": 0.1},
-        }
-        bits = {
-            mode: {key: measure.bits([1, 0, 1]) for key in ("acc_t1", "acc_t2")} for mode in figures
-        }
+        keys = ("acc_t1", "acc_t1_se", "acc_t2", "acc_t2_se")
+        figures = {mode: dict.fromkeys(keys, 0.25) for mode in ("greedy", "sampled")}
+        bits = {mode: {key: measure.bits([1, 0, 1]) for key in keys[::2]} for mode in figures}
         content = {"figures": {"": figures}, "bits": {"": bits}, "more": []}
+        if command[command.index("--model") + 1] == command[command.index("--base") + 1]:
+            content["start"] = {"eval_acc_t1": 0.5, "eval_acc_t2": 0.4}
         reproduce.Path(out).write_text(json.dumps(content))
     launched.append(command)
 
@@ -124,25 +117,23 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
     monkeypatch.setattr(reproduce, "EXPERIMENTS", small)
     config.only = "tune,main"
     reproduce.main(config)
-    # a learning rate is chosen without the test split
-    assert not any("bench/measure.py" in c for c in launched[:8])
+    measured = [any(part.endswith("bench/papers/measure.py") for part in c) for c in launched]
+    assert not any(measured[:8])  # a learning rate is chosen without the test split
     assert all(c[c.index("--seed") + 1] == "100" for c in launched[:8])
-    # the base, and two runs of two methods
-    assert sum("bench/measure.py" in c for c in launched) == 5
+    assert sum(measured) == 5  # the base, and two runs of two methods
     assert len(launched) == 8 + 5 + 4 + 2  # and Stage I of both seeds
     stage1 = [c for c in launched if "--save_every" in c]
     star = [c for c in launched if "star" in c]
-    assert {c[c.index("--model") + 1] for c in star} == {
-        c[c.index("--output_dir") + 1] + "/checkpoint" for c in stage1
-    }
+    models = {c[c.index("--model") + 1] for c in star}
+    assert models == {c[c.index("--output_dir") + 1] + "/checkpoint" for c in stage1}
     tried = tables.read_csv(config.results / "tuning.csv")
-    assert [(r["method"], r["lr"]) for r in tried if r["chosen"] == "1"] == [
-        ("SCoRe", "0.00015"),
-        ("RRR", "0.00015"),
-    ]
+    chosen = [(r["method"], r["lr"]) for r in tried if r["chosen"] == "1"]
+    assert chosen == [("SCoRe", "0.00015"), ("RRR", "0.00015")]
     assert reproduce.learning_rate("alpha 3", config) == 1.5e-4
     assert len(tables.read_csv(config.results / "figures.csv")) == 2 * 5
     assert "## take-off (tiny)" in (config.results / "tables.md").read_text()
+    start = tables.read_csv(config.results / "curves.csv")[0]
+    assert (start["method"], start["step"], start["eval_acc_t2"]) == ("base", "-1", "0.4")
 
     before = len(launched)
     reproduce.main(config)
@@ -153,9 +144,8 @@ def test_runs_go_on_where_they_were_and_write_what_was_tried(config, monkeypatch
     assert {path.name: path.read_bytes() for path in config.results.glob("*.[cm]*")} == files
 
     config.render = False
-    # of another session: its rows are kept
     for run in (config.runs / "tiny").glob("*-0.00015-*[01]"):
-        shutil.rmtree(run)
+        shutil.rmtree(run)  # of another session: its rows are kept
     config.missing = True
     reproduce.main(config)
     assert len(launched) == before and not [*(config.runs / "tiny").glob("SCoRe-320-0.00015-*")]
@@ -167,16 +157,13 @@ def test_without_a_chosen_rate_nothing_is_trained_and_a_run_that_failed_was_trie
 ):
     launched.clear()
     set_tuned(monkeypatch, "SCoRe")
-    monkeypatch.setattr(
-        reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=1)}
-    )
+    one = {"main": reproduce.Experiment(("SCoRe",), seeds=1)}
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", one)
     config.only = "main"
     with pytest.raises(SystemExit):
         reproduce.main(config)
-    assert (
-        "no learning rate is chosen yet for SCoRe: --only tune" in capsys.readouterr().err
-        and not launched
-    )
+    assert "no learning rate is chosen yet for SCoRe: --only tune" in capsys.readouterr().err
+    assert not launched
 
     def collapse(command, log):
         if "--lr" in command and command[command.index("--lr") + 1] == "0.0005":
@@ -204,12 +191,8 @@ def test_a_best_rate_at_the_edge_has_the_next_one_tried_too():
 
 
 def test_a_rate_is_judged_by_what_the_method_trains():
-    results = {
-        "trained": {
-            "greedy": {"acc_t1": 0.5, "acc_t2": 0.6},
-            "sampled": {"acc_t1": 0.3, "acc_t2": 0.5},
-        }
-    }
+    greedy, sampled = {"acc_t1": 0.5, "acc_t2": 0.6}, {"acc_t1": 0.3, "acc_t2": 0.5}
+    results = {"trained": {"greedy": greedy, "sampled": sampled}}
     assert rates.score_of(results, "single-turn RL") == pytest.approx(0.4)
     assert rates.score_of(results, "RRR") == pytest.approx(0.55)
 
@@ -221,19 +204,14 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(config, monkeypatch, cap
         fake_launch(command, log)
 
     monkeypatch.setattr(reproduce, "launch", fail_once)
-    monkeypatch.setattr(
-        reproduce, "EXPERIMENTS", {"main": reproduce.Experiment(("SCoRe",), seeds=3)}
-    )
+    three = {"main": reproduce.Experiment(("SCoRe",), seeds=3)}
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", three)
     monkeypatch.setattr(rates, "chosen_rate", lambda method, config: 1.5e-4)
     config.only = "main"
     with pytest.raises(SystemExit, match="1 runs failed: call it again"):
         reproduce.main(config)
-    assert [r["seed"] for r in tables.read_csv(config.results / "figures.csv")] == [
-        "0",
-        "0",
-        "2",
-        "2",
-    ]
+    seeds = [row["seed"] for row in tables.read_csv(config.results / "figures.csv")]
+    assert seeds == ["0", "0", "2", "2"]
     assert "SCoRe-320-0.00015-1.log: broken" in capsys.readouterr().err
 
 
@@ -257,11 +235,10 @@ def test_when_it_is_stopped_its_runs_are_told_to_save_and_no_other_begins(
     threading.Thread(target=interrupt, daemon=True).start()
     # a shell's background jobs ignore it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    runs = [reproduce.Run("tiny", "SCoRe", 320, seed, 1e-4) for seed in range(4)]
     try:
         with pytest.raises(KeyboardInterrupt):
-            reproduce.complete_all(
-                [reproduce.Run("tiny", "SCoRe", 320, seed, 1e-4) for seed in range(4)], config, ""
-            )
+            reproduce.complete_all(runs, config, "")
     finally:
         signal.signal(signal.SIGINT, before)
     assert saved.read_text() == "xx" and log.read_text().count("ready") == 2
@@ -299,9 +276,8 @@ def test_effects_where_only_seeds_or_only_problems_differ_are_those_of_one_sampl
 def test_intervals_of_effects_cover_the_truth_nineteen_times_of_twenty():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(400):
-        crossed = (
-            0.6 * rng.normal(size=(20, 1)) + rng.normal(size=(1, 60)) + rng.normal(size=(20, 60))
-        )
+        crossed = 0.6 * rng.normal(size=(20, 1)) + rng.normal(size=(1, 60))
+        crossed = crossed + rng.normal(size=(20, 60))
         _, low, high = tables.effect(0.5 + crossed)
         covered += low < 0.5 < high
     assert 0.92 <= covered / 400 <= 0.98
@@ -310,27 +286,17 @@ def test_intervals_of_effects_cover_the_truth_nineteen_times_of_twenty():
 def test_bits_come_back_and_effects_are_paired():
     rows = []
     for seed, second in enumerate(([1, 1, 1, 0, 0, 0, 0, 0, 1], [1, 1, 0, 0, 0, 0, 0, 0, 1])):
-        identity = {
-            "base": "tiny",
-            "method": "SCoRe",
-            "steps": "320",
-            "seed": str(seed),
-            "row": "",
-            "mode": "greedy",
-        }
+        identity = {"base": "tiny", "method": "SCoRe", "steps": "320", "seed": str(seed)}
+        identity |= {"row": "", "mode": "greedy"}
         rows += [identity | {"key": "acc_t1", "bits": measure.bits([1, 0, 0, 0, 0, 0, 0, 0, 1])}]
         rows += [identity | {"key": "acc_t2", "bits": measure.bits(second)}]
     delta = tables.outcomes(rows, "delta", method="SCoRe")
     assert delta["0"].tolist() == [0, 1, 1, 0, 0, 0, 0, 0, 0]
     found = {claim: rest for _, claim, *rest in tables.effects(rows)}
     assert [*found] == ["Delta is above 0: SCoRe"]
-    steps, mode, seeds, mean, low, high = found["Delta is above 0: SCoRe"]
-    assert (steps, mode, seeds, mean) == (
-        320,
-        "greedy",
-        2,
-        pytest.approx(100 * 1.5 / 9),
-    ) and low < mean < high
+    *head, mean, low, high = found["Delta is above 0: SCoRe"]
+    assert head == [320, "greedy", 2]
+    assert mean == pytest.approx(100 * 1.5 / 9) and low < mean < high
 
 
 def test_take_off_is_above_five_points_and_counts_steps_from_one():
@@ -346,14 +312,11 @@ def test_the_noise_of_a_gradient_is_without_the_noise_of_its_mean():
     rng = np.random.default_rng(0)
     gradients = measure.torch.tensor(3 + 2 * rng.normal(size=(400, 50)))
     found = measure.noise_of(gradients)
-    assert found["variance"] == pytest.approx(50 * 4, rel=0.05) and found[
-        "signal"
-    ] == pytest.approx(50 * 9, rel=0.05)
+    assert found["variance"] == pytest.approx(50 * 4, rel=0.05)
+    assert found["signal"] == pytest.approx(50 * 9, rel=0.05)
     assert found["batches"] == pytest.approx(found["variance"] / found["signal"])
-    twins = [
-        measure.noise_of(measure.torch.tensor(3 + 2 * rng.normal(size=(20, 50))))
-        for _ in range(200)
-    ]
+    draws = [measure.torch.tensor(3 + 2 * rng.normal(size=(20, 50))) for _ in range(200)]
+    twins = [measure.noise_of(some) for some in draws]
     for key in ("variance", "signal"):
         spread = np.std([twin[key] for twin in twins])
         assert np.mean([twin[key + "_se"] for twin in twins]) == pytest.approx(spread, rel=0.2), key
@@ -372,14 +335,12 @@ def test_a_model_is_measured_with_all_curves(model, tmp_path, monkeypatch):
     measure.main(measure.Config(model=model, base=model, more=True, limit=5, output=str(output)))
     found = json.loads(output.read_text())
     assert found["figures"][""]["sampled"]["n"] == 5
+    assert 0 <= found["start"]["eval_acc_t1"] <= 1  # where the curves of its descendants begin
     kinds = [kind for kind, _, _ in found["more"]]
-    assert (
-        kinds.count("attempts") == 3
-        and kinds.count("vote_parallel") == kinds.count("vote_corrected") == 2
-    )
-    assert sum(value for kind, _, value in found["more"] if kind == "edit_ratio") == pytest.approx(
-        1
-    )
+    assert kinds.count("attempts") == 3
+    assert kinds.count("vote_parallel") == kinds.count("vote_corrected") == 2
+    ratios = [value for kind, _, value in found["more"] if kind == "edit_ratio"]
+    assert sum(ratios) == pytest.approx(1)
     assert tables.unpacked(found["bits"][""]["sampled"]["vote_parallel_4"]).shape == (3,)
     assert tables.unpacked(found["bits"][""]["greedy"]["acc_t2"]).shape == (5,)
 
@@ -391,12 +352,11 @@ def test_the_controls_of_rrr_are_measured_once_for_the_base_and_once_for_each_mo
     rows = {}
     for name in (model, other):
         output = tmp_path / "test.json"
-        measure.main(
-            measure.Config(
-                model=name, base=model, method="reflect_retry", limit=3, output=str(output)
-            )
-        )
-        rows[name] = [row for row in json.loads(output.read_text())["figures"] if row]
+        flags = {"method": "reflect_retry", "limit": 3, "output": str(output)}
+        measure.main(measure.Config(model=name, base=model, **flags))
+        found = json.loads(output.read_text())
+        rows[name] = [row for row in found["figures"] if row]
+        assert ("start" in found) == (name == model)
     assert all(row.startswith("base,") for row in rows[model]) and len(rows[model]) == 4
     assert not any(row.startswith("base,") for row in rows[other]) and len(rows[other]) == 6
 
@@ -408,50 +368,69 @@ def test_noise_is_measured_for_every_design(model, tmp_path, monkeypatch):
     output = tmp_path / "noise.json"
     measure.main(measure.Config(model=model, noise=True, batches=3, output=str(output)))
     rows = json.loads(output.read_text())
-    assert [(row["design"], row["alpha"]) for row in rows] == [
-        (d, a) for a in (0, 10) for d in ("nested", "flat")
-    ]
+    designs = [(row["design"], row["alpha"]) for row in rows]
+    assert designs == [(name, alpha) for alpha in (0, 10) for name in ("nested", "flat")]
     assert all(row["variance"] > 0 for row in rows)
 
 
 def test_pictures_and_tables_are_drawn_from_the_csvs_alone(tmp_path):
-    identities = [["tiny", m, n, s, "0.0001"] for m, n in (("base", 0), ("SCoRe", 320), ("RRR", 250))
-                  for s in range(2 if n else 1)]  # fmt: skip
-    curve = ["1", "9", *["0.5"] * (len(tables.MEANS) + len(tables.LAST))]
+    trained = [("SCoRe", 160), ("SCoRe", 320), ("multi-turn RL", 160), ("RRR", 250)]
+    identities = [["tiny", m, n, s, "0.0001"] for m, n in trained for s in range(2)]
+    identities += [["tiny", m, 0, 0, "0"] for m in ("base", "base, RRR")]
+    curve = ["0.5"] * (len(tables.MEANS) + len(tables.LAST))
+    kinds = ("edit_ratio", "attempts", "vote_parallel", "vote_corrected")
     contents = {
         "figures": ([*tables.IDENTITY, "row", "mode", "seconds", *tables.FIGURES],
                     [[*i, "", mode, "10", *["0.5"] * len(tables.FIGURES)] for i in identities
                      for mode in ("greedy", "sampled")]),
         "curves": ([*tables.IDENTITY, *tables.CURVES],
-                   [[*i, *[s, str(t)], *curve[2:]] for i in identities for s, t in (("1", 9), ("2", 19))]),
+                   [[*i, stage, step, *curve] for i in identities
+                    for stage, step in ((("1", 9), ("2", 19)) if i[2] else [("", -1)])]),
         "more": ([*tables.IDENTITY, "kind", "x", "value"],
-                 [[*i, kind, x, 0.5] for i in identities for x in (1, 2)
-                  for kind in ("edit_ratio", "attempts", "vote_parallel", "vote_corrected")]),
+                 [[*i, kind, x, 0.5] for i in identities for x in (1, 2) for kind in kinds]),
         "problems": ([*tables.IDENTITY, "row", "mode", "key", "bits"],
                      [[*i, "", "greedy", key, measure.bits([0, 1, 1])] for i in identities
                       for key in ("acc_t1", "acc_t2")]),
     }  # fmt: skip
     for name, (header, rows) in contents.items():
         tables.write_csv(tmp_path / f"{name}.csv", header, rows)
-    tables.render(tmp_path)
-    pictures = {path.stem for path in tmp_path.glob("*.png")}
-    assert pictures == {"training", "rollouts", "edits", "attempts", "votes", "frontier", "rrr"}
+    tables.write_tables(tmp_path)
+    pictures.draw_all(tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png*")}
+    assert drawn == {path.name for path in reproduce.COMMITTED.glob("*.png")}
     text = (tmp_path / "tables.md").read_text()
-    assert (
-        "| SCoRe | 320 | 2 | greedy | 50.0 ± 50.0 |" in text
-        and "SCoRe raises first attempts" in text
-    )
-    assert next(csv.reader(open(tmp_path / "curves.csv"))) == [*tables.IDENTITY, *tables.CURVES]
+    assert "| SCoRe | 320 | 2 | greedy | 50.0 ± 50.0 |" in text
+    assert "SCoRe raises first attempts" in text
+
+
+def test_where_there_are_no_rows_there_is_no_picture(tmp_path):
+    pictures.draw_all(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_curve_begins_at_the_base_and_ends_where_all_seeds_have_been():
+    def row(method, steps, seed, step, value):
+        return {"method": method, "steps": str(steps), "seed": str(seed), "step": str(step),
+                "eval_acc_t2": value}  # fmt: skip
+
+    rows = [row("base", 0, 0, -1, "0.4")]
+    rows += [row("SCoRe", 320, 0, step, value) for step, value in ((9, ""), (39, "0.5"))]
+    rows += [row("SCoRe", 320, 1, step, value) for step, value in ((39, "0.6"), (79, "0.7"))]
+    x, values = pictures.course(rows, "SCoRe", 320, pictures.per_cent("eval_acc_t2"))
+    assert x.tolist() == [0, 40] and values.tolist() == [[40, 50], [40, 60]]
+
+
+def test_the_committed_tables_are_those_of_the_committed_csvs(tmp_path):
+    for path in reproduce.COMMITTED.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    tables.write_tables(tmp_path)
+    fresh, committed = (folder / "tables.md" for folder in (tmp_path, reproduce.COMMITTED))
+    assert fresh.read_text() == committed.read_text()
 
 
 def test_a_runs_metrics_are_thinned_to_means_and_last_evaluations():
     steps = [{"stage": 1, "step": t, "acc_t1": t / 10, "eval_acc_t2": t} for t in range(10)]
     (row,) = tables.thinned([*steps[:9], steps[9] | {"eval_acc_t2": 0.75}])
     found = dict(zip(tables.CURVES, row))
-    assert (found["stage"], found["step"], found["acc_t1"], found["eval_acc_t2"]) == (
-        1,
-        9,
-        "0.45",
-        "0.75",
-    )
-    assert found["kl_t1"] == ""
+    assert (found["stage"], found["step"], found["kl_t1"]) == (1, 9, "")
+    assert (found["acc_t1"], found["eval_acc_t2"]) == ("0.45", "0.75")

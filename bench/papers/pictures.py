@@ -223,7 +223,7 @@ def draw_beta1(path: Path, figures: list[dict], curves: list[dict]) -> None:
         for turn, (name, dash) in enumerate(TURNS.items(), 1):
             mean, error = zip(*(points[kl][turn] for kl in x))
             axis.errorbar(x, mean, error, linestyle="", color=color, alpha=0.45)
-            axis.plot(x, mean, dash, color=color, marker="o", markersize=5, label=f"{name} attempt")
+            style.dots(axis, x, mean, color, f"{name} attempt", dash)
         for kl, (name, _, (y, error)) in points.items():
             crowded = any(0 < other - kl < 0.15 for other in points)
             place = {"xytext": (0, 13 if crowded else 2), "ha": "center"}

@@ -266,7 +266,7 @@ class Sampler:
                 for _ in range(count):
                     step(state)
             rollout.lengths[state.rows] = state.position + 1
-            told = torch.stack([state.position + 1, state.done], 1).tolist()  # the only host sync
+            told = torch.stack([state.position + 1, state.done], 1).tolist()  # one host sync
             before = list(order)
             for slot in reversed(range(active)):
                 lengths[order[slot]], done = told[slot]

@@ -1,13 +1,14 @@
-// What a decoding step on CPU spends its time in: products with weights, and attention of one query a row over the
-// sampler's cache. Compiled by cpu_kernels.py, with HEAD, the size of a head, and GROUP, the query heads of one
-// key-value head.
+// What a decoding step on CPU spends its time in: products with weights, and attention of one query
+// a row over the sampler's cache. Compiled by cpu_kernels.py, with HEAD, the size of a head, and
+// GROUP, the query heads of one key-value head.
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
+// WIDTH: floats of a vector register; ROWS: rows at once, whose sums shall stay in registers.
 #if defined __AVX512F__
-enum { WIDTH = 16, ROWS = 8 }; // floats of a vector register; rows at once, whose sums shall stay in registers
+enum { WIDTH = 16, ROWS = 8 };
 #elif defined __AVX__
 enum { WIDTH = 8, ROWS = 4 };
 #else // NEON has 32 registers; x86 without AVX spills
@@ -18,10 +19,11 @@ typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
 
 const int64_t panel_width = PANEL;
 
-// x (rows <= ROWS, K) times one panel (K, PANEL), plus bias (PANEL,), into `columns` columns of y, whose rows have N.
-static inline __attribute__((always_inline)) void tile(const float *x, const float *panel, const float *bias, float *y,
-                                                       int64_t rows, int64_t columns, int64_t K, int64_t N,
-                                                       const float *next)
+// x (rows <= ROWS, K) times one panel (K, PANEL), plus bias (PANEL,), into `columns` columns of y,
+// whose rows have N.
+static inline __attribute__((always_inline)) void
+tile(const float *x, const float *panel, const float *bias, float *y, int64_t rows, int64_t columns,
+     int64_t K, int64_t N, const float *next)
 {
     vector sum[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
@@ -41,8 +43,10 @@ static inline __attribute__((always_inline)) void tile(const float *x, const flo
         memcpy(y + r * N, sum[r], columns * sizeof(float));
 }
 
-// y (M, N) = x (M, K) times a weight that stands in panels (N / PANEL rounded up, K, PANEL), plus bias, zero-padded.
-void linear(const float *x, const float *panels, const float *bias, float *y, int64_t M, int64_t K, int64_t N)
+// y (M, N) = x (M, K) times a weight that stands in panels (N / PANEL rounded up, K, PANEL), plus
+// bias, zero-padded.
+void linear(const float *x, const float *panels, const float *bias, float *y, int64_t M, int64_t K,
+            int64_t N)
 {
     for (int64_t first = 0; first < M; first += BLOCK)
 #pragma omp parallel for
@@ -50,8 +54,9 @@ void linear(const float *x, const float *panels, const float *bias, float *y, in
             const int64_t end = first + BLOCK < M ? first + BLOCK : M, left = N - p * PANEL;
             const float *panel = panels + p * K * PANEL;
             for (int64_t r = first, pass = 0; r < end; r += ROWS, pass++) {
-                // What the processor does not foresee: each of the first three passes fetches a third of the next panel.
-                // Behind the last one this points beyond the weights, which a prefetch may.
+                // What the processor does not foresee: each of the first three passes fetches a
+                // third of the next panel. Behind the last one this points beyond the weights,
+                // which a prefetch may.
                 const float *next = panel + (PANEL + pass % VECTORS * WIDTH) * K;
                 const int64_t rows = end - r;
                 float *out = y + r * N + p * PANEL;
@@ -74,23 +79,27 @@ static void rotate(float *y, const float *x, const float *cos, const float *sin)
     }
 }
 
-// query (n, kv_heads * GROUP, HEAD), key and value (n, kv_heads, HEAD), each with a stride of its rows; cos and sin
-// (n, HEAD); keys and values (n, kv_heads, capacity, HEAD) are the cache's rows, written at position (n,) and read up
-// to it; scratch (n, kv_heads, GROUP, capacity); out (n, kv_heads * GROUP, HEAD).
-void attend(const float *query, const float *key, const float *value, int64_t query_stride, int64_t key_stride,
-            int64_t value_stride, const float *cos, const float *sin, const int64_t *position, float *keys,
-            float *values, float *scratch, float *out, int64_t n, int64_t kv_heads, int64_t capacity, float scale)
+// query (n, kv_heads * GROUP, HEAD), key and value (n, kv_heads, HEAD), each with a stride of its
+// rows; cos and sin (n, HEAD); keys and values (n, kv_heads, capacity, HEAD) are the cache's rows,
+// written at position (n,) and read up to it; scratch (n, kv_heads, GROUP, capacity);
+// out (n, kv_heads * GROUP, HEAD).
+void attend(const float *query, const float *key, const float *value, int64_t query_stride,
+            int64_t key_stride, int64_t value_stride, const float *cos, const float *sin,
+            const int64_t *position, float *keys, float *values, float *scratch, float *out,
+            int64_t n, int64_t kv_heads, int64_t capacity, float scale)
 {
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < n * kv_heads; i++) {
         const int64_t row = i / kv_heads, head = i % kv_heads, last = position[row];
         float *k = keys + i * capacity * HEAD, *v = values + i * capacity * HEAD;
         float *weight = scratch + i * GROUP * capacity, q[GROUP][HEAD], sum[GROUP][HEAD] = {{0}};
+        const float *c = cos + row * HEAD, *s = sin + row * HEAD;
+        const float *queries = query + row * query_stride + head * GROUP * HEAD;
 
-        rotate(k + last * HEAD, key + row * key_stride + head * HEAD, cos + row * HEAD, sin + row * HEAD);
+        rotate(k + last * HEAD, key + row * key_stride + head * HEAD, c, s);
         memcpy(v + last * HEAD, value + row * value_stride + head * HEAD, sizeof(float[HEAD]));
         for (int g = 0; g < GROUP; g++)
-            rotate(q[g], query + row * query_stride + (head * GROUP + g) * HEAD, cos + row * HEAD, sin + row * HEAD);
+            rotate(q[g], queries + g * HEAD, c, s);
 
         for (int64_t j = 0; j <= last; j++)
             for (int g = 0; g < GROUP; g++) {

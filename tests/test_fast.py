@@ -1,6 +1,8 @@
 """The fast path against the plain one, and its C against torch; skipped where fast/ is deleted."""
 
+import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,12 +100,9 @@ def test_attention_in_c_is_that_in_torch_and_reads_no_further_than_its_own_row(
     n, group, capacity, angle = 5, heads // kv_heads, 40, torch.rand(5, 1, size)
     positions = torch.tensor([[0], [39], [7], [17], [3]])
     stores = [torch.randn(8, kv_heads, capacity, size) for _ in "kv"]
-    # of which queries, keys and values are views
-    joined = torch.randn(n, 1, (heads + 2 * kv_heads) * size)
-    new = [
-        t.view(n, 1, -1, size)
-        for t in joined.split([heads * size, kv_heads * size, kv_heads * size], -1)
-    ]
+    joined = torch.randn(n, 1, (heads + 2 * kv_heads) * size)  # queries, keys, values are its views
+    parts = joined.split([heads * size, kv_heads * size, kv_heads * size], -1)
+    new = [t.view(n, 1, -1, size) for t in parts]
     one, two = KVCache(8, capacity, "cpu"), KVCache(8, capacity, "cpu")
     two.layers[0] = [store.double() for store in stores]
     one.layers[0] = [store.clone() for store in stores]
@@ -115,14 +114,12 @@ def test_attention_in_c_is_that_in_torch_and_reads_no_further_than_its_own_row(
     fast = one_query(compiled(group, size), one, cos, sin, positions, scale, 0, *new)
     signed = torch.cat([-sin[..., : size // 2], sin[..., size // 2 :]], -1)[:, :, None].double()
     mask = ragged_mask(positions, capacity, group, None, torch.float64)
-    slow = fused._attention(
-        two, cos[:, :, None].double(), signed, mask, scale, 0, *(t.double() for t in new)
-    )
+    wide, cosines = [t.double() for t in new], cos[:, :, None].double()
+    slow = fused._attention(two, cosines, signed, mask, scale, 0, *wide)
     torch.testing.assert_close(fast, slow.float(), atol=error, rtol=error)
     for written, store in zip(one.layers[0], two.layers[0], strict=True):
-        torch.testing.assert_close(
-            written.nan_to_num(7.0), store.float().where(~written.isnan(), 7.0)
-        )
+        expected = store.float().where(~written.isnan(), 7.0)
+        torch.testing.assert_close(written.nan_to_num(7.0), expected)
 
 
 def test_the_fused_path_follows_the_weights_and_yields_to_hooks_and_changed_layers(tokenizer):
@@ -175,7 +172,7 @@ WRONG = "the fast path of fast/fused.py computes something else than the model i
 
 @pytest.fixture
 def told(monkeypatch):
-    """Warnings since they were last asked for; a compiler is there, or said to be."""
+    """Warnings since they were last asked for, where a compiler is there or said to be."""
     monkeypatch.setattr(fast_path, "which", lambda name: f"/usr/bin/{name}")
     fast_path._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
@@ -250,6 +247,18 @@ def test_a_fast_path_that_is_wrong_is_not_taken(tiny, tokenizer, factor, told, m
     monkeypatch.setattr(fused, "_norm", lambda module: lambda x: factor * norm(module)(x))
     assert not Sampler(tiny("llama"), tokenizer).fused
     assert told() == [text(tiny("llama"), WRONG)]
+
+
+def test_one_place_alone_looks_for_the_folder():
+    root = Path(__file__).parents[1]
+    paths = [p for depth in ("*", "*/*", "*/*/*") for p in root.glob(f"{depth}.py")]
+    paths = [p.relative_to(root) for p in paths]
+    paths = [
+        p for p in paths if not p.parts[0].startswith((".", "fast")) and p.name != "test_fast.py"
+    ]
+    imports = re.compile(r"^ *(from|import) fast\b", re.MULTILINE)
+    found = [p.as_posix() for p in paths if imports.search((root / p).read_text())]
+    assert found == ["sampling/fast_path.py"] and len(paths) > 30
 
 
 @pytest.mark.parametrize("max_batch", [3, 256])

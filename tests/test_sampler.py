@@ -68,13 +68,10 @@ def test_greedy_equals_generate(tiny, tokenizer, name):
     for turn in (0, 1):
         sampled = rollout.action_mask & (rollout.turn == turn)
         starts = sampled.long().argmax(1)
-        for row, start, answer in zip(
-            rollout.ids, starts, rollout.completion_ids(turn), strict=True
-        ):
-            expected = model.generate(
-                row[None, :start], max_new_tokens=12, do_sample=False, pad_token_id=0
-            )
-            expected = expected[0, start:].tolist()
+        answers = rollout.completion_ids(turn)
+        for row, start, answer in zip(rollout.ids, starts, answers, strict=True):
+            options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+            expected = model.generate(row[None, :start], **options)[0, start:].tolist()
             assert answer == (expected[:-1] if expected[-1] == EOS else expected)
 
 
@@ -118,10 +115,8 @@ def test_all_stop_ids_of_the_generation_config_and_tokenizer_stop(tokenizer):
     rollout = Sampler(model, tokenizer).generate(PROMPTS, 32, max_new_tokens=12)
     last = rollout.ids.gather(1, rollout.lengths[:, None] - 1)[:, 0]
     assert set(last[rollout.stopped[:, 0]].tolist()) == {EOS, 3, 4}
-    assert (
-        sum(rollout.ids[rollout.action_mask] == i for i in (EOS, 3, 4)).sum()
-        == rollout.stopped.sum()
-    )
+    ends = sum(rollout.ids[rollout.action_mask] == i for i in (EOS, 3, 4))
+    assert ends.sum() == rollout.stopped.sum()
     model.generation_config.eos_token_id = None
     none = SimpleNamespace(eos_token_id=None, pad_token_id=None)
     assert not Sampler(model, none).generate(PROMPTS, 4, max_new_tokens=12).stopped.any()
@@ -143,9 +138,8 @@ def test_rows_of_unlike_length_read_no_more_of_the_cache_than_their_neighbours_n
     tiny, tokenizer, name, monkeypatch
 ):
     used, aim = [], KVCache.aim
-    monkeypatch.setattr(
-        KVCache, "aim", lambda cache, *a: aim(cache, *a) or used.append(cache.spans)
-    )
+    spy = lambda cache, *a: aim(cache, *a) or used.append(cache.spans)  # noqa: E731
+    monkeypatch.setattr(KVCache, "aim", spy)
     sampler = Sampler(tiny(name), tokenizer, max_batch=35, block=3)
     prompts = [[5 + i % 7] * (2 + 47 * (i % 13 == 0) + i) for i in range(26)]
     rollout = sampler.generate(prompts, 2, max_new_tokens=12)
@@ -154,12 +148,17 @@ def test_rows_of_unlike_length_read_no_more_of_the_cache_than_their_neighbours_n
     assert any(len(spans) > 1 and spans[0][2] > 2 * spans[-1][2] for spans in used)
 
 
+def count_tokens(model):
+    """A list that grows by the number of tokens of each forward pass, and the hook that does it."""
+    fed = []
+    hook = lambda module, args, inputs: fed.append(inputs["input_ids"].numel())  # noqa: E731
+    return fed, model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def test_no_token_is_fed_twice(tokenizer):
-    model, fed = build(tf.LlamaConfig), []
+    model = build(tf.LlamaConfig)
     sampler = Sampler(model, tokenizer, block=1, prefill_tokens=1)  # so no row is fed in vain
-    model.register_forward_pre_hook(
-        lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True
-    )
+    fed, _ = count_tokens(model)
     first = sampler.generate(PROMPTS, 4, max_new_tokens=8)
     sampled = int(first.action_mask.sum())
     # each prompt once for its group of 4
@@ -176,10 +175,8 @@ def test_what_all_prompts_begin_with_is_fed_once_and_changes_no_sample(
     tokenizer, config_class, monkeypatch
 ):
     prompts = [[7, 3, 9, 2, 11, 4, *rest] for rest in ([5], [6, 2], [5], [3, 3, 3, 8])]
-    model, fed, runs, counts = build(config_class), [], [], []
-    hook = model.register_forward_pre_hook(
-        lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True
-    )
+    model, runs, counts = build(config_class), [], []
+    fed, hook = count_tokens(model)
     sampler = Sampler(model, tokenizer, prefill_tokens=1)  # so no row is fed in vain
     for shared in (6, 7):  # they have six in common
         monkeypatch.setattr(sampler_module, "SHARED", shared)
@@ -191,9 +188,8 @@ def test_what_all_prompts_begin_with_is_fed_once_and_changes_no_sample(
     check(model, runs[0][1])
     assert counts[1] - counts[0] == 3 * 5  # the sixth is each row's own pending token
     for one, two in zip(*runs):
-        assert all(
-            torch.equal(getattr(one, n), getattr(two, n)) for n in TENSORS if n != "logprobs"
-        )
+        names = [name for name in TENSORS if name != "logprobs"]
+        assert all(torch.equal(getattr(one, n), getattr(two, n)) for n in names)
 
 
 def test_a_rollout_can_be_branched_from_again(tiny, tokenizer):
@@ -227,9 +223,8 @@ def test_what_was_before_is_restored_even_after_an_error(tokenizer):
     sampler = Sampler(model, tokenizer)
 
     def same():
-        return model.config._attn_implementation == "eager" and modes == [
-            m.training for m in model.modules()
-        ]
+        now = [m.training for m in model.modules()]
+        return model.config._attn_implementation == "eager" and now == modes
 
     rollout = sampler.generate(PROMPTS, max_new_tokens=4)
     assert same() and torch.is_grad_enabled()
@@ -245,12 +240,10 @@ def test_what_was_before_is_restored_even_after_an_error(tokenizer):
 
 def test_generation_config_has_no_say_but_for_stop_ids(tiny, tokenizer):
     model = build(tf.LlamaConfig)
-    model.generation_config.update(
-        repetition_penalty=9.0, temperature=0.1, top_k=1, suppress_tokens=[5, 6]
-    )
-    assert equal(
-        three_turns(Sampler(model, tokenizer))[2], three_turns(Sampler(tiny("llama"), tokenizer))[2]
-    )
+    options = {"repetition_penalty": 9.0, "temperature": 0.1, "top_k": 1, "suppress_tokens": [5, 6]}
+    model.generation_config.update(**options)
+    one, two = (three_turns(Sampler(m, tokenizer))[2] for m in (model, tiny("llama")))
+    assert equal(one, two)
 
 
 def test_bfloat16_stays_close_to_a_plain_forward_pass(tokenizer):
@@ -332,7 +325,7 @@ def test_without_a_cache_of_its_own_a_conversation_is_encoded_anew(tokenizer, tu
             assert after.action_mask[r].nonzero()[0] == old + len(more[r // 2])
         for seed, row in zip(seeds, after.completion_ids(turns), strict=True):
             assert row == plain.completion_ids(0)[seed - 100]
-        # and with a cache of its own it goes on as any other
+        # with a cache of its own it goes on as any other
         one, two = (sampler.extend(r, [[6, 10]] * 8, **limits) for r in (after, plain))
         for name in ("ids", "action_mask", "logprobs", "lengths", "seeds"):
             assert torch.equal(getattr(one, name), getattr(two, name))
@@ -392,21 +385,15 @@ def test_the_last_position_can_be_used(tiny, tokenizer):
 
 
 WINDOWED = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-MOE = {
-    "num_experts": 2,
-    "num_local_experts": 2,
-    "num_experts_per_tok": 1,
-    "moe_intermediate_size": 16,
-}
+MOE = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+MOE["moe_intermediate_size"] = 16
+UNTOLD = WINDOWED | MOE | {"use_sliding_window": True}
 CHUNKED = {"attention_chunk_size": 4, "intermediate_size_mlp": 16}
 REFUSED = {
     "softcap": (tf.Gemma2Config, WINDOWED),
     "s_aux": (tf.GptOssConfig, WINDOWED | MOE),
     "chunked_attention": (tf.Llama4TextConfig, CHUNKED | MOE),
-    "is not told its sliding window": (
-        tf.Qwen2MoeConfig,
-        WINDOWED | MOE | {"use_sliding_window": True},
-    ),
+    "is not told its sliding window": (tf.Qwen2MoeConfig, UNTOLD),
     "bidirectional": (tf.Gemma3TextConfig, {"use_bidirectional_attention": True}),
     "recurrent": (tf.MambaConfig, {}),
     "keeps to its own": (tf.BloomConfig, {"n_head": 4}),
@@ -425,19 +412,14 @@ def test_a_model_it_would_be_wrong_for_is_refused(tokenizer, reason):
 def test_an_encoder_decoder_is_refused(tokenizer):
     config = tf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     model = tf.T5ForConditionalGeneration(config)
-    with pytest.raises(
-        ValueError, match="T5ForConditionalGeneration can't .*: it is an encoder-decoder"
-    ):
+    message = "T5ForConditionalGeneration can't .*: it is an encoder-decoder"
+    with pytest.raises(ValueError, match=message):
         Sampler(model, tokenizer)
 
 
 def test_longrope_is_refused_where_one_row_would_change_another(tokenizer):
-    rope = {
-        "rope_type": "longrope",
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "rope_theta": 1e4,
-    }
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope["rope_theta"] = 1e4
     model = build(tf.Phi3Config, rope_parameters=rope, original_max_position_embeddings=32)
     sampler = Sampler(model, tokenizer)
     check(model, sampler.generate([[3] * 20, [4]], 4, max_new_tokens=12))
@@ -481,10 +463,7 @@ def test_the_two_level_search_finds_the_word_of_a_plain_cdf(V):
     u = torch.rand(300, generator=torch.Generator().manual_seed(1))
     cdf = (logits.double() / 0.8).softmax(-1).cumsum(-1)
     token, logprob = sample(logits, 0.8, u)
-    low, high = (
-        F.pad(cdf, (1, 0)).gather(1, token[:, None])[:, 0],
-        cdf.gather(1, token[:, None])[:, 0],
-    )
+    low, high = (x.gather(1, token[:, None])[:, 0] for x in (F.pad(cdf, (1, 0)), cdf))
     assert (low - 1e-6 <= u).all() and (u <= high + 1e-6).all()
     expected = (logits / 0.8).log_softmax(-1).gather(1, token[:, None])[:, 0]
     torch.testing.assert_close(logprob, expected, atol=1e-5, rtol=0)

@@ -1,5 +1,4 @@
-"""The scorer's prefix tree: every distinct prefix encoded once, scores and gradients those of whole
-rows."""
+"""The scorer's prefix tree: each prefix encoded once, scores and gradients those of whole rows."""
 
 import pytest
 import torch
@@ -12,8 +11,7 @@ from training.scorer import Scorer, prefix_tree
 
 
 def random_rows(B=40, T=11, vocabulary=3, seed=0):
-    """Rows of few different tokens: many share prefixes, are equal, or are the beginning of
-    another."""
+    """Rows of few different tokens: many share prefixes, are equal, or begin another."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (B, T), generator=g)
     lengths = torch.randint(1, T + 1, (B,), generator=g)
@@ -39,20 +37,16 @@ def test_the_tree_has_every_distinct_prefix_once_and_leads_back_to_every_row(see
         spelt.append(tuple(word[::-1]))
     assert sorted(spelt) == sorted(prefixes)
     for b, row in enumerate(rows):
-        assert [spelt[n] for n in tree.node[tree.row[b], : len(row)]] == [
-            row[: i + 1] for i in range(len(row))
-        ]
-    assert torch.equal(
-        tree.node[:, tree.stem :].flatten()[tree.place], torch.arange(tree.stem, len(spelt))
-    )
+        found = [spelt[node] for node in tree.node[tree.row[b], : len(row)]]
+        assert found == [row[: i + 1] for i in range(len(row))]
+    beyond = tree.node[:, tree.stem :].flatten()[tree.place]
+    assert torch.equal(beyond, torch.arange(tree.stem, len(spelt)))
 
 
 def plain_scores(model, reference, ids, mask, temperature):
     """Row by row in one whole forward each, all logits at once."""
-    logp, ref = (
-        (m(input_ids=ids).logits[:, :-1].float() / temperature).log_softmax(-1)
-        for m in (model, reference)
-    )
+    logits = [m(input_ids=ids).logits[:, :-1].float() for m in (model, reference)]
+    logp, ref = ((x / temperature).log_softmax(-1) for x in logits)
     taken = [x.gather(2, ids[:, 1:, None])[..., 0] for x in (logp, ref)]
     entropy = -(logp.exp() * logp).sum(-1)
     scores = (*taken, (logp.exp() * (logp - ref)).sum(-1), entropy)
@@ -64,8 +58,8 @@ def plain_scores(model, reference, ids, mask, temperature):
 def test_scores_and_gradients_equal_those_of_whole_rows(name, stem, monkeypatch):
     monkeypatch.setattr(scorer_module, "STEM", 3)
     config_class, options = TINY[name]
-    # `load_model` refuses it
-    options = {k: v for k, v in options.items() if k != "final_logit_softcapping"}
+    refused = "final_logit_softcapping"  # by `load_model`
+    options = {k: v for k, v in options.items() if k != refused}
     model, reference = (build(config_class, **options, initializer_range=r) for r in (0.2, 0.1))
     ids, lengths, real = random_rows(B=12, T=14, vocabulary=VOCAB if name == "llama_mha" else 3)
     ids[:, :stem], real[:, :stem] = ids[0, :stem], True  # what all rows begin with
@@ -89,9 +83,8 @@ def test_scores_and_gradients_equal_those_of_whole_rows(name, stem, monkeypatch)
 
 def test_a_shared_prefix_is_encoded_once_and_nothing_after_the_last_sampled_token():
     model, fed = build(tf.LlamaConfig), []
-    model.model.register_forward_pre_hook(
-        lambda m, a, kw: fed.append(kw["input_ids"].numel()), with_kwargs=True
-    )
+    hook = lambda m, args, inputs: fed.append(inputs["input_ids"].numel())  # noqa: E731
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
     ids = torch.tensor([[5, 6, 7, 8, 2], [5, 6, 7, 9, 2], [5, 6, 7, 9, 3]])
     mask = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0]]).bool()
     scores = Scorer(model)(ids, mask)
@@ -104,9 +97,8 @@ def test_checkpointing_keeps_nothing_of_a_block_but_what_it_is_given():
     ids = torch.arange(40).view(2, 20) % VOCAB
     for checkpointing in (False, True):
         scorer, sizes = Scorer(model, checkpointing=checkpointing), []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x
-        ):
+        pack = lambda x, sizes=sizes: sizes.append(x.numel()) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             scorer(ids, torch.ones_like(ids).bool())
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 5

@@ -1,21 +1,19 @@
-"""Figures of conversations: what is counted, averaged, voted on, printed and drawn. No model here.
+"""Figures of conversations: what is counted, averaged and voted on. No model here.
 
 A conversation is a dict: the problem, its `attempts` (each a text with the answer in it, right or
 wrong), what was `said` between them, and its `values`, of which a figure is the mean.
 
-    acc_t1, acc_t2   right at the first, the second attempt      i_to_c   wrong, then right, of all
-                     problems
-    delta            acc_t2 - acc_t1 = i_to_c - c_to_i           c_to_i   right, then wrong, of all
-                     problems
-    changed          the two answers differ                      edit_ratio   edit distance /
-                     (len(y1) + len(y2))
-    well_formed      attempts with an answer that can be graded  truncated    attempts cut off by
-                     the token limit
-    tokens           sampled for a problem, all told             retry_given_failure   acc_t2 of
-                     those wrong at t1
-    acc_t3, ...      with more attempts than two                 well_formed_retry   well_formed, of
-    those retries
-    reflection_tokens   of a reflection, without its stop token
+    acc_t1, acc_t2       right at the first, at the second attempt; acc_t3, ... with more of them
+    delta                acc_t2 - acc_t1 = i_to_c - c_to_i
+    i_to_c, c_to_i       wrong, then right; right, then wrong: both of all problems
+    changed              the two answers differ
+    edit_ratio           edit distance / (len(y1) + len(y2)), in tokens
+    well_formed          attempts with an answer that can be graded
+    truncated            attempts cut off by the token limit
+    tokens               sampled for a problem, all told
+    retry_given_failure  acc_t2 of those wrong at t1
+    well_formed_retry    well_formed, of those retries
+    reflection_tokens    of a reflection, without its stop token
 """
 
 from collections import Counter
@@ -27,11 +25,10 @@ AFTER_FAILURE = ("retry_given_failure", "well_formed_retry", "reflection_tokens"
 
 
 def values_of(attempts: list[dict], said: list[list[int]], total: int) -> dict:
-    """The values of one conversation. It may end early, before `total` attempts: the last answer
-    stands for the rest.
+    """The values of one conversation, of `total` attempts.
 
-    attempts: dicts with text, answer, right (0 or 1), ids, stopped; said: ids of the reflections
-        and critiques.
+    It may end early: the last answer stands for the rest. attempts: dicts with text, answer, right
+    (0 or 1), ids, stopped. said: ids of the reflections and critiques.
     """
     stands = attempts + attempts[-1:] * (total - len(attempts))
     a, b = stands[0], stands[min(1, total - 1)]
@@ -63,10 +60,10 @@ def edit_distance(a: list[int], b: list[int]) -> int:
 
 
 def summarize(talks: list[dict], samples: int = 1) -> dict:
-    """Mean and standard error (`_se`) of each value; `samples` conversations a problem are related,
-    and come together.
+    """Mean and standard error (`_se`) of each value.
 
-    Those of AFTER_FAILURE are over conversations that began with a wrong answer alone.
+    `samples` conversations a problem are related, and come together. The figures of AFTER_FAILURE
+    are over conversations that began with a wrong answer alone.
     """
     rows = [talk["values"] for talk in talks]
     wrong = np.array([1.0 - row["acc_t1"] for row in rows])
@@ -76,15 +73,14 @@ def summarize(talks: list[dict], samples: int = 1) -> dict:
         figures |= _mean(name, [row[name] for row in rows], everyone, samples)
     figures["failures"] = int(wrong.sum())
     if figures["failures"]:
-        figures |= _mean("retry_given_failure", [row["acc_t2"] for row in rows], wrong, samples)
-        figures |= _mean(
-            "well_formed_retry", [row["well_formed_retry"] for row in rows], wrong, samples
-        )
+        right = [row["acc_t2"] for row in rows]
+        figures |= _mean("retry_given_failure", right, wrong, samples)
+        well_formed = [row["well_formed_retry"] for row in rows]
+        figures |= _mean("well_formed_retry", well_formed, wrong, samples)
     said = np.array([float("reflection_tokens" in row) for row in rows])
     if said.any():
-        figures |= _mean(
-            "reflection_tokens", [row.get("reflection_tokens", 0) for row in rows], said, samples
-        )
+        tokens = [row.get("reflection_tokens", 0) for row in rows]
+        figures |= _mean("reflection_tokens", tokens, said, samples)
     return figures
 
 
@@ -98,21 +94,18 @@ def _mean(name: str, values: list[float], weights, samples: int) -> dict:
 
 
 def votes(talks: list[dict], samples: int) -> dict:
-    """Majority votes at growing budgets of answers a problem: {"vote_parallel_B",
-    "vote_corrected_B"} and their errors.
+    """Majority votes at budgets of B = 2, 4, ... answers a problem, with their errors.
 
-    parallel: B first attempts vote. corrected: B / 2 second attempts vote, which with their first
-        ones cost B answers
-    too (SCoRe's inference-time scaling). No answer, no vote; of equals the earliest wins.
+    vote_parallel_B: B first attempts vote. vote_corrected_B: B / 2 second attempts vote, which with
+    their first ones cost B answers too (SCoRe's inference-time scaling). No answer, no vote; of
+    equals the earliest wins.
     """
     groups = [talks[i : i + samples] for i in range(0, len(talks), samples)]
     figures, budget = {}, 2
     while budget <= samples:
         for kind, turn, voters in (("parallel", 0, budget), ("corrected", 1, budget // 2)):
-            right = [
-                _majority([talk["attempts"][: turn + 1][-1] for talk in group[:voters]])
-                for group in groups
-            ]
+            asked = [[talk["attempts"][: turn + 1][-1] for talk in g[:voters]] for g in groups]
+            right = [_majority(attempts) for attempts in asked]
             figures |= _mean(f"vote_{kind}_{budget}", right, np.ones(len(right)), 1)
         budget *= 2
     return figures
@@ -123,15 +116,5 @@ def _majority(attempts: list[dict]) -> float:
     count = Counter(y["answer"] for y in attempts if y["answer"] is not None)
     if not count:
         return 0.0
-    # the first of equals: a Counter keeps the order in which keys came
-    winner = max(count, key=count.get)
+    winner = max(count, key=count.get)  # the first of equals: a Counter keeps the keys' order
     return next(y["right"] for y in attempts if y["answer"] == winner)
-
-
-def __getattr__(name: str):  # for a while, until all that asks here knows the new homes
-    from report import curves, tables
-
-    for home in (tables, curves):
-        if hasattr(home, name):
-            return getattr(home, name)
-    raise AttributeError(name)

@@ -6,35 +6,26 @@ from report.figures import COLUMNS
 
 
 def format_table(results: dict, columns=COLUMNS) -> str:
-    """`results` maps names to `greedy` and `sampled` to figures -> a Markdown table in percent, ±
-    standard error."""
+    """{name: {greedy, sampled: figures}} as a Markdown table in per cent, ± standard error."""
     lines = ["| % | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, modes in results.items():
         for mode, figures in modes.items():
-            cells = [
-                f"{100 * figures[c]:.1f} ± {100 * figures[c + '_se']:.1f}" if c in figures else ""
-                for c in columns
-            ]
+            cells = [_in_percent(figures, c) if c in figures else "" for c in columns]
             lines.append(f"| {name} | {mode} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _in_percent(figures: dict, key: str) -> str:
+    return f"{100 * figures[key]:.1f} ± {100 * figures[key + '_se']:.1f}"
+
+
 def format_votes(figures: dict) -> str:
     """The figures of `votes` as a Markdown table."""
-    budgets = [
-        int(key.rpartition("_")[2])
-        for key in figures
-        if key.startswith("vote_parallel_") and key[-1] != "e"
-    ]
+    keys = [key for key in figures if key.startswith("vote_parallel_") and key[-1] != "e"]
     lines = ["| answers | all in parallel | half, each with a correction |", "|---|---|---|"]
-    for budget in budgets:
-        cells = [
-            (figures[f"vote_{k}_{budget}"], figures[f"vote_{k}_{budget}_se"])
-            for k in ("parallel", "corrected")
-        ]
-        lines.append(
-            f"| {budget} | " + " | ".join(f"{100 * v:.1f} ± {100 * e:.1f}" for v, e in cells) + " |"
-        )
+    for budget in (key.rpartition("_")[2] for key in keys):
+        kinds = (_in_percent(figures, f"vote_{k}_{budget}") for k in ("parallel", "corrected"))
+        lines.append(f"| {budget} | " + " | ".join(kinds) + " |")
     return "\n".join(lines)
 
 

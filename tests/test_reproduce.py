@@ -19,6 +19,7 @@ import reproduce
 import rrr
 import score
 import tables
+from tasks.env import Env, Verdicts
 from training.flags import parse_args
 
 SCRIPTS = {"score.py": score, "baselines.py": baselines, "rrr.py": rrr}
@@ -363,8 +364,8 @@ def test_the_controls_of_rrr_are_measured_once_for_the_base_and_once_for_each_mo
 
 def test_noise_is_measured_for_every_design(model, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "DESIGNS", {"nested": (2, 2, 2), "flat": (2, 3, 1)})
-    monkeypatch.setattr(score, "grade", lambda tokenizer, task, rollout, turn, rows: (
-        None, (rollout.ids.sum(1) % 2).float()))  # fmt: skip
+    by_ids = lambda env, rollout, *_: Verdicts((rollout.ids.sum(1) % 2).float(), [], [])  # noqa: E731
+    monkeypatch.setattr(Env, "verdicts", by_ids)
     output = tmp_path / "noise.json"
     measure.main(measure.Config(model=model, noise=True, batches=3, output=str(output)))
     rows = json.loads(output.read_text())

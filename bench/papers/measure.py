@@ -59,9 +59,8 @@ def measure(look_at, cast, problems) -> tuple[dict, dict, dict]:
     for mode, T in MODES.items():
         figures[mode], talks[mode] = look_at(cast, problems, T)
         values = [talk["values"] for talk in talks[mode]]
-        kept[mode] = {
-            key: bits([v[key] == 1 for v in values]) for key in ("acc_t1", "acc_t2", "well_formed")
-        }
+        keys = ("acc_t1", "acc_t2", "well_formed")
+        kept[mode] = {key: bits([v[key] == 1 for v in values]) for key in keys}
     return figures, kept, talks
 
 
@@ -100,8 +99,7 @@ def measure_all(config: Config) -> dict:
         found["start"] = {f"eval_{key}": value for key, value in start.items()}
     if config.method == "reflect_retry":
         for name, (cast, method) in controls(base, trained).items():
-            # the base's own are the same for every model
-            if name.startswith("base,") == (trained is base):
+            if name.startswith("base,") == (trained is base):  # the base's: once for all models
                 figures, kept, _ = measure(partial(look_at, method), cast, test)
                 found["figures"][name], found["bits"][name] = figures, kept
     if config.more:
@@ -154,14 +152,8 @@ def measure_noise(config: Config) -> list[dict]:
             scorer = make_scorer(sampler.model, settings)
             batches = [draw(splits["train"], P, 1000, step) for step in range(config.batches)]
             found = [gradient(scorer, sampler, env, mine, settings) for mine in batches]
-            rows.append(
-                {
-                    "design": name,
-                    "alpha": alpha,
-                    "n": config.batches,
-                    **noise_of(torch.stack(found)),
-                }
-            )
+            row = {"design": name, "alpha": alpha, "n": config.batches}
+            rows.append(row | noise_of(torch.stack(found)))
     return rows
 
 

@@ -1,15 +1,12 @@
-"""Pair-SFT and multi-turn STaR, what SCoRe is compared with (arXiv 2409.12917, section 4): both
-imitate own samples.
+"""Pair-SFT and multi-turn STaR, what SCoRe is compared with: both imitate own samples.
 
-    python baselines.py --method star               # the tiny model, a few minutes on two cores
-    python baselines.py --method pair_sft --plus    # also with second attempts that leave a right
-    answer right
+    python baselines.py --method star             # the tiny model, a few minutes on two cores
+    python baselines.py --method pair_sft --plus  # also second attempts that leave an answer right
 
-A round: sample two attempts at training problems, keep what the verdicts choose, train on it.
-    Pair-SFT has one round,
-and imitates the second attempt of (wrong, right) pairs; STaR has three, each with the model that
-the last one left, and imitates what is right in traces that went from wrong to right. `--plus` adds
-those that went from right to right (D+).
+arXiv 2409.12917, section 4. A round: sample two attempts at training problems, keep what the
+verdicts choose, train on it. Pair-SFT has one round, and imitates the second attempt of (wrong,
+right) pairs; STaR has three, each with the model that the last one left, and imitates what is right
+in traces that went from wrong to right. `--plus` adds those that went from right to right (D+).
 
 Imitation is policy gradient with other advantages: 1 on every token to imitate, 0 elsewhere, no
 baseline and no KL, so no reference either. So the shared loss has the gradient of cross-entropy,
@@ -100,12 +97,9 @@ def roll_out(env, sampler, mine, config) -> list[dict]:
 
 def parts_of(rollout) -> list[list[list[int]]]:
     """Of every row, the ids of its prompt, first attempt, instruction and second attempt."""
-    spans = [
-        (rollout.turn == turn) & (rollout.action_mask == said)
-        for turn in (0, 1)
-        for said in (False, True)
-    ]
-    ids, spans = rollout.ids.cpu(), [span.cpu() for span in spans]
+    kinds = [(turn, sampled) for turn in (0, 1) for sampled in (False, True)]
+    spans = [(rollout.turn == turn) & (rollout.action_mask == sampled) for turn, sampled in kinds]
+    ids, spans = rollout.ids.cpu(), [span.cpu() for span in spans]  # (B, T) each
     return [[ids[row, span[row]].tolist() for span in spans] for row in range(len(ids))]
 
 
@@ -125,15 +119,13 @@ def choose(traces: list[dict], config) -> list[dict]:
 
 
 def pair(wrong: list[dict], right: list[dict]) -> list[dict]:
-    """Traces whose first attempt is wrong, and whose second is right: their own, or those of
-    `right` in turn."""
-    if not right:
-        return []
-    donors = [t if t["right"][1] else right[i % len(right)] for i, t in enumerate(wrong)]
-    return [
-        t | {"parts": t["parts"][:3] + d["parts"][3:], "right": [0, 1]}
-        for t, d in zip(wrong, donors, strict=True)
-    ]
+    """All of `wrong`, each with a right second attempt: its own, or one of `right`'s in turn."""
+    pairs = []
+    for i, trace in enumerate(wrong if right else []):
+        donor = trace if trace["right"][1] else right[i % len(right)]
+        parts = trace["parts"][:3] + donor["parts"][3:]
+        pairs.append(trace | {"parts": parts, "right": [0, 1]})
+    return pairs
 
 
 def collect(env, sampler, problems, turn: int, config) -> tuple[dict, list[dict]]:
@@ -154,22 +146,19 @@ def collect(env, sampler, problems, turn: int, config) -> tuple[dict, list[dict]
 
 
 def data_of_round(run: Path, turn: int, sample) -> tuple[dict, list[dict]]:
-    """(figures, traces) of the round's file in the run's directory, which is made by `sample()` if
-    it isn't there."""
+    """(figures, traces) of the round's file in the run's directory, which `sample()` fills once."""
     path = run / f"traces_{turn + 1}.jsonl"
     if not on_first(path.exists):
         figures, kept = sample()
+        lines = (json.dumps(line) + "\n" for line in (figures, *kept))
         with saving(run):
-            on_first(
-                write_text, path, "".join(json.dumps(line) + "\n" for line in (figures, *kept))
-            )
+            on_first(write_text, path, "".join(lines))
     figures, *kept = on_first(lambda: [json.loads(line) for line in path.read_text().splitlines()])
     return figures, kept
 
 
 def advantages_of(traces: list[dict], rollout: Rollout, config) -> Tensor:
-    """(B, T): 1 on every token to imitate: those of second attempts, and in STaR also of first ones
-    that are right."""
+    """(B, T): 1 on every token to imitate: second attempts, and for STaR first ones if right."""
     per_turn = [[float(config.method == "star" and trace["right"][0]), 1.0] for trace in traces]
     return spread(torch.tensor(per_turn).view(-1, 2), rollout)
 
@@ -187,17 +176,14 @@ def make_batch(traces: list[dict], sampler, figures: dict, config) -> Batch:
 def check(config) -> None:
     check_counts(config)
     if config.rounds and config.rounds > config.steps:
-        raise ValueError(
-            f"--rounds {config.rounds}: there are only --steps {config.steps} to share"
-        )
+        few = f"there are only --steps {config.steps} to share"
+        raise ValueError(f"--rounds {config.rounds}: {few}")
     if config.temperature <= 0:
-        raise ValueError(
-            "--temperature must be above 0: greedy samples of a problem are all the same"
-        )
+        why = "greedy samples of a problem are all the same"
+        raise ValueError(f"--temperature must be above 0: {why}")
     if config.epochs > 1:
-        raise ValueError(
-            "--epochs is for policy gradients alone: say how long to imitate with --steps"
-        )
+        way_out = "say how long to imitate with --steps"
+        raise ValueError(f"--epochs is for policy gradients alone: {way_out}")
 
 
 def main(config: Config) -> None:
@@ -208,10 +194,8 @@ def main(config: Config) -> None:
         env, sampler, splits = prepare(config, {"train": None, "validation": config.final_problems})
         problems, validation = splits["train"], splits["validation"]
         if env.task.given:
-            raise ValueError(
-                f"--task {env.task.name}: its first attempts are not the model's own, "
-                "and these methods' are"
-            )
+            why = "its first attempts are not the model's own, and these methods' are"
+            raise ValueError(f"--task {env.task.name}: {why}")
         look_at = partial(look, env, config, "self_correct")
         if not config.resume:
             probe(partial(look_at, sampler), problems, config)
@@ -220,7 +204,8 @@ def main(config: Config) -> None:
     rounds = {}  # the data of the one that is under way
 
     def step_batch(step: int, state: dict) -> Batch:
-        turn, figures = round_of(step, config), {"stage": round_of(step, config) + 1}
+        turn = round_of(step, config)
+        figures = {"stage": turn + 1}
         if turn not in rounds:
             rounds.clear()
             sample = partial(collect, env, sampler, problems, turn, config)

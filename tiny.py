@@ -1,5 +1,6 @@
-"""Builds `models/tiny`, the embedded base model, from nothing: `python tiny.py`, 40 to 96 minutes
-on one core.
+"""Builds `models/tiny`, the embedded base model, from nothing: 40 to 96 minutes on one core.
+
+    python tiny.py
 
 A 344k-parameter Llama that plays Countdown with three numbers. Supervised pretraining on made-up
 conversations gives it everything that self-correction needs and nothing that uses it: it derives
@@ -13,8 +14,9 @@ A word is a token. One turn of each kind:
     <user> 8 19 16 make 24 <assistant> 16 / 8 = 2 ; 19 + 2 = 21 <end>
     <user> fix <assistant> bad 19 - 16 = 3 ; 8 * 3 = 24 <end>
     <user> judge <assistant> no <end>
-    <user> reflect <assistant> got 21 try 8 + 19 = 27 ; 27 - 16 = 11 no try 19 - 16 = 3 ; 8 * 3 = 24
-    yes <end> <user> retry <assistant> 19 - 16 = 3 ; 8 * 3 = 24 <end>
+    <user> reflect <assistant> got 21 try 8 + 19 = 27 ; 27 - 16 = 11 no
+                                      try 19 - 16 = 3 ; 8 * 3 = 24 yes <end>
+    <user> retry <assistant> 19 - 16 = 3 ; 8 * 3 = 24 <end>
 """
 
 import math
@@ -49,9 +51,7 @@ CHAT_TEMPLATE = (
 @dataclass
 class Config:
     output: str = flag("models/tiny", "where the model is saved; must not exist")
-    work_dir: str = flag(
-        "runs/tiny", "directory of the run: the pretrained model, and the RL phase"
-    )
+    work_dir: str = flag("runs/tiny", "the run's directory: the pretrained model, and the RL phase")
     steps: int = flag(4000, "pretraining steps")
     rows: int = flag(256, "conversations a pretraining step")
     lr: float = flag(3e-3, "peak AdamW learning rate of embeddings and norms")
@@ -63,12 +63,8 @@ class Config:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<end>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    special = {"pad_token": "<pad>", "eos_token": "<end>", "chat_template": CHAT_TEMPLATE}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def build_model() -> LlamaForCausalLM:
@@ -88,11 +84,11 @@ def build_model() -> LlamaForCausalLM:
 
 
 class Derivations:
-    """Every honest derivation of every set of numbers as arrays, so that a whole batch is drawn at
-    once.
+    """Every honest derivation of every set of numbers, as arrays: a whole batch is drawn at once.
 
-    tokens (sets, E, 11) ids of `a op b = v ; c op d = w`; value (sets, E), -1 where there is none;
-    first (sets, E) which first step it begins with.
+    tokens: (sets, E, 11), ids of `a op b = v ; c op d = w`
+    value:  (sets, E), what it reaches; -1 where there is none
+    first:  (sets, E), which first step it begins with
     """
 
     def __init__(self, problems: list[dict]):
@@ -114,10 +110,8 @@ class Derivations:
         self.target = np.array([p["target"] for p in problems])  # (problems,)
         self.nums = np.array([p["nums"] for p in problems])  # (problems, 3)
 
-    def draw(
-        self, problem: np.ndarray, solved: float, careless: float, rng
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One derivation for each of `problem` (B,): tokens (B, 11) and value (B,).
+    def draw(self, problem: np.ndarray, solved: float, careless: float, rng) -> tuple:
+        """One derivation for each of `problem` (B,): tokens (B, 11) and value (B,), two arrays.
 
         With probability `solved` a solution, with `careless` any derivation, else a random first
         step and the second step that comes closest to the target.
@@ -132,23 +126,27 @@ class Derivations:
         cost = np.where(kind < solved, error, np.where(kind < solved + careless, noise, nearest))
         cost[value < 0] = np.inf
         choice = cost.argmin(axis=1)[:, None]
-        tokens = np.take_along_axis(self.tokens[self.set[problem]], choice[:, :, None], axis=1)[
-            :, 0
-        ]
+        tokens = self.tokens[self.set[problem]]  # (B, E, 11)
+        tokens = np.take_along_axis(tokens, choice[:, :, None], axis=1)[:, 0]
         return tokens, np.take_along_axis(value, choice, axis=1)[:, 0]
 
 
 class Conversations:
-    """Draws batches of made-up conversations: ids (B, T), and labels (B, T) with -100 where the
-    user speaks."""
+    """Draws batches of made-up conversations: ids and labels (B, T), -100 where the user speaks."""
 
     def __init__(self, rows: int, seed: int):
         self.derivations = Derivations(tiny_splits()["train"])
         self.rng = np.random.default_rng(seed)
         self.rows = rows
 
-    def turn(self, count: int, *words: str) -> np.ndarray:
+    def words(self, count: int, *words: str) -> np.ndarray:
         return np.tile([VOCABULARY[w] for w in words], (count, 1))
+
+    def asks(self, count: int, word: str) -> np.ndarray:
+        return self.words(count, "<user>", word, "<assistant>")
+
+    def says(self, *parts: np.ndarray) -> np.ndarray:
+        return np.concatenate([*parts, self.words(len(parts[0]), "<end>")], axis=1)
 
     def attempt(self, problem, solved=0.35, careless=0.0):
         tokens, value = self.derivations.draw(problem, solved, careless, self.rng)
@@ -156,29 +154,23 @@ class Conversations:
 
     def opening(self, count: int, wrong_only: bool = False):
         """`<user> a b c make t <assistant>`, and a first attempt at it."""
-        problem = self.rng.integers(
-            len(self.derivations.set), size=count * (2 if wrong_only else 1)
-        )
+        drawn = count * (2 if wrong_only else 1)
+        problem = self.rng.integers(len(self.derivations.set), size=drawn)
         tokens, right, value = self.attempt(problem)
         if wrong_only:
-            # nearly always enough are wrong; a few right ones slip in
-            keep = np.argsort(right, kind="stable")[:count]
+            keep = np.argsort(right, kind="stable")[:count]  # a few right ones may slip in
             problem, tokens, right, value = problem[keep], tokens[keep], right[keep], value[keep]
         order = self.rng.permuted(self.derivations.nums[problem], axis=1)
-        prompt = [
-            self.turn(count, "<user>"),
-            NUMBER + order,
-            self.turn(count, "make"),
-            NUMBER + self.derivations.target[problem][:, None],
-            self.turn(count, "<assistant>"),
-        ]
+        target = self.derivations.target[problem][:, None]
+        user, make, assistant = (self.words(count, w) for w in ("<user>", "make", "<assistant>"))
+        prompt = [user, NUMBER + order, make, NUMBER + target, assistant]
         return problem, np.concatenate(prompt, axis=1), tokens, right, value
 
     def judged(self, right: np.ndarray) -> np.ndarray:
         return np.where(right, VOCABULARY["yes"], VOCABULARY["no"])[:, None]
 
     def assemble(self, parts: list) -> tuple[np.ndarray, np.ndarray]:
-        """Parts are (B, n) ids, user and assistant in turn."""
+        """Parts are (B, n) ids, of the user and of the assistant in turn."""
         ids = np.concatenate(parts, axis=1)
         mine = np.concatenate([np.full(p.shape, i % 2 == 1) for i, p in enumerate(parts)], axis=1)
         return ids, np.where(mine, ids, -100)
@@ -186,58 +178,48 @@ class Conversations:
     def corrections(self, count: int):
         """attempt, fix, second attempt, judge: 40 tokens."""
         problem, prompt, first, right, _ = self.opening(count)
-        end = self.turn(count, "<end>")
         keep = self.rng.random(count) < np.where(right, 0.78, 0.67)
         second, second_right, _ = self.attempt(problem, 0.1, 0.4)
         second = np.where(keep[:, None], first, second)
         verdict = np.where(keep, VOCABULARY["ok"], VOCABULARY["bad"])[:, None]
         right = np.where(keep, right, second_right)
         return self.assemble([
-            prompt, np.concatenate([first, end], 1),
-            self.turn(count, "<user>", "fix", "<assistant>"), np.concatenate([verdict, second, end], 1),
-            self.turn(count, "<user>", "judge", "<assistant>"), np.concatenate([self.judged(right), end], 1),
+            prompt, self.says(first),
+            self.asks(count, "fix"), self.says(verdict, second),
+            self.asks(count, "judge"), self.says(self.judged(right)),
         ])  # fmt: skip
 
     def judgements(self, count: int):
         """attempt, judge: 24 tokens."""
         _, prompt, first, right, _ = self.opening(count)
-        end = self.turn(count, "<end>")
-        return self.assemble([
-            prompt, np.concatenate([first, end], 1),
-            self.turn(count, "<user>", "judge", "<assistant>"), np.concatenate([self.judged(right), end], 1),
-        ])  # fmt: skip
+        judge = self.asks(count, "judge")
+        return self.assemble([prompt, self.says(first), judge, self.says(self.judged(right))])
 
     def reflections(self, count: int, tries: int):
-        """wrong attempt, reflect (value reached, plans tried and judged), retry: 40 + 13 * tries
-        tokens."""
+        """wrong attempt, reflect (value reached, `tries` plans, judged), retry: 40 + 13 * tries."""
         problem, prompt, first, _, value = self.opening(count, wrong_only=True)
-        end = self.turn(count, "<end>")
-        reflection = [self.turn(count, "got"), NUMBER + value[:, None]]
+        reflection = [self.words(count, "got"), NUMBER + value[:, None]]
         for _ in range(tries):
             plan, right, _ = self.attempt(problem)
-            reflection += [self.turn(count, "try"), plan, self.judged(right)]
+            reflection += [self.words(count, "try"), plan, self.judged(right)]
         other, _, _ = self.attempt(problem)
-        follow = self.rng.random((count, 1)) < 0.9
+        follow = self.rng.random((count, 1)) < 0.9  # the last plan
         return self.assemble([
-            prompt, np.concatenate([first, end], 1),
-            self.turn(count, "<user>", "reflect", "<assistant>"), np.concatenate([*reflection, end], 1),
-            self.turn(count, "<user>", "retry", "<assistant>"), np.concatenate([np.where(follow, plan, other), end], 1),
+            prompt, self.says(first),
+            self.asks(count, "reflect"), self.says(*reflection),
+            self.asks(count, "retry"), self.says(np.where(follow, plan, other)),
         ])  # fmt: skip
 
     def batch(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One step's conversations, a micro-batch for each length."""
-        n = self.rows // 16
+        n = self.rows // 16  # 9 for corrections, 2 for judgements, 5 for reflections
         parts = [self.corrections(9 * n), self.judgements(2 * n)]
-        parts += [
-            self.reflections(n * share // 2, tries)
-            for tries, share in zip((1, 2, 3, 4), (4, 3, 2, 1))
-        ]
+        parts += [self.reflections(n * (5 - tries) // 2, tries) for tries in (1, 2, 3, 4)]
         return [(torch.from_numpy(ids), torch.from_numpy(labels)) for ids, labels in parts]
 
 
 def pretrain(model, config: Config) -> float:
-    """Muon on the layers' matrices, AdamW on the rest, one cosine; returns the last step's loss,
-    nats a token."""
+    """Muon on the layers' matrices, AdamW on the rest, one cosine: the last loss, nats a token."""
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(inner, lr=config.muon_lr, weight_decay=0.01)
@@ -246,10 +228,8 @@ def pretrain(model, config: Config) -> float:
     progress = trange(config.steps, desc="pretraining")
     for step in progress:
         scale = min(1, step / 100) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
-        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = (
-            config.muon_lr * scale,
-            config.lr * scale,
-        )
+        muon.param_groups[0]["lr"] = config.muon_lr * scale
+        adamw.param_groups[0]["lr"] = config.lr * scale
         parts = conversations.batch()
         spoken = sum(int((labels != -100).sum()) for _, labels in parts)
         total = 0.0
@@ -271,9 +251,8 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         for path in (work / "rl", output):
             if path.exists():
-                raise ValueError(
-                    f"{path} exists: move it away, or name others with --work_dir and --output"
-                )
+                way_out = "move it away, or name others with --work_dir and --output"
+                raise ValueError(f"{path} exists: {way_out}")
     torch.set_num_threads(1)  # so that the same weights come out on any number of cores
     if not (work / "pretrained").exists():  # else an earlier run got that far
         torch.manual_seed(config.seed)
@@ -281,20 +260,10 @@ def main(config: Config) -> None:
         pretrain(model, config)
         work.mkdir(parents=True, exist_ok=True)
         save_model(model, tokenizer, work / "pretrained")
-    score.main(
-        score.Config(
-            model=str(work / "pretrained"),
-            output_dir=str(work / "rl"),
-            seed=config.seed,
-            single_turn=True,
-            stage1_steps=0,
-            stage2_steps=config.rl_steps,
-            problems=32,
-            group_size=8,
-            beta1=0.1,
-            eval_every=0,
-        )
-    )
+    flags = {"model": str(work / "pretrained"), "output_dir": str(work / "rl"), "seed": config.seed}
+    flags |= {"single_turn": True, "stage1_steps": 0, "stage2_steps": config.rl_steps}
+    flags |= {"problems": 32, "group_size": 8, "beta1": 0.1, "eval_every": 0}
+    score.main(score.Config(**flags))
     shutil.copytree(work / "rl" / "checkpoint", output)
 
 

@@ -21,10 +21,8 @@ from training import checkpoint
 from training.flags import parse_args
 
 ROOT = Path(__file__).parent.parent
-SMALL = (
-    "--max_new_tokens 4 --final_problems 4 --eval_problems 4 --eval_every 2 --save_every 2 "
-    "--probe 0"
-).split()
+SMALL = "--max_new_tokens 4 --final_problems 4 --eval_problems 4 --eval_every 2".split()
+SMALL += "--save_every 2 --probe 0".split()
 
 
 def save_random_model(path: Path) -> str:
@@ -49,9 +47,8 @@ def refusal(script, capsys, *flags) -> str:
 # Processes that have all modules already: a fraction of a second each.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["score", "rrr", "baselines", "helpers", "torch._dynamo", "matplotlib.pyplot"]
-)
+OURS = ["score", "rrr", "baselines", "helpers"]
+FORKS.set_forkserver_preload([*OURS, "torch._dynamo", "matplotlib.pyplot"])
 
 
 def start(function, *arguments, world=0, log="/dev/null") -> list:
@@ -62,19 +59,12 @@ def start(function, *arguments, world=0, log="/dev/null") -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    group = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in range(max(1, world)):
-        ranks = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": world,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+        ranks = group | {"RANK": rank, "LOCAL_RANK": rank} if world else {}
         said = log if log == "/dev/null" else f"{log}.{rank}"
-        processes.append(
-            FORKS.Process(target=_call, args=(function, arguments, ranks if world else {}, said))
-        )
+        processes.append(FORKS.Process(target=_call, args=(function, arguments, ranks, said)))
         processes[-1].start()
     return processes
 
@@ -111,8 +101,7 @@ FEW = {script: flags.split() for script, flags in FEW.items()}
 
 
 def start_run(script: str, model_dir, out, *flags, world=0, harm=None) -> list:
-    """Processes that run a script as `train_here` does, after a call of `harm`; what they say goes
-    to out.log.0, ..."""
+    """Processes that run a script as `train_here` does, after `harm()`; output: out.log.0, ..."""
     arguments = (script, str(model_dir), Path(out), [*FEW[script], *map(str, flags)], harm)
     return start(_run, *arguments, world=world, log=f"{out}.log")
 
@@ -133,8 +122,7 @@ def metrics(out) -> list[dict]:
 
 
 def arbitrary_verdict(text, problem):
-    """Right half the time, for a random model too: else all rewards agree and half of what happens
-    can't be seen."""
+    """Right half the time, for a random model too: if all rewards agree, little can be seen."""
     return (sum(map(ord, text)) + problem["target"]) % 2 == 0
 
 
@@ -149,9 +137,8 @@ def train_here(script, model_dir, out, *flags):
 
 
 def without_times(rows):
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))} for row in rows
-    ]
+    times = ("seconds", "memory")
+    return [{k: v for k, v in row.items() if not k.startswith(times)} for row in rows]
 
 
 def die_after_save(step: int):

@@ -1,7 +1,7 @@
-"""Scorer, micro-batches, optimiser and run directory, on random models of a few thousand
-weights."""
+"""Scorer, micro-batches, optimiser, run directory; on random models of a few thousand weights."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,29 +20,21 @@ from training.scorer import Scorer
 def small_llama(seed=0, **changes):
     torch.manual_seed(seed)
     shape = {
-        "vocab_size": 29,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.4,
-        "pad_token_id": 0,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
+        "vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "initializer_range": 0.4, "pad_token_id": 0,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**shape | changes)).eval()
     for module in list(model.modules()):  # transformers' own norm rounds float64 to float32
         for name, child in module.named_children():
             if isinstance(child, LlamaRMSNorm):
-                setattr(
-                    module, name, torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
-                )
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                setattr(module, name, norm)
     return model
 
 
 def made_up_rollout(rows=7, pad=0, seed=0):
-    """Two turns of unequal lengths; padding is `pad`, a value that also stands among the real
-    tokens."""
+    """Two turns of unequal lengths; padding is `pad`, which also stands among the real tokens."""
     g = torch.Generator().manual_seed(seed)
     parts = torch.randint(1, 5, (rows, 4), generator=g)  # prompt, y1, instruction, y2
     lengths = parts.sum(1)
@@ -55,9 +47,8 @@ def made_up_rollout(rows=7, pad=0, seed=0):
         turn[row, : x1 + y1], turn[row, x1 + y1 : x1 + y1 + x2 + y2] = 0, 1
         mask[row, x1 : x1 + y1] = mask[row, x1 + y1 + x2 : x1 + y1 + x2 + y2] = True
     ids[turn < 0] = pad
-    return SimpleNamespace(
-        ids=ids, turn=turn, action_mask=mask, lengths=lengths, logprobs=torch.zeros(rows, T)
-    )
+    sampled = {"action_mask": mask, "logprobs": torch.zeros(rows, T)}
+    return SimpleNamespace(ids=ids, turn=turn, lengths=lengths, **sampled)
 
 
 def gradient_of(rollout, budget, seed=0):
@@ -86,19 +77,14 @@ def test_the_gradient_does_not_depend_on_padding_or_on_its_token():
         setattr(wider, name, torch.nn.functional.pad(getattr(rollout, name), (0, 9), value=fill))
     wider.ids[wider.turn < 0] = 11
     wider.lengths = wider.lengths + 9  # so that the padding is really encoded
-    torch.testing.assert_close(
-        gradient_of(wider, 10_000), gradient_of(rollout, 10_000), atol=1e-10, rtol=0
-    )
+    padded, plain = (gradient_of(x, 10_000) for x in (wider, rollout))
+    torch.testing.assert_close(padded, plain, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("pad", [0, 3])
 def test_scores_equal_a_plain_forward_and_a_full_softmax(pad):
-    model, reference, rollout, T = (
-        small_llama().double(),
-        small_llama(1).double(),
-        made_up_rollout(pad=pad),
-        0.7,
-    )
+    model, reference = small_llama().double(), small_llama(1).double()
+    rollout, T = made_up_rollout(pad=pad), 0.7
     scores = Scorer(model, reference, chunk=4)(rollout.ids, rollout.action_mask, T)
     for row, length in enumerate(rollout.lengths.tolist()):
         ids = rollout.ids[row : row + 1, :length]
@@ -109,17 +95,15 @@ def test_scores_equal_a_plain_forward_and_a_full_softmax(pad):
                 continue
             p, q = logp[t - 1], ref[t - 1]
             expected = (p[ids[0, t]], q[ids[0, t]], (p.exp() * (p - q)).sum(), -(p.exp() * p).sum())
-            torch.testing.assert_close(
-                torch.stack([s[row, t] for s in scores]), torch.stack(expected), atol=1e-10, rtol=0
-            )
+            found = torch.stack([s[row, t] for s in scores])
+            torch.testing.assert_close(found, torch.stack(expected), atol=1e-10, rtol=0)
 
 
 def test_no_logits_are_kept_for_the_backward_pass():
     M, H, V, kept = 40, 8, 1000, []
     hidden, head = torch.randn(M, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: kept.append(x.numel()) or x, lambda x: x
-    ):
+    pack = lambda x: kept.append(x.numel()) or x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         token_scores(hidden, head, torch.arange(M), torch.randn(M, H), torch.randn(V, H), chunk=10)
     assert kept and max(kept) <= V * H < 10 * V
 
@@ -159,9 +143,8 @@ def test_clipping_binds_in_later_epochs_and_never_in_the_first():
     ones, turn = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.long)
 
     def grad(old, advantage):
-        loss = policy.policy_loss(
-            scores, ones * advantage, ones * 0, ones.bool(), turn, 1, "token", old
-        )
+        advantages, masks = ones * advantage, (ones * 0, ones.bool(), turn)
+        loss = policy.policy_loss(scores, advantages, *masks, 1, "token", old)
         return torch.autograd.grad(loss, scores.logprobs)[0]
 
     torch.testing.assert_close(grad(None, 2.0), -2 * ones)
@@ -188,9 +171,8 @@ def test_advantages_without_variance_become_zeros_not_nan():
 def test_later_in_turn_counts_neither_this_position_nor_other_turns():
     values = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]])
     turn = torch.tensor([[0, 0, 0, 1, 1]])
-    torch.testing.assert_close(
-        later_in_turn(values, turn), torch.tensor([[6.0, 4.0, 0.0, 16.0, 0.0]])
-    )
+    later = torch.tensor([[6.0, 4.0, 0.0, 16.0, 0.0]])
+    torch.testing.assert_close(later_in_turn(values, turn), later)
 
 
 def test_chunking_changes_neither_values_nor_gradients():
@@ -243,9 +225,8 @@ def test_the_gradient_is_clipped_to_its_norm():
         p.grad = torch.ones_like(p)
     norm = policy.apply_gradients(model, optimizer, 0.5)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert norm == pytest.approx(len(before) ** 0.5) and float(
-        (after - before).norm()
-    ) == pytest.approx(0.5, rel=1e-4)
+    assert norm == pytest.approx(len(before) ** 0.5)
+    assert float((after - before).norm()) == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_second_epoch_is_clipped_against_the_first_ones_policy(monkeypatch):
@@ -261,9 +242,8 @@ def test_a_second_epoch_is_clipped_against_the_first_ones_policy(monkeypatch):
     accumulate = policy.accumulate_gradients
     monkeypatch.setattr(policy, "accumulate_gradients", spy)
     optimizer = torch.optim.SGD(scorer.model.parameters(), lr=0.1)
-    scores, *_ = policy.update(
-        scorer, optimizer, policy.Batch(rollout, ones, ones, 7, {}), score.Config(epochs=3)
-    )
+    batch = policy.Batch(rollout, ones, ones, 7, {})
+    scores, *_ = policy.update(scorer, optimizer, batch, score.Config(epochs=3))
     assert seen[0] is None and seen[1] is scores.logprobs and seen[2] is scores.logprobs
 
 
@@ -307,8 +287,6 @@ def test_the_loss_ignores_whatever_stands_outside_the_action_mask():
     for garbage in (0.0, 3.0):
         logprobs, ref_logprobs, kl, advantages, coef = torch.where(outside, garbage, values)
         scores = loss.Scores(logprobs, ref_logprobs, kl, kl)
-        losses += [
-            loss.policy_loss(scores, advantages, coef, mask, turn, 7, k)
-            for k in ("exact", "k1", "k3")
-        ]
+        of = partial(loss.policy_loss, scores, advantages, coef, mask, turn, 7)
+        losses += [of(kind) for kind in ("exact", "k1", "k3")]
     torch.testing.assert_close(losses[:3], losses[3:], atol=1e-12, rtol=0)

@@ -79,13 +79,14 @@ def _draw_batches(axis, rows, name, key, dash, width) -> list[float]:
     x, y = _series(rows, key)
     if not x:  # a line without points would still take room
         return []
-    few = len(rows) < 20
-    faint = {"alpha": 0.45 if few else 0.25, "markersize": 7 if few else 4, "clip_on": False}
+    # so that a short run can be seen, and a long one's points don't hide its lines
+    alpha = float(np.clip(80 / len(rows), 0.06, 0.45))
+    faint = {"alpha": alpha, "markersize": 7 if len(rows) < 20 else 4, "markeredgewidth": 0}
     if imitates(rows):
         label = "_" if any(f"eval_{key}" in row for row in rows) else name
         axis.plot(x, y, "D", color=color, alpha=0.6, markersize=5, clip_on=False, label=label)
         return y
-    axis.plot(x, y, ".", color=color, **faint)
+    axis.plot(x, y, ".", color=color, clip_on=False, **faint)
     sums = np.cumsum([0.0, *y])
     last = np.arange(1, len(y) + 1)
     first = np.maximum(last - width, 0)
@@ -98,7 +99,8 @@ def _draw_validation(axis, rows, name, batch, key, dash) -> list[float]:
     x, y = _series(rows, key)
     if not x:
         return []
-    dots = {"marker": "o", "linestyle": "", "markersize": 6.5, "clip_on": False}
+    size = 6.5 if len(x) < 20 else 4
+    dots = {"marker": "o", "linestyle": "", "markersize": size, "clip_on": False}
     if imitates(rows) or not any(batch in row for row in rows):
         dots |= {"linestyle": dash, "label": name}
     axis.plot(x, y, color=style.COLORS[name], markeredgecolor="white", **dots)

@@ -364,7 +364,10 @@ def test_the_controls_of_rrr_are_measured_once_for_the_base_and_once_for_each_mo
 
 def test_noise_is_measured_for_every_design(model, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "DESIGNS", {"nested": (2, 2, 2), "flat": (2, 3, 1)})
-    by_ids = lambda env, rollout, *_: Verdicts((rollout.ids.sum(1) % 2).float(), [], [])  # noqa: E731
+
+    def by_ids(env, rollout, turn, problems):
+        return Verdicts((rollout.ids.sum(1) % 2).float(), [], [])
+
     monkeypatch.setattr(Env, "verdicts", by_ids)
     output = tmp_path / "noise.json"
     measure.main(measure.Config(model=model, noise=True, batches=3, output=str(output)))

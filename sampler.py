@@ -21,17 +21,27 @@ from), paged memory, and reading a group's prompt once for all its rows (it is *
 """
 
 import os
+import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from shutil import which
 
 import torch
+from torch import Tensor
 
 from sampling.attention import KVCache, require, sampling_mode
 from sampling.checks import check_model, check_prompts, goes_on_from, position_limit, token_limits
 from sampling.draws import child_seeds, sample, uniform
-from sampling.fast_path import fast_forward, is_fast
 from sampling.rollout import rollout_of
 from sampling.steps import Graphs, State, state_of, widths_of
+
+try:  # the one place outside fast/ that looks for it: without that folder sampling is only slower
+    from fast import fused
+except ModuleNotFoundError as error:
+    if error.name not in ("fast", "fast.fused"):  # something else is missing, which is no choice
+        raise
+    fused = None
 
 SHARED = 64  # tokens that all prompts begin with, from which on they are fed once
 
@@ -297,3 +307,27 @@ class Sampler:
         positions.masks, positions.spans = {}, cache.spans  # the layers hand them to our attention
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache}
         return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def fast_forward(model) -> Callable | None:
+    """The fused forward pass with the weights of now; None where there is none for this model."""
+    return fused.fuse(model) if fused and fused.why_not(model) is None else None
+
+
+def is_fast(model, ids: Tensor, logits: Tensor) -> bool:
+    """Whether the fast path is there for a model and, fed ids (1, Q), gives its logits (1, V).
+
+    Warns where one would have expected it, on a GPU or a CPU with a compiler, and says why not.
+    """
+    if fused is None:
+        return False
+    reason = fused.why_not(model) or fused.why_wrong(model, ids, logits)
+    compiles = model.device.type == "cpu" and model.dtype == torch.float32 and which("cc")
+    if reason and (compiles or model.device.type != "cpu"):
+        _warn(f"sampling from {type(model).__name__} takes the plain path, a slower one: {reason}")
+    return reason is None
+
+
+@cache  # once a reason
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)  # the line that makes the Sampler

@@ -13,10 +13,8 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -33,6 +31,7 @@ from common import (
     ready,
     spread,
 )
+from report.growth import draw_growth, slope
 from sampler import Sampler
 from training.flags import TrainConfig
 from training.policy import Batch, update
@@ -40,10 +39,10 @@ from training.scorer import Scorer
 
 HEAD, VOCABULARY, PROMPT = 32, 4096, 32
 LABELS = {
-    "batch": "sampling: rows",
-    "length": "sampling: tokens a row",
-    "model": "sampling: parameters",
-    "update": "update: tokens",
+    "batch": "sampled rows",
+    "length": "sampled tokens a row",
+    "model": "parameters",
+    "update": "tokens of an update",
 }
 
 
@@ -134,15 +133,6 @@ def measure(config: Config) -> dict[str, dict[int, list[float]]]:
     return series
 
 
-def slope(points: dict[int, list[float]]) -> float | None:
-    """Of log time against log size, over the three largest sizes."""
-    if len(points) < 2:
-        return None
-    sizes = sorted(points)[-3:]
-    seconds = [median(points[size]) for size in sizes]
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
-
-
 def write_csv(path: Path, series: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
@@ -153,46 +143,11 @@ def write_csv(path: Path, series: dict) -> None:
                 writer.writerows((name, size, i, f"{run:.5g}") for i, run in enumerate(runs))
 
 
-def draw(path: Path, series: dict) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(series), figsize=(3.6 * len(series), 3.4))
-    for axis, (name, points) in zip(axes, series.items(), strict=True):
-        draw_series(axis, points)
-        axis.set_xlabel(LABELS[name])
-    axes[0].set_ylabel("seconds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
-def draw_series(axis, points: dict[int, list[float]]) -> None:
-    sizes = sorted(points)
-    for size in sizes:
-        axis.plot([size] * len(points[size]), points[size], ".", color="tab:gray", markersize=3)
-    medians = [median(points[size]) for size in sizes]
-    axis.plot(sizes, medians, "o-", color="tab:blue", markersize=4)
-    axis.set(xscale="log", yscale="log")
-    axis.xaxis.minorticks_off()
-    axis.set_xticks(sizes, [short(size) for size in sizes], fontsize=8, rotation=45)
-    if (steepness := slope(points)) is not None:
-        axis.annotate(f"slope {steepness:.2f}", (0.06, 0.9), xycoords="axes fraction")
-    axis.grid(alpha=0.2, which="both")
-
-
-def short(size: int) -> str:
-    """12,345,678 is 12.3M, 12,345 is 12k."""
-    if size >= 1e6:
-        return f"{size / 1e6:.1f}M"
-    return f"{size / 1e3:.0f}k" if size >= 1e4 else str(size)
-
-
 def main(config: Config) -> None:
     series, path = measure(config), ROOT / config.output
     write_csv(path.with_suffix(".csv"), series)
-    draw(path.with_suffix(".png"), series)
+    drawn = {LABELS[name]: points for name, points in series.items() if points}
+    draw_growth(path.with_suffix(".png"), drawn)
     rows = []
     for name, points in series.items():
         rows += [(LABELS[name], size, spread(seconds, 4)) for size, seconds in points.items()]

@@ -4,5 +4,5 @@ fused.py        the forward pass of Llama-like models, without transformers' mod
                 stands against it for a model
 cpu_kernels.py  compiles cpu_kernels.c on first use: products with weights, attention of one query
 
-Only sampling/fast_path.py looks in here.
+Only sampler.py looks in here.
 """

@@ -6,5 +6,4 @@ attention.py  attention functions put under a transformers model; the key-value 
 turns.py      messages to ids: a first prompt, and the seam between two turns
 checks.py     what the sampler refuses, and why
 steps.py      what a block of decoding steps works on; CUDA graphs of them
-fast_path.py  whether fast/ is there, fits and is right; the only place that looks for it
 """

@@ -1,3 +1,5 @@
+"""Every method of evaluation on a sampler of prepared texts; figures, votes, probe, resuming."""
+
 import dataclasses
 import json
 import random
@@ -34,15 +36,11 @@ def test_edit_distance_equals_the_textbook_table():
 
 
 def talks_of(*rows):
-    """Conversations of two attempts with these verdicts; answers are what was given for them, or
-    right and wrong."""
-    talks = []
+    """Conversations of two attempts: their verdicts, and their answers (else one a verdict)."""
+    talks, rest = [], {"ids": [1], "stopped": 1}
     for r1, r2, *answers in rows:
         answers = answers or [str(r1), str(r2)]
-        ys = [
-            {"answer": a, "right": float(r), "ids": [1], "stopped": 1}
-            for a, r in zip(answers, (r1, r2))
-        ]
+        ys = [{"answer": a, "right": float(r)} | rest for a, r in zip(answers, (r1, r2))]
         talks.append({"attempts": ys, "values": figures.values_of(ys, [], 2)})
     return talks
 
@@ -80,12 +78,8 @@ class ScriptedSampler:
 
             @staticmethod
             def completion_ids(turn):
-                return [
-                    scripted.tokenizer(
-                        scripted.turns[turn][row], add_special_tokens=False
-                    ).input_ids
-                    for row in rows
-                ]
+                texts = [scripted.turns[turn][row] for row in rows]
+                return [scripted.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
 
             @staticmethod
             def last_ids():
@@ -132,9 +126,8 @@ def test_every_figure_of_a_hand_made_evaluation(tokenizer):
 
 
 def test_only_failures_reflect_and_retry_and_a_right_answer_stands(tokenizer):
-    sampler = ScriptedSampler(
-        tokenizer, [WRONG, RIGHT, WRONG], ["got 21", "", "got 21 try"], [RIGHT, "", WRONG]
-    )
+    turns = [WRONG, RIGHT, WRONG], ["got 21", "", "got 21 try"], [RIGHT, "", WRONG]
+    sampler = ScriptedSampler(tokenizer, *turns)
     f, talks = try_out(sampler, [PROBLEM] * 3, "reflect_retry")
     expected = {"acc_t1": 1 / 3, "acc_t2": 2 / 3, "c_to_i": 0, "failures": 2}
     expected |= {"retry_given_failure": 0.5, "reflection_tokens": 2.5}
@@ -169,8 +162,8 @@ def test_the_majority_wins_no_answer_has_no_vote_and_of_equals_the_first_wins():
     f = figures.votes(talks_of(wrong, right, right, none) + talks_of(none, none, none, right), 4)
     assert f["vote_parallel_2"] == 0 and f["vote_parallel_4"] == 1
     f = figures.votes(talks_of((0, 1, "a", "b"), wrong, wrong, wrong), 4)
-    # one conversation of two answers, two of one
-    assert f["vote_corrected_2"] == 1 and f["vote_parallel_2"] == 0
+    assert f["vote_corrected_2"] == 1  # one conversation of two answers
+    assert f["vote_parallel_2"] == 0  # two of one
     assert f["vote_corrected_4"] == 1 and f["vote_parallel_4"] == 0  # b before a
 
 
@@ -199,10 +192,8 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
 ):
     monkeypatch.setattr(evaluate, "CACHE_TOKENS", 1)  # a piece for every problem
     flags = {"limit": 6, "temperature": 1.0, "samples": 2}
-    whole, parts = (
-        evaluate.Config(**flags, output=str(tmp_path / name))
-        for name in ("whole.json", "parts.json")
-    )
+    files = [tmp_path / name for name in ("whole.json", "parts.json")]
+    whole, parts = (evaluate.Config(**flags, output=str(file)) for file in files)
     evaluate.main(whole)
     converse, calls = evaluate.converse, []
 
@@ -222,15 +213,8 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
     assert "another limit" in capsys.readouterr().err
     evaluate.main(parts)
     assert len(calls) == 7  # three, one that was stopped, and the three that were left
-    a, b = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "parts.json"))
+    a, b = (json.loads(file.read_text()) for file in files)
     assert a == b and len(a["conversations"]) == 12 and not list(tmp_path.glob("*.partial"))
-
-
-def test_curves_are_drawn_from_the_metrics_file(tmp_path):
-    rows = [{"stage": 1 + (i > 3), "step": i, "acc_t1": i / 10, "acc_t2": i / 9} for i in range(8)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    figures.plot_curves(tmp_path)
-    assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
 def probed(tokenizer, turns, method, keys):
@@ -241,22 +225,17 @@ def probed(tokenizer, turns, method, keys):
 
 def test_training_that_would_have_no_signal_is_refused_with_what_to_try(tokenizer):
     both, retry = ["acc_t1", "acc_t2"], ["retry_given_failure"]
-    with pytest.raises(
-        ValueError, match="of 2 training problems at T = 1, acc_t1 0%, acc_t2 0% .* Try --shots 3"
-    ):
+    none = "of 2 training problems at T = 1, acc_t1 0%, acc_t2 0% .* Try --shots 3"
+    with pytest.raises(ValueError, match=none):
         probed(tokenizer, [[WRONG] * 2, [WRONG] * 2], "self_correct", both)
     with pytest.raises(ValueError, match="acc_t1 100%, acc_t2 100% .* Try harder data"):
         probed(tokenizer, [[RIGHT] * 2, [RIGHT] * 2], "self_correct", both)
     with pytest.raises(ValueError, match="retry_given_failure 0%"):
         probed(tokenizer, [[WRONG, RIGHT], ["got"] * 2, [WRONG] * 2], "reflect_retry", retry)
-    # nothing failed, so there is nothing to retry
-    with pytest.raises(ValueError, match="retry_given_failure 100%"):
+    with pytest.raises(ValueError, match="retry_given_failure 100%"):  # nothing failed: no retry
         probed(tokenizer, [[RIGHT] * 2], "reflect_retry", retry)
-    for first, second in (
-        ([WRONG] * 2, [WRONG, RIGHT]),
-        ([WRONG, RIGHT], [WRONG] * 2),
-        ([WRONG] * 2, [RIGHT] * 2),
-    ):
+    wrong, right, mixed = [WRONG] * 2, [RIGHT] * 2, [WRONG, RIGHT]
+    for first, second in ((wrong, mixed), (mixed, wrong), (wrong, right)):
         probed(tokenizer, [first, second], "self_correct", both)
     probed(tokenizer, [[WRONG] * 2, ["got"] * 2, [WRONG, RIGHT]], "reflect_retry", retry)
 
@@ -265,9 +244,7 @@ def test_a_probe_of_no_problems_samples_nothing():
     setup.probe(None, [], SimpleNamespace(probe=0))
 
 
-def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_it_had_been_sampled(
-    tokenizer,
-):
+def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_sampled(tokenizer):
     task = dataclasses.replace(TASKS["tiny"], given=lambda problem: WRONG)
     stops = torch.arange(len(tokenizer)) == tokenizer.eos_token_id
     sampler = SimpleNamespace(pad_id=0, is_stop=stops, model=SimpleNamespace(device="cpu"))

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
+import sampler as sampler_module
 from conftest import TINY, VOCAB, build, check, equal, three_turns
 from sampler import Sampler
-from sampling import fast_path, steps
+from sampling import steps
 from sampling.attention import KVCache, ragged_mask
 
 fused = pytest.importorskip("fast.fused")
@@ -173,8 +174,8 @@ WRONG = "the fast path of fast/fused.py computes something else than the model i
 @pytest.fixture
 def told(monkeypatch):
     """Warnings since they were last asked for, where a compiler is there or said to be."""
-    monkeypatch.setattr(fast_path, "which", lambda name: f"/usr/bin/{name}")
-    fast_path._warn.cache_clear()
+    monkeypatch.setattr(sampler_module, "which", lambda name: f"/usr/bin/{name}")
+    sampler_module._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
 
@@ -186,7 +187,7 @@ def told(monkeypatch):
             return texts
 
         yield since
-    fast_path._warn.cache_clear()
+    sampler_module._warn.cache_clear()
 
 
 def text(model, reason):
@@ -221,9 +222,9 @@ def test_nothing_is_said_where_no_fast_path_was_to_be_expected(tiny, tokenizer, 
     bfloat16 = build(tf.Phi3Config).to(torch.bfloat16)
     assert not Sampler(bfloat16, tokenizer).fused and told() == []
     with monkeypatch.context() as patch:
-        patch.setattr(fast_path, "which", lambda name: None)
+        patch.setattr(sampler_module, "which", lambda name: None)
         assert not Sampler(tiny("phi3"), tokenizer).fused and told() == []
-    monkeypatch.setattr(fast_path, "fused", None)  # as if the folder were deleted
+    monkeypatch.setattr(sampler_module, "fused", None)  # as if the folder were deleted
     for name in ("phi3", "llama"):
         sampler = Sampler(tiny(name), tokenizer)
         assert not sampler.fused and not sampler.graphs and told() == []
@@ -232,11 +233,11 @@ def test_nothing_is_said_where_no_fast_path_was_to_be_expected(tiny, tokenizer, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_it_is_expected_of_any_dtype(dtype, monkeypatch):
-    monkeypatch.setattr(fast_path, "which", lambda name: None)
-    fast_path._warn.cache_clear()
+    monkeypatch.setattr(sampler_module, "which", lambda name: None)
+    sampler_module._warn.cache_clear()
     model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=tf.BloomConfig())
     with pytest.warns(UserWarning) as caught:
-        assert not fast_path.is_fast(model, None, None)
+        assert not sampler_module.is_fast(model, None, None)
     said = [str(warning.message) for warning in caught]
     assert said == [text(model, f"SimpleNamespace {KNOWN}")]
 
@@ -258,7 +259,7 @@ def test_one_place_alone_looks_for_the_folder():
     ]
     imports = re.compile(r"^ *(from|import) fast\b", re.MULTILINE)
     found = [p.as_posix() for p in paths if imports.search((root / p).read_text())]
-    assert found == ["sampling/fast_path.py"] and len(paths) > 30
+    assert found == ["sampler.py"] and len(paths) > 30
 
 
 @pytest.mark.parametrize("max_batch", [3, 256])

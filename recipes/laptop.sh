@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Has run on a two-core laptop-class CPU (about two minutes).
+# Has run, to its end, on a two-core laptop-class CPU.
 # SCoRe on the embedded model, then what it says at the same problems before and after:
 #   recipes/laptop.sh                 flags of score.py may follow, --resume among them
 #   OUT=somewhere recipes/laptop.sh   the run's directory

@@ -46,8 +46,7 @@ def attempts(traces):
 @pytest.mark.parametrize("method, plus, kept", [
     ("star", False, [(0, 0), (5, 5)]),
     ("star", True, [(0, 0), (5, 5), (1, 1)]),
-    # 2 and 4 are wrong twice: others' corrections, in turn
-    ("pair_sft", False, [(0, 0), (2, 5), (4, 0), (5, 5)]),
+    ("pair_sft", False, [(0, 0), (2, 5), (4, 0), (5, 5)]),  # 2, 4 are wrong twice: others' in turn
     ("pair_sft", True, [(0, 0), (2, 5), (4, 0), (5, 5), (1, 1)]),
 ])  # fmt: skip
 def test_what_is_kept_of_a_problem(method, plus, kept):
@@ -85,9 +84,8 @@ def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
 @pytest.mark.parametrize("method", ["pair_sft", "star"])
 def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loaded, model_dir):
     env, sampler, problems = loaded
-    config = baselines.Config(
-        method=method, problems=2, group_size=2, second_attempts=2, max_new_tokens=5
-    )
+    sizes = {"problems": 2, "group_size": 2, "second_attempts": 2, "max_new_tokens": 5}
+    config = baselines.Config(method=method, **sizes)
     traces = baselines.roll_out(env, sampler, batches.share_of(problems, 0, 0), config)
     traces = [t | {"right": [i % 2, 1]} for i, t in enumerate(traces)]
     batch = baselines.make_batch(traces, sampler, {}, config)
@@ -100,19 +98,16 @@ def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loade
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
     labels = torch.full_like(batch.rollout.ids, -100)
     for row, t in enumerate(traces):
-        # STaR: what is right of both attempts
-        imitated = (1, 3) if method == "star" and t["right"][0] else (3,)
-        spoken = [
-            i if kind in imitated else -100 for kind, part in enumerate(t["parts"]) for i in part
-        ]
+        both = method == "star" and t["right"][0]  # STaR: what is right of both attempts
+        learnt = (False, both, False, True)
+        spoken = [i if learns else -100 for learns, part in zip(learnt, t["parts"]) for i in part]
         labels[row, : len(spoken)] = torch.tensor(spoken)
     loss = plain(input_ids=batch.rollout.ids, labels=labels).loss
     loss.backward()
     mean = -(scores.logprobs * batch.advantages).sum() / batch.denominator
     torch.testing.assert_close(mean, loss.detach())
-    for (name, ours), theirs in zip(
-        scorer.model.named_parameters(), plain.parameters(), strict=True
-    ):
+    pairs = zip(scorer.model.named_parameters(), plain.parameters(), strict=True)
+    for (name, ours), theirs in pairs:
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
@@ -120,12 +115,11 @@ def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loade
 def test_rounds_share_the_steps_and_sample_as_much_as_score(method, starts, model_dir, tmp_path):
     config = baselines.Config(method=method, steps=7)
     assert config.starts == starts
-    assert [baselines.round_of(step, config) for step in starts[:-1]] == [*range(len(starts) - 1)]
-    assert baselines.round_of(6, config) == len(starts) - 2
+    rounds = [baselines.round_of(step, config) for step in range(7)]
+    assert [rounds[step] for step in starts[:-1]] == [*range(len(starts) - 1)]
+    assert rounds[6] == len(starts) - 2
     rows = train_here(model_dir, tmp_path / "run", "--method", method, "--plus", "--steps", "7")
-    assert [row["stage"] for row in rows] == [
-        baselines.round_of(step, config) + 1 for step in range(7)
-    ]
+    assert [row["stage"] - 1 for row in rows] == rounds
     assert sum(row.get("sampled", 0) for row in rows) == 7 * 8  # 8 rows a step, as score.py's
     assert all(("acc_t1" in row) == (row["step"] in starts) and "kl_t1" not in row for row in rows)
     files = sorted((tmp_path / "run").glob("traces_*.jsonl"))
@@ -137,11 +131,12 @@ def test_rounds_share_the_steps_and_sample_as_much_as_score(method, starts, mode
 
 def test_every_step_trains_on_as_many_rows_as_it_samples(loaded, model_dir, tmp_path, monkeypatch):
     seen, made = [], baselines.make_batch
-    monkeypatch.setattr(
-        baselines,
-        "make_batch",
-        lambda traces, *rest: (seen.append(len(traces)), made(traces, *rest))[1],
-    )
+
+    def counting(traces, *rest):
+        seen.append(len(traces))
+        return made(traces, *rest)
+
+    monkeypatch.setattr(baselines, "make_batch", counting)
     train_here(model_dir, tmp_path / "run", "--plus", "--steps", "3")
     assert seen == [8, 8, 8]
 
@@ -154,8 +149,7 @@ def test_each_round_of_star_samples_from_the_model_that_the_last_one_left(model_
     assert first["1e-3"][0] == first["0.0"][0] and first["1e-3"][1] != first["0.0"][1]
 
 
-# in the first round, before the second, and in the last
-@pytest.mark.parametrize("last", [1, 2, 4])
+@pytest.mark.parametrize("last", [1, 2, 4])  # in the first round, before the second, in the last
 def test_a_resumed_run_equals_an_uninterrupted_one(last, model_dir, tmp_path, monkeypatch):
     flags = ("--method", "star", "--plus", "--steps", "6", "--lr", "1e-3")
     whole = train_here(model_dir, tmp_path / "whole", *flags)
@@ -172,36 +166,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(last, model_dir, tmp_path, mo
     monkeypatch.undo()
     resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
     assert helpers.without_times(resumed) == helpers.without_times(whole)
-    assert (tmp_path / "cut" / "results.json").read_text() == (
-        tmp_path / "whole" / "results.json"
-    ).read_text()
+    results = [(tmp_path / name / "results.json").read_text() for name in ("cut", "whole")]
+    assert results[0] == results[1]
 
 
 def test_two_ranks_end_in_the_results_of_one(model_dir, tmp_path):
     for world in (0, 2):
         assert set(helpers.run("baselines", model_dir, tmp_path / f"{world}", world=world)) == {0}
-    one, two = (
-        json.loads((tmp_path / f"{world}" / "results.json").read_text()) for world in (0, 2)
-    )
-    assert one == two
-    assert (tmp_path / "0" / "traces_1.jsonl").read_text() == (
-        tmp_path / "2" / "traces_1.jsonl"
-    ).read_text()
+    for name in ("results.json", "traces_1.jsonl"):
+        assert (tmp_path / "0" / name).read_text() == (tmp_path / "2" / name).read_text()
 
 
 def test_the_model_kept_is_the_one_with_the_best_second_attempts_of_the_last_round(
     model_dir, tmp_path, monkeypatch
 ):
-    # after steps 2 and 4, in the first round, and 6 and 8, in the second
-    watched, saved = [0.9, 0.1, 0.5, 0.4], []
-    monkeypatch.setattr(
-        baselines, "watcher", lambda *rest: lambda step: ({"eval_acc_t2": watched.pop(0)}, "")
-    )
-    save_model = checkpoint.save_model
-    monkeypatch.setattr(
-        checkpoint, "save_model", lambda *a: (saved.append(len(watched)), save_model(*a))
-    )
-    flags = ("--plus", "--rounds", "2", "--steps", "8", "--eval_every", "2", "--save_every", "2")
+    watched = [0.9, 0.1, 0.5, 0.4]  # after steps 2 and 4 of round 1, after 6 and 8 of round 2
+    saved, save_model = [], checkpoint.save_model
+
+    def watch(step):
+        return {"eval_acc_t2": watched.pop(0)}, ""
+
+    def saving(*arguments):
+        saved.append(len(watched))
+        save_model(*arguments)
+
+    monkeypatch.setattr(baselines, "watcher", lambda *rest: watch)
+    monkeypatch.setattr(checkpoint, "save_model", saving)
+    flags = "--plus --rounds 2 --steps 8 --eval_every 2 --save_every 2".split()
     train_here(model_dir, tmp_path / "run", *flags)
     assert saved == [1]  # after step 6
 
@@ -227,17 +218,14 @@ def test_where_nothing_can_be_imitated_training_stops_and_says_so(
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     flags, message, model_dir, tmp_path, capsys
 ):
-    said = helpers.refusal(
-        baselines, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags
-    )
+    places = "--model", model_dir, "--output_dir", tmp_path / "run"
+    said = helpers.refusal(baselines, capsys, *places, *flags)
     assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()
 
 
 def test_first_attempts_that_the_data_gives_are_refused(model_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(
-        TASKS, "tiny", dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
-    )
-    said = helpers.refusal(
-        baselines, capsys, "--model", model_dir, "--output_dir", tmp_path / "run"
-    )
+    task = dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
+    monkeypatch.setitem(TASKS, "tiny", task)
+    places = "--model", model_dir, "--output_dir", tmp_path / "run"
+    said = helpers.refusal(baselines, capsys, *places)
     assert "first attempts are not the model's own" in said and not (tmp_path / "run").exists()

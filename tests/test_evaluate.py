@@ -1,4 +1,4 @@
-"""Every method of evaluation on a sampler of prepared texts; figures, votes, probe, resuming."""
+"""Every method of evaluation, with a sampler of prepared texts; votes, resuming, the probe."""
 
 import dataclasses
 import json

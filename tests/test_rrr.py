@@ -11,26 +11,18 @@ import torch
 
 import helpers
 import rrr
+import test_exactness as exactness
 from sampler import Sampler
 from sampling.turns import first_turn_ids, follow_up_ids
 from tasks import TASKS
 from tasks.env import Env
-from test_exactness import (
-    TOLERANCE,
-    every_batch,
-    expected_loss_gradient,
-    gradient,
-    make_world,
-    turn_logprobs,
-)
 from training import batches, models, policy
 from training import loop as training
 from training.scorer import Scorer
 
 run_rrr = functools.partial(helpers.from_command_line, "rrr.py")
-FEW = (
-    "--steps 3 --queries 6 --tries 2 --failures_per_step 2 --group_size 2 --max_reflection_tokens 6"
-).split()
+FEW = "--steps 3 --queries 6 --tries 2 --failures_per_step 2 --group_size 2".split()
+FEW += "--max_reflection_tokens 6".split()
 
 
 def train_here(model_dir, out, *flags):
@@ -50,31 +42,26 @@ def model_dir(tmp_path_factory):
 def test_expected_gradient_is_that_of_the_retrys_reward_through_the_rewarded_tokens(
     reward_on, baseline, V, G, R
 ):
-    world = make_world(V)  # y1 is the reflection, y2 the retry
+    world = exactness.make_world(V)  # y1 is the reflection, y2 the retry
     config = rrr.Config(reward_on=reward_on, baseline=baseline, normalise=False)
-    y1, y2 = every_batch(V, G, R)
+    y1, y2 = exactness.every_batch(V, G, R)
     rewards = world.r2[y1[..., None], y2]
     per_turn = rrr.turn_advantages(rewards, torch.ones(y1.shape), config)
-    estimate = expected_loss_gradient(world, y1, y2, per_turn, [0.0, 0.0])
+    estimate = exactness.expected_loss_gradient(world, y1, y2, per_turn, [0.0, 0.0])
 
-    p1, p2 = (
-        p.exp()[..., None] if i == 0 else p.exp()
-        for i, p in enumerate(turn_logprobs(world.policy, V))
-    )
+    p1, p2 = (p.exp() for p in exactness.turn_logprobs(world.policy, V))  # (V^2,), (V^2, V^2)
     p1 = p1 if reward_on != "retry" else p1.detach()
     p2 = p2 if reward_on != "reflection" else p2.detach()
-    objective = (p1 * p2 * world.r2).sum() + 0 * sum(table.sum() for table in world.policy)
+    objective = (p1[:, None] * p2 * world.r2).sum()
+    objective += 0 * sum(table.sum() for table in world.policy)  # so that each has a gradient
     shrunk = (G * R - 1) / (G * R) if baseline == "group_mean" else 1
-    torch.testing.assert_close(
-        estimate, shrunk * gradient(objective, world), atol=TOLERANCE, rtol=0
-    )
+    exact = shrunk * exactness.gradient(objective, world)
+    torch.testing.assert_close(estimate, exact, atol=exactness.TOLERANCE, rtol=0)
 
 
 def test_groups_are_compared_within_themselves_and_no_variance_gives_no_gradient():
-    rewards = torch.tensor(
-        [[[1.0], [0.0], [0.0], [1.0]], [[1.0], [1.0], [1.0], [1.0]], [[0.0], [0.0], [0.0], [1.0]]]
-    )
-    adv = rrr.turn_advantages(rewards, torch.ones(3, 4), rrr.Config())
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    adv = rrr.turn_advantages(rewards[..., None], torch.ones(3, 4), rrr.Config())
     root3 = 3**0.5
     expected = torch.tensor([1, -1, -1, 1, 0, 0, 0, 0, -1 / root3, -1 / root3, -1 / root3, root3])
     torch.testing.assert_close(adv[:, 0], expected)
@@ -82,10 +69,8 @@ def test_groups_are_compared_within_themselves_and_no_variance_gives_no_gradient
 
 
 def test_absent_episodes_count_nowhere():
-    rewards, present = (
-        torch.tensor([[1.0, 0.0, 7.0], [1.0, 7.0, 7.0]]),
-        torch.tensor([[1.0, 1, 0], [1, 0, 0]]),
-    )
+    rewards = torch.tensor([[1.0, 0.0, 7.0], [1.0, 7.0, 7.0]])
+    present = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     adv = rrr.turn_advantages(rewards[..., None], present, rrr.Config())
     torch.testing.assert_close(adv[:, 0], torch.tensor([1.0, -1.0, 0.0]))
 
@@ -107,8 +92,8 @@ def make_rollout(model_dir, retries=2, reflection_tokens=6):
 
 def test_the_retry_stands_on_the_exact_ids_of_problem_failure_and_reflection(model_dir):
     (rollout, _, rewards, _, held), failures, env, config, caches = make_rollout(model_dir)
-    # the failure is encoded, and the retry goes on from the reflection's cache
-    assert [cache is None for cache in caches] == [True, False]
+    reflected, retried = caches
+    assert reflected is None and retried is not None  # the failure is encoded, the rest goes on
     assert rewards.shape == (3, 2, 2) and len(rollout.ids) == 12
     tokenizer, task = env.tokenizer, env.task
     for row in range(12):
@@ -121,16 +106,18 @@ def test_the_retry_stands_on_the_exact_ids_of_problem_failure_and_reflection(mod
         assert reflection[len(start) : end].all()
         seam = follow_up_ids(tokenizer, task.retry, [ids[end - 1]])[0]
         assert ids[end : end + len(seam)] == seam
-        answer = failure["prompt_ids"], failure["answer_ids"]
+        before, answer = len(failure["prompt_ids"]), len(failure["answer_ids"])
         marked = held[row].nonzero().flatten().tolist()
-        assert marked == list(range(len(answer[0]), len(answer[0]) + len(answer[1])))
+        assert marked == list(range(before, before + answer))
     shared = [rollout.ids[row][rollout.turn[row] < 2].tolist() for row in range(2)]
     assert shared[0] == shared[1]  # R retries after the same reflection
 
 
-@pytest.mark.parametrize(
-    "reward_on, rewarded", [("reflection", {1}), ("retry", {2}), ("both", {1, 2})]
-)
+REWARDED = [("reflection", {1}), ("retry", {2}), ("both", {1, 2})]
+PENALISED = [("reflection", {1}), ("both", {1, 2}), ("all", {0, 1, 2})]
+
+
+@pytest.mark.parametrize("reward_on, rewarded", REWARDED)
 def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
     episodes, _, _, config, _ = make_rollout(model_dir, retries=1)
     config.reward_on, rollout = reward_on, episodes.rollout
@@ -140,9 +127,7 @@ def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
     assert ((batch.advantages != 0) == wanted).all()
 
 
-@pytest.mark.parametrize(
-    "kl_on, turns", [("reflection", {1}), ("both", {1, 2}), ("all", {0, 1, 2})]
-)
+@pytest.mark.parametrize("kl_on, turns", PENALISED)
 def test_the_kl_covers_what_its_flag_says(model_dir, kl_on, turns):
     episodes, _, _, config, _ = make_rollout(model_dir)
     config.kl_on, rollout = kl_on, episodes.rollout
@@ -164,9 +149,8 @@ def test_a_reflection_that_hits_the_token_limit_is_closed_and_counted(model_dir)
 
 def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, monkeypatch):
     whole = train_here(model_dir, tmp_path / "whole")
-    assert [row["step"] for row in whole] == [0, 1, 2] and all(
-        r["ratio_error"] < 1e-4 for r in whole
-    )
+    assert [row["step"] for row in whole] == [0, 1, 2]
+    assert all(row["ratio_error"] < 1e-4 for row in whole)
     assert all(whole[0][key] == pytest.approx(0, abs=1e-6) for key in ("kl_t1", "kl_t2", "kl_t3"))
     assert "eval_retry_given_failure" in whole[1]
     written = {p.name for p in (tmp_path / "whole").iterdir()}
@@ -191,9 +175,8 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
 
 def test_whole_episodes_as_groups(model_dir, tmp_path):
     rows = train_here(model_dir, tmp_path / "run", "--group", "episode", "--retries", "2")
-    assert (
-        len(rows) == 3 and "kl_t1" in rows[0] and not (tmp_path / "run" / "failures.jsonl").exists()
-    )
+    assert len(rows) == 3 and "kl_t1" in rows[0]
+    assert not (tmp_path / "run" / "failures.jsonl").exists()
 
 
 def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypatch):
@@ -214,26 +197,20 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
 def test_no_failure_at_all_is_said_before_anything_is_written(
     model_dir, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setitem(
-        TASKS, "tiny", dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True)
-    )
-    said = helpers.refusal(
-        rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", "--probe", 0, *FEW
-    )
-    assert (
-        "no failure in 2 answers to each of 6 queries" in said and not (tmp_path / "run").exists()
-    )
+    task = dataclasses.replace(TASKS["tiny"], verify=lambda text, problem: True)
+    monkeypatch.setitem(TASKS, "tiny", task)
+    places = "--model", model_dir, "--output_dir", tmp_path / "run"
+    said = helpers.refusal(rrr, capsys, *places, "--probe", 0, *FEW)
+    assert "no failure in 2 answers to each of 6 queries" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_first_attempts_that_the_data_gives_are_the_failures(model_dir, tmp_path, monkeypatch):
     task = dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
     monkeypatch.setitem(TASKS, "tiny", task)
     train_here(model_dir, tmp_path / "run")
-    failures = [
-        json.loads(line)
-        for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()[1:]
-    ]
-    assert failures and {row["answer"] for row in failures} == {"1 + 1 = 2"}
+    _, *failures = (tmp_path / "run" / "failures.jsonl").read_text().splitlines()
+    assert failures and {json.loads(row)["answer"] for row in failures} == {"1 + 1 = 2"}
 
 
 def test_the_papers_preset_leaves_given_flags_alone():
@@ -297,7 +274,6 @@ def test_a_bad_failures_file_is_refused_in_one_line(model_dir, tmp_path, change,
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     flags, message, model_dir, tmp_path, capsys
 ):
-    said = helpers.refusal(
-        rrr, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags
-    )
+    places = "--model", model_dir, "--output_dir", tmp_path / "run"
+    said = helpers.refusal(rrr, capsys, *places, *flags)
     assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()

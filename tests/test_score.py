@@ -55,17 +55,16 @@ def test_second_attempts_are_compared_within_one_first_attempt_and_firsts_within
     torch.testing.assert_close(flat, torch.tensor([[1.0, -1.0], [-1.0, 1.0]]))
 
 
-@pytest.mark.parametrize(
-    "normalise, alpha_matters", [("none", True), ("joint", True), ("per_turn", False)]
-)
+NORMALISE = [("none", True), ("joint", True), ("per_turn", False)]
+
+
+@pytest.mark.parametrize("normalise, alpha_matters", NORMALISE)
 def test_per_turn_normalisation_cancels_alpha_as_its_help_says(normalise, alpha_matters):
     generator = torch.Generator().manual_seed(0)
     r1 = torch.randint(2, (4, 4), generator=generator).float()
     r2 = torch.randint(2, (4, 4, 4), generator=generator).float()
-    one, ten = (
-        score.turn_advantages(r1, r2, 2, score.Config(normalise=normalise, alpha=a))
-        for a in (1.0, 10.0)
-    )
+    configs = [score.Config(normalise=normalise, alpha=alpha) for alpha in (1.0, 10.0)]
+    one, ten = (score.turn_advantages(r1, r2, 2, config) for config in configs)
     assert torch.allclose(one, ten, atol=1e-5) != alpha_matters
 
 
@@ -73,10 +72,8 @@ def test_a_baseline_within_one_first_attempt_turns_the_bonus_into_a_weight():
     generator = torch.Generator().manual_seed(0)
     r1 = torch.randint(2, (4, 4), generator=generator).float()
     r2 = torch.randint(2, (4, 4, 4), generator=generator).float()
-    plain, bonus = (
-        score.turn_advantages(r1, r2, 2, score.Config(normalise="none", alpha=a))
-        for a in (0.0, 10.0)
-    )
+    configs = [score.Config(normalise="none", alpha=alpha) for alpha in (0.0, 10.0)]
+    plain, bonus = (score.turn_advantages(r1, r2, 2, config) for config in configs)
     torch.testing.assert_close(bonus[:, 1], 11 * plain[:, 1])
     torch.testing.assert_close(bonus[:, 0], plain[:, 0])
 
@@ -87,7 +84,8 @@ def test_beta2_follows_the_kl_target():
 
 
 def test_a_run_writes_its_directory_and_its_update_is_on_policy(model_dir, tmp_path):
-    rows = train_here(model_dir, tmp_path / "run", "--stage1_steps", "2", "--stage2_steps", "2")
+    flags = "--stage1_steps 2 --stage2_steps 2".split()
+    rows = train_here(model_dir, tmp_path / "run", *flags)
     assert [(r["stage"], r["step"]) for r in rows] == [(1, 0), (1, 1), (2, 2), (2, 3)]
     assert all(r["ratio_error"] < 1e-4 for r in rows)  # sampler and scorer agree: the ratio is 1
     assert rows[0]["kl_t1"] == pytest.approx(0, abs=1e-6) and rows[3]["kl_t1"] > 0
@@ -123,9 +121,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypa
 
 
 def test_single_turn_trains_first_attempts_alone(model_dir, tmp_path):
-    rows = train_here(
-        model_dir, tmp_path / "run", "--single_turn", "--stage1_steps", "0", "--stage2_steps", "2"
-    )
+    flags = "--single_turn --stage1_steps 0 --stage2_steps 2".split()
+    rows = train_here(model_dir, tmp_path / "run", *flags)
     assert "acc_t2" not in rows[0] and "kl_t2" not in rows[0] and rows[0]["stage"] == 2
 
 
@@ -134,11 +131,10 @@ def test_first_attempts_that_the_data_gives_are_no_measure_of_the_model_and_get_
 ):
     task = dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
     monkeypatch.setitem(TASKS, "tiny", task)
-    rows = train_here(model_dir, tmp_path / "run", "--stage1_steps", "1", "--stage2_steps", "2")
-    assert all(
-        "acc_t1" not in row and "kl_t1" not in row and row["reward"] == row["acc_t2"]
-        for row in rows
-    )
+    flags = "--stage1_steps 1 --stage2_steps 2".split()
+    rows = train_here(model_dir, tmp_path / "run", *flags)
+    assert not any("acc_t1" in row or "kl_t1" in row for row in rows)
+    assert all(row["reward"] == row["acc_t2"] for row in rows)
     assert (tmp_path / "run" / "checkpoint").is_dir()
 
 
@@ -159,38 +155,36 @@ def test_training_at_another_temperature_scores_at_that_temperature(model_dir, t
 def test_the_kept_checkpoint_is_that_of_the_best_window_of_the_last_stage(
     model_dir, tmp_path, monkeypatch
 ):
-    # Stage I: steps 0 to 2; windows end after 2, 4, 6, 8
-    rewards = [9.0, 9.0, 9.0, 1.0, 3.0, 2.0, 0.0, 0.0]
-    saved, made = [], score.make_batch
+    rewards = [9.0, 9.0, 9.0, 1.0, 3.0, 2.0, 0.0, 0.0]  # three of Stage I; windows of two
+    saved, made, save_model = [], score.make_batch, checkpoint.save_model
 
     def scripted(*arguments):
         batch = made(*arguments)
         batch.figures["reward"] = rewards.pop(0)
         return batch
 
+    def saving(*arguments):
+        saved.append(len(rewards))
+        save_model(*arguments)
+
     monkeypatch.setattr(score, "make_batch", scripted)
-    save_model = checkpoint.save_model
-    monkeypatch.setattr(
-        checkpoint, "save_model", lambda *a: (saved.append(len(rewards)), save_model(*a))
-    )
-    train_here(model_dir, tmp_path / "run", "--stage1_steps", "3", "--stage2_steps", "5")
-    # after step 4 (mean 1) and after step 6 (mean 2.5); never for Stage I's 9s
-    assert saved == [4, 2]
+    monkeypatch.setattr(checkpoint, "save_model", saving)
+    train_here(model_dir, tmp_path / "run", *"--stage1_steps 3 --stage2_steps 5".split())
+    assert saved == [4, 2]  # after step 4 (mean 1) and 6 (mean 2.5); never for Stage I's 9s
 
 
 def test_a_run_killed_before_its_first_save_can_be_resumed(model_dir, tmp_path, monkeypatch):
+    flags = "--stage2_steps 2 --stage1_steps 0".split()
     monkeypatch.setattr(training, "update", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train_here(model_dir, tmp_path / "run", "--stage2_steps", "2", "--stage1_steps", "0")
+        train_here(model_dir, tmp_path / "run", *flags)
     monkeypatch.undo()
-    rows = train_here(
-        model_dir, tmp_path / "run", "--stage2_steps", "2", "--stage1_steps", "0", "--resume"
-    )
+    rows = train_here(model_dir, tmp_path / "run", *flags, "--resume")
     assert [row["step"] for row in rows] == [0, 1]
 
 
 def test_resuming_with_another_flag_is_refused(model_dir, tmp_path, capsys):
-    train_here(model_dir, tmp_path / "run", "--stage1_steps", "0", "--stage2_steps", "1")
+    train_here(model_dir, tmp_path / "run", *"--stage1_steps 0 --stage2_steps 1".split())
     flags = ("--model", model_dir, "--output_dir", tmp_path / "run", "--resume", "--alpha", "1")
     said = helpers.refusal(score, capsys, *flags)
     assert "--alpha was 10.0, is 1.0" in said
@@ -244,9 +238,8 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     flags, message, model_dir, tmp_path, capsys
 ):
-    said = helpers.refusal(
-        score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags
-    )
+    places = "--model", model_dir, "--output_dir", tmp_path / "run"
+    said = helpers.refusal(score, capsys, *places, *flags)
     assert said.count("\n") == 1 and message in said and not (tmp_path / "run").exists()
 
 
@@ -262,9 +255,8 @@ def test_damaged_weights_are_named(model_dir, tmp_path, capsys):
     shutil.copytree(model_dir, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    said = helpers.refusal(
-        score, capsys, "--model", tmp_path / "cut", "--output_dir", tmp_path / "run"
-    )
+    places = "--model", tmp_path / "cut", "--output_dir", tmp_path / "run"
+    said = helpers.refusal(score, capsys, *places)
     assert "can't be loaded" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 

@@ -28,15 +28,14 @@ def spoken(tokenizer, ids, labels):
 
 def test_conversations_are_honest_and_only_the_models_turns_are_learnt(tokenizer):
     task, seen = TASKS["tiny"], set()
+    asked = ("fix", "judge", "reflect", "retry")
     for ids, labels in tiny.Conversations(64, 0).batch():
         for row in range(len(ids)):
             turns = spoken(tokenizer, ids[row], labels[row])
             *nums, _, target = turns[0][0].split()
             problem, last = {"nums": [int(n) for n in nums], "target": int(target)}, None
             for said, answer in turns:
-                seen.add(
-                    said.split()[0] if said in ("fix", "judge", "reflect", "retry") else "attempt"
-                )
+                seen.add(said if said in asked else "attempt")
                 if said == "judge":
                     assert answer == ("yes" if task.verify(last, problem) else "no")
                 elif said == "reflect":
@@ -50,7 +49,7 @@ def test_conversations_are_honest_and_only_the_models_turns_are_learnt(tokenizer
                     if answer.startswith("ok"):
                         assert answer == f"ok {last}"
                     last = answer
-    assert seen == {"attempt", "fix", "judge", "reflect", "retry"}
+    assert seen == {"attempt", *asked}
 
 
 def test_the_same_seed_pretrains_the_same_weights():

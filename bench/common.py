@@ -186,8 +186,10 @@ def spread(values: list[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f}{between}"
 
 
-def ratio(above: list[float], below: list[float]) -> float:
-    """Of medians."""
+def ratio(above: list[float], below: list[float]) -> float | None:
+    """Of medians; None where there is nothing below, as of memory that did not grow."""
+    if not statistics.median(below):
+        return None
     return round(statistics.median(above) / statistics.median(below), 3)
 
 

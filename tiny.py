@@ -36,9 +36,8 @@ from tasks.tiny import enumerate_steps, tiny_splits
 from training.checkpoint import save_model
 from training.flags import exit_on_bad_input, flag, parse_args
 
-WORDS = (
-    "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry + - * / = ;"
-).split()
+WORDS = "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry".split()
+WORDS += "+ - * / = ;".split()
 VOCABULARY = {word: i for i, word in enumerate(WORDS + [str(n) for n in range(100)])}
 NUMBER = VOCABULARY["0"]  # id of the number 0; n is NUMBER + n
 CHAT_TEMPLATE = (
@@ -158,7 +157,7 @@ class Conversations:
         problem = self.rng.integers(len(self.derivations.set), size=drawn)
         tokens, right, value = self.attempt(problem)
         if wrong_only:
-            keep = np.argsort(right, kind="stable")[:count]  # a few right ones may slip in
+            keep = np.argsort(right, kind="stable")[:count]  # all wrong, nearly always
             problem, tokens, right, value = problem[keep], tokens[keep], right[keep], value[keep]
         order = self.rng.permuted(self.derivations.nums[problem], axis=1)
         target = self.derivations.target[problem][:, None]
@@ -196,7 +195,7 @@ class Conversations:
         return self.assemble([prompt, self.says(first), judge, self.says(self.judged(right))])
 
     def reflections(self, count: int, tries: int):
-        """wrong attempt, reflect (value reached, `tries` plans, judged), retry: 40 + 13 * tries."""
+        """wrong attempt, reflect (value reached, plans judged), retry: 40 + 13 * tries tokens."""
         problem, prompt, first, _, value = self.opening(count, wrong_only=True)
         reflection = [self.words(count, "got"), NUMBER + value[:, None]]
         for _ in range(tries):

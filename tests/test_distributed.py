@@ -18,6 +18,8 @@ from training import batches, distributed, models, policy
 from training.distributed import exchange, rank
 
 SIZES = {"max_new_tokens": 6, "problems": 4, "group_size": 2, "second_attempts": 2}
+EPISODES = {"group": "episode", "group_size": 2, "retries": 2}
+EPISODES |= {"max_new_tokens": 5, "max_reflection_tokens": 6}
 WAYS = {  # name: flags of a step
     "whole": {},
     "small pieces": {"token_budget": 64},
@@ -53,16 +55,15 @@ def one_step(script, model_dir, config):
             rewards = [episodes.rewards, episodes.present]
             batch = rrr.make_batch(episodes, config)
     rollout = batch.rollout
-    distributed.drop_weights(model) if distributed.together() else None
+    if distributed.together():
+        distributed.drop_weights(model)
     _, loss = policy.accumulate_gradients(scorer, batch, config)
     gradients = {name: parameter.grad for name, parameter in scorer.model.named_parameters()}
+    whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
     rows = [row[:n] for row, n in zip(rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)]
-    return (
-        [row for rows in exchange(rows) for row in rows],
-        [distributed.gather(r).flatten().tolist() for r in rewards],
-        sum(exchange(loss)),
-        {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()},
-    )
+    rows = [row for part in exchange(rows) for row in part]
+    rewards = [distributed.gather(r).flatten().tolist() for r in rewards]
+    return rows, rewards, sum(exchange(loss)), whole
 
 
 def all_steps(model_dir, out):
@@ -73,23 +74,13 @@ def all_steps(model_dir, out):
     for name, flags in WAYS.items():
         if not distributed.together() and name in ("copies", "offloaded"):
             continue
-        flags = (
-            {"model": model_dir}
-            | SIZES
-            | flags
-            | ({"hsdp": distributed.world()} if "hsdp" in flags else {})
-        )
-        steps[f"score, {name}"] = one_step("score", model_dir, score.Config(**flags))
+        if "hsdp" in flags:
+            flags = {"hsdp": distributed.world()}
+        config = score.Config(model=model_dir, **SIZES, **flags)
+        steps[f"score, {name}"] = one_step("score", model_dir, config)
         if name in ("whole", "small pieces"):
-            flags = {
-                "model": model_dir,
-                "group_size": 2,
-                "retries": 2,
-                "max_new_tokens": 5,
-                "max_reflection_tokens": 6,
-                **WAYS[name],
-            }
-            steps[f"rrr, {name}"] = one_step("rrr", model_dir, rrr.Config(group="episode", **flags))
+            config = rrr.Config(model=model_dir, **EPISODES, **flags)
+            steps[f"rrr, {name}"] = one_step("rrr", model_dir, config)
     if rank() == 0:
         torch.save(steps, out)
     distributed.finish()
@@ -100,26 +91,24 @@ def steps(model_dir, tmp_path_factory):
     """{number of ranks: of `all_steps`}; 0 is one process without torchrun."""
     out = tmp_path_factory.mktemp("steps")
     for world in (0, 1, 2, 3):
-        assert set(
-            helpers.finish(helpers.start(all_steps, model_dir, out / f"{world}", world=world))
-        ) == {0}
+        processes = helpers.start(all_steps, model_dir, out / f"{world}", world=world)
+        assert set(helpers.finish(processes)) == {0}
     return {world: torch.load(out / f"{world}") for world in (0, 1, 2, 3)}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_number_of_ranks_gives_the_same_rollouts_rewards_loss_and_gradients(steps, world):
     for name, (rows, rewards, loss, gradients) in steps[world].items():
-        expected_rows, expected_rewards, expected_loss, expected = steps[0][
-            f"{name.split(',')[0]}, whole"
-        ]
+        same = steps[0][f"{name.split(',')[0]}, whole"]
+        expected_rows, expected_rewards, expected_loss, expected = same
         assert rows == expected_rows and rewards == expected_rewards, name
         assert 0 < sum(rewards[0]) < len(rewards[0])
         assert loss == pytest.approx(expected_loss, abs=1e-5), name
         assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+        near = {"atol": 1e-6, "rtol": 1e-5}
         for weight, gradient in expected.items():
-            torch.testing.assert_close(
-                gradients[weight], gradient, atol=1e-6, rtol=1e-5, msg=f"{name}: {weight}"
-            )
+            where = f"{name}: {weight}"
+            torch.testing.assert_close(gradients[weight], gradient, **near, msg=where)
 
 
 def test_under_torchrun_a_single_rank_equals_a_plain_process_bit_for_bit(steps):
@@ -130,16 +119,15 @@ def test_under_torchrun_a_single_rank_equals_a_plain_process_bit_for_bit(steps):
 
 
 def assert_alike(rows, expected):
-    """Metrics of runs whose arithmetic is in another order: Adam makes steps of full size of the
-    smallest gradients."""
+    """Metrics of runs whose arithmetic is in another order.
+
+    Some are rough: Adam makes steps of full size of the smallest gradients.
+    """
+    rough, fine = {"rel": 0.01, "abs": 1e-5}, {"rel": 1e-5}
     assert [row.keys() for row in rows] == [row.keys() for row in expected]
     for row, other in zip(rows, expected, strict=True):
         for key in row:
-            close = (
-                {"rel": 0.01, "abs": 1e-5}
-                if key.startswith(("kl", "grad", "ratio"))
-                else {"rel": 1e-5}
-            )
+            close = rough if key.startswith(("kl", "grad", "ratio")) else fine
             assert row[key] == pytest.approx(other[key], **close), (row["step"], key)
 
 
@@ -152,10 +140,8 @@ def test_whole_runs_of_2_and_3_ranks_end_in_the_table_of_one_and_go_on_at_anothe
     sizes = ((0, 3), (2, 0)) if script == "score" else ((3, 2),)
     for first, then in sizes:
         out = tmp_path / f"{first}{then}"
-        codes = helpers.run(
-            script, model_dir, out, world=first, harm=partial(helpers.die_after_save, 2)
-        )
-        assert set(codes) == {-9}
+        harm = partial(helpers.die_after_save, 2)
+        assert set(helpers.run(script, model_dir, out, world=first, harm=harm)) == {-9}
         assert set(helpers.run(script, model_dir, out, "--resume", world=then)) == {0}
         assert_alike(helpers.metrics(out), helpers.metrics(tmp_path / "0"))
         assert json.loads((out / "results.json").read_text()) == expected
@@ -189,11 +175,8 @@ def test_bad_input_ends_all_ranks_with_one_line_a_node(flags, message, model_dir
     assert message in said[0] and said[0].count("\n") == 1 and not said[1]
 
 
-@pytest.mark.parametrize(
-    "flags", [("--dtype", "bfloat16"), ("--hsdp", "2"), ("--cpu_offload", "True")]
-)
+@pytest.mark.parametrize("flags", ["--dtype bfloat16", "--hsdp 2", "--cpu_offload True"])
 def test_what_only_torchrun_can_do_is_refused_without_it(flags, model_dir, tmp_path, capsys):
-    said = helpers.refusal(
-        score, capsys, "--model", model_dir, "--output_dir", tmp_path / "run", *flags
-    )
-    assert f"{flags[0]}: needs torchrun" in said and not (tmp_path / "run").exists()
+    places = "--model", model_dir, "--output_dir", tmp_path / "run"
+    said = helpers.refusal(score, capsys, *places, *flags.split())
+    assert f"{flags.split()[0]}: needs torchrun" in said and not (tmp_path / "run").exists()

@@ -1,5 +1,4 @@
-"""What may happen to a run of days, done to a run of seconds: each fault, and what is left after
-it."""
+"""What may happen to a run of days, done to a run of seconds: each fault, and what is left then."""
 
 import dataclasses
 import errno
@@ -51,8 +50,7 @@ def references(model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(model_dir, tmp_path_factory):
-    """Runs that were killed after the state of step 2, {script: directory}: copy them before
-    use."""
+    """Runs that were killed after the state of step 2, {script: directory}: to be copied first."""
     runs = tmp_path_factory.mktemp("stopped")
     for script in SCRIPTS:
         harm = partial(helpers.die_after_save, 2)
@@ -66,9 +64,17 @@ def assert_same(out: Path, reference: Path):
     for name in ("results.json", "transcripts.txt"):
         assert (out / name).read_text() == (reference / name).read_text()
     ours, theirs = (models.load_model(str(run / "checkpoint"))[0] for run in (out, reference))
-    assert all(
-        torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
-    )
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_only_states(out: Path):
+    """No save has left anything else behind."""
+    assert all(path.name.startswith("step_") for path in (out / "states").iterdir())
+
+
+def names_of_states(out: Path) -> list[str]:
+    return [path.name for path in checkpoint.states(out)]
 
 
 def said(out: Path) -> str:
@@ -84,16 +90,8 @@ def wait_for(path: Path, seconds=300):
 
 def resume_flags(script, model_dir, out, *flags):
     """For a refusal in this process, which must have the flags that the run was started with."""
-    return (
-        "--model",
-        model_dir,
-        "--output_dir",
-        out,
-        *helpers.SMALL,
-        *helpers.FEW[script],
-        "--resume",
-        *flags,
-    )
+    sizes = *helpers.SMALL, *helpers.FEW[script]
+    return ("--model", model_dir, "--output_dir", out, *sizes, "--resume", *flags)
 
 
 # Killed
@@ -118,15 +116,14 @@ def die_at_file_operation(number: int, directory: str):
 
 @both
 def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_path, references):
-    """Every other one at some file operation, most of which are within a save; runs that were not
-    hit start again."""
+    """Every other one at a file operation, mostly within a save; runs not hit start again."""
     rng, kills, runs, duration = random.Random(script), 0, 0, 2.0
     while kills < 20:
         out, done, started = tmp_path / f"{runs}", None, time.monotonic()
         while done != 0:
             flags = ["--resume"] if (out / "config.json").exists() else []
             harm = None
-            if kills % 2 and kills < 20:
+            if kills % 2 == 1 and kills < 20:
                 harm = partial(die_at_file_operation, rng.randrange(1, 120), str(out))
             (process,) = helpers.start_run(script, model_dir, out, *flags, harm=harm)
             if kills % 2 == 0 and kills < 20:
@@ -138,9 +135,7 @@ def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_pat
             if not (out / "config.json").exists():
                 shutil.rmtree(out, ignore_errors=True)  # killed before there was a run
         assert_same(out, references[script])
-        assert not [
-            path.name for path in (out / "states").iterdir() if not path.name.startswith("step_")
-        ]
+        assert_only_states(out)
         duration, runs = min(duration, time.monotonic() - started), runs + 1
 
 
@@ -152,19 +147,14 @@ def test_a_run_killed_at_step_0_at_the_stage_boundary_or_after_the_last_step_goe
     out = tmp_path / "run"
     harm = partial(helpers.die_after_save, step)
     assert helpers.run(script, model_dir, out, "--save_every", "1", harm=harm) == [-signal.SIGKILL]
-    # as if it was killed within the save, which may have been the last
-    (out / "states" / "old_step_000000").mkdir()
+    (out / "states" / "old_step_000000").mkdir()  # as if killed in that save, maybe the last one
     assert helpers.run(script, model_dir, out, "--save_every", "1", "--resume") == [0]
-    assert not [
-        path.name for path in (out / "states").iterdir() if not path.name.startswith("step_")
-    ]
-    # The window of the best checkpoint is --save_every, so only the metrics are those of the
-    # reference.
+    assert_only_states(out)
+    # --save_every is also the window of the best checkpoint: only metrics are the reference's
     assert helpers.metrics(out) == helpers.metrics(references[script])
     assert "trained" in json.loads((out / "results.json").read_text())
-    refused = helpers.refusal(
-        SCRIPTS[script], capsys, *resume_flags(script, model_dir, out, "--save_every", "1")
-    )
+    flags = resume_flags(script, model_dir, out, "--save_every", "1")
+    refused = helpers.refusal(SCRIPTS[script], capsys, *flags)
     assert "is complete" in refused  # no zero steps that look like a success
 
 
@@ -195,9 +185,8 @@ def test_sigterm_during_generation_saves_the_state_and_exits_143(
     script, world, model_dir, tmp_path, references
 ):
     out, marker = tmp_path / "run", tmp_path / "generating"
-    processes = helpers.start_run(
-        script, model_dir, out, world=world, harm=partial(slow_generation, 1, marker)
-    )
+    harm = partial(slow_generation, 1, marker)
+    processes = helpers.start_run(script, model_dir, out, world=world, harm=harm)
     wait_for(marker)
     time.sleep(0.2)
     for process in processes:
@@ -262,7 +251,7 @@ def test_a_second_sigterm_exits_at_once(script, model_dir, tmp_path):
     assert process.is_alive()  # a save is not cut short by the first
     process.terminate()
     assert helpers.finish([process]) == [143]
-    assert [path.name for path in checkpoint.states(out)] == ["step_000000"]
+    assert names_of_states(out) == ["step_000000"]
 
 
 # Disk and files
@@ -308,7 +297,7 @@ def test_a_full_disk_leaves_the_state_before_it_and_says_so(
     assert set(helpers.run(script, model_dir, out, world=world, harm=partial(harm, 3))) == {1}
     (line,) = [line for line in said(out).splitlines() if "can't be written" in line]
     assert "the newest saved state is step_000002" in line and "Traceback" not in said(out)
-    assert [path.name for path in checkpoint.states(out)] == ["step_000002", "step_000000"]
+    assert names_of_states(out) == ["step_000002", "step_000000"]
     assert checkpoint.damage(out / "states" / "step_000002") is None
     if world == 0 and harm is full_disk:
         assert helpers.run(script, model_dir, out, "--resume") == [0]
@@ -340,9 +329,8 @@ def test_a_damaged_state_is_named_and_never_used(
     out = shutil.copytree(stopped[script], tmp_path / "run")
     change(out / "states" / "step_000002" / file)
     refused = helpers.refusal(SCRIPTS[script], capsys, *resume_flags(script, model_dir, out))
-    assert (
-        "step_000002 is damaged" in refused and message in refused and "--skip_damaged" in refused
-    )
+    for part in ("step_000002 is damaged", message, "--skip_damaged"):
+        assert part in refused
     assert (out / "states" / "step_000002").exists()
     run_module._locks.clear()
 
@@ -353,8 +341,7 @@ def test_the_state_before_a_damaged_one_is_used_only_if_told_so(
 ):
     out = shutil.copytree(stopped[script], tmp_path / "run")
     flip_one_bit(out / "states" / "step_000002" / "tensors" / "__0_0.distcp")
-    # what a save that was cut off leaves behind
-    (out / "states" / "new_000004" / "tensors").mkdir(parents=True)
+    (out / "states" / "new_000004" / "tensors").mkdir(parents=True)  # a save that was cut off
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"stage": 2, "st')  # and a line
     assert helpers.run(script, model_dir, out, "--resume", "--skip_damaged") == [0]
@@ -367,24 +354,19 @@ def test_without_any_whole_state_nothing_is_made_up(model_dir, stopped, tmp_path
     out = shutil.copytree(stopped["score"], tmp_path / "run")
     for state in checkpoint.states(out):
         (state / "manifest.json").unlink()
-    refused = helpers.refusal(
-        score, capsys, *resume_flags("score", model_dir, out, "--skip_damaged")
-    )
+    flags = resume_flags("score", model_dir, out, "--skip_damaged")
+    refused = helpers.refusal(score, capsys, *flags)
     assert "no saved state that is whole" in refused
 
 
 def test_the_last_states_are_kept_and_the_best_model_belongs_to_its_state(model_dir, tmp_path):
     out = tmp_path / "run"
-    harm = partial(helpers.die_after_save, 4)
-    assert helpers.run("score", model_dir, out, "--save_every", "1", "--keep", "2", harm=harm) == [
-        -signal.SIGKILL
-    ]
-    assert [path.name for path in checkpoint.states(out)] == ["step_000004", "step_000003"]
+    flags, harm = "--save_every 1 --keep 2".split(), partial(helpers.die_after_save, 4)
+    assert helpers.run("score", model_dir, out, *flags, harm=harm) == [-signal.SIGKILL]
+    assert names_of_states(out) == ["step_000004", "step_000003"]
     for state in checkpoint.states(out):
-        assert {path.name for path in (state / "best").iterdir()} >= {
-            "model.safetensors",
-            "config.json",
-        }
+        files = {path.name for path in (state / "best").iterdir()}
+        assert files >= {"model.safetensors", "config.json"}
     newest = checkpoint.states(out)[0] / "best" / "model.safetensors"
     assert newest.read_bytes() == (out / "checkpoint" / "model.safetensors").read_bytes()
     shutil.rmtree(out / "checkpoint")  # as if it was killed between the state and the export
@@ -406,9 +388,8 @@ def test_there_is_a_whole_checkpoint_at_every_moment_of_its_replacement(
 
     sys.addaudithook(watch)
     checkpoint.publish(fresh, old)
-    assert (
-        len(seen) > 5 and all(seen) and [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-    )
+    assert len(seen) > 5 and all(seen)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     watching.clear()  # for there is no way to take it out
 
 
@@ -430,11 +411,9 @@ def other_weights(model_dir: str, monkeypatch):
 
 
 def other_data(model_dir: str, monkeypatch):
-    task = TASKS["tiny"]
-    generate = task.generate
-    monkeypatch.setitem(
-        TASKS, "tiny", dataclasses.replace(task, generate=lambda *a: generate(*a)[::-1])
-    )
+    generate = TASKS["tiny"].generate
+    task = dataclasses.replace(TASKS["tiny"], generate=lambda *a: generate(*a)[::-1])
+    monkeypatch.setitem(TASKS, "tiny", task)
     return "train"
 
 
@@ -480,9 +459,8 @@ def test_a_second_run_on_the_directory_refuses(script, model_dir, tmp_path):
 @both
 def test_when_one_rank_is_killed_the_others_end(script, model_dir, tmp_path):
     out, marker = tmp_path / "run", tmp_path / "generating"
-    processes = helpers.start_run(
-        script, model_dir, out, world=2, harm=partial(slow_generation_of_0, marker)
-    )
+    harm = partial(slow_generation_of_0, marker)
+    processes = helpers.start_run(script, model_dir, out, world=2, harm=harm)
     wait_for(marker)
     os.kill(processes[1].pid, signal.SIGKILL)
     codes = helpers.finish(processes)
@@ -504,32 +482,12 @@ def slow_generation_of_0(marker: Path):
 
 def test_torchrun_ends_all_ranks_when_one_is_killed(tmp_path):
     """The README's command line, with real processes."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "score.py",
-    ]
-    command = [
-        *torchrun,
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--final_problems",
-        "8",
-        "--save_every",
-        "1",
-    ]
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 score.py".split()
+    command += "--final_problems 8 --save_every 1".split()
+    command = [sys.executable, *command, "--output_dir", str(tmp_path / "run")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen(
-            command,
-            cwd=helpers.ROOT,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        run = subprocess.Popen(command, cwd=helpers.ROOT, stdout=log, stderr=log, env=env)
     wait_for(tmp_path / "run" / "metrics.jsonl")
     ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     assert len(ranks) == 2
@@ -593,17 +551,17 @@ def train_only(script, model_dir, out, *flags):
 
 
 def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
-    """A run in this process, poisoned while it makes some steps: bad = {step: number}. seen:
-    [(skipped, untouched)]."""
+    """A run in this process, poisoned while it makes some steps.
+
+    bad:  {step: number}, what it is poisoned with
+    seen: gets (skipped, untouched) of every step
+    """
     step_of = training.train_step
 
     def trained(scorer, optimizer) -> list[torch.Tensor]:
         tensors = checkpoint.tensors_of(scorer, optimizer)
-        return [
-            tensor.clone()
-            for name, tensor in tensors.items()
-            if not name.startswith("scorer.reference.")
-        ]
+        names = [name for name in tensors if not name.startswith("scorer.reference.")]
+        return [tensors[name].clone() for name in names]
 
     def one_step(config, scorer, sampler, optimizer, step, *rest):
         before = trained(scorer, optimizer)
@@ -612,10 +570,8 @@ def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
                 where, name, harmful = poison(bad[step])
                 patch.setattr(where, name, harmful)
             row = step_of(config, scorer, sampler, optimizer, step, *rest)
-        same = all(
-            torch.equal(a, b) for a, b in zip(before, trained(scorer, optimizer), strict=True)
-        )
-        seen.append((row["skipped"], same))
+        pairs = zip(before, trained(scorer, optimizer), strict=True)
+        seen.append((row["skipped"], all(torch.equal(a, b) for a, b in pairs)))
         return row
 
     with pytest.MonkeyPatch.context() as patch:
@@ -627,9 +583,8 @@ def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
 @pytest.mark.parametrize("what", POISONS)
 def test_what_is_not_finite_changes_no_weight_and_is_counted(script, what, model_dir, tmp_path):
     seen, bad = [], {1: float("nan"), 2: float("inf")}
-    rows = poisoned_run(
-        script, model_dir, tmp_path / "run", POISONS[what], bad, seen, "--eval_every", "0"
-    )
+    how = POISONS[what], bad, seen, "--eval_every", "0"
+    rows = poisoned_run(script, model_dir, tmp_path / "run", *how)
     assert seen == [(0, False), (1, True), (1, True), (0, False)]
     assert what in rows[1]["not_finite"] and what in rows[2]["not_finite"]
     assert not re.search("NaN|Infinity", (tmp_path / "run" / "metrics.jsonl").read_text())
@@ -654,15 +609,13 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_published(model_dir, 
         next(arguments[1].model.parameters()).data[0, 0] = torch.inf
         return row
 
-    step_of = training.train_step
+    step_of, flags = training.train_step, [*helpers.FEW["score"], "--save_every", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "train_step", ruin)
         with pytest.raises(SystemExit):
-            helpers.train_here(
-                score, model_dir, tmp_path / "run", *helpers.FEW["score"], "--save_every", "1"
-            )
+            helpers.train_here(score, model_dir, tmp_path / "run", *flags)
     assert "after 1 steps the weights are not finite" in capsys.readouterr().err
-    assert [path.name for path in checkpoint.states(tmp_path / "run")] == ["step_000000"]
+    assert names_of_states(tmp_path / "run") == ["step_000000"]
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
@@ -714,19 +667,12 @@ helpers.train_here({script}, {model!r}, helpers.Path({out!r}), *helpers.FEW["{sc
 def test_hash_seeds_workers_and_global_random_state_change_nothing(
     script, model_dir, tmp_path, references
 ):
-    runs = []
+    runs, quiet = [], {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for workers in (1, 7):
-        names = {
-            "script": script,
-            "workers": workers,
-            "model": model_dir,
-            "out": str(tmp_path / f"{workers}"),
-        }
+        names = {"script": script, "workers": workers, "model": model_dir}
+        program = PROGRAM.format(**names, out=str(tmp_path / f"{workers}"))
         env = os.environ | {"PYTHONHASHSEED": f"{workers}", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", PROGRAM.format(**names)]
-        runs.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        )
+        runs.append(subprocess.Popen([sys.executable, "-c", program], env=env, **quiet))
     assert [run.wait() for run in runs] == [0, 0]
     for workers in (1, 7):
         assert_same(tmp_path / f"{workers}", references[script])

@@ -1,5 +1,6 @@
 """What README.md and docs/ say is held against the files: figures, paths, commands, examples."""
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import memory
+from tasks import TASKS
 from training.flags import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -195,11 +197,25 @@ def changed_copy(script: str, path: Path):
 
 
 @pytest.mark.parametrize("script, flag", [("rrr.py", "--brevity"), ("score.py", "--courage")])
-def test_the_readers_own_algorithms_are_a_few_lines_and_train(tmp_path, script, flag):
+def test_the_readers_own_algorithms_are_a_few_lines_and_reward_what_they_say(
+    tmp_path, monkeypatch, script, flag
+):
     import helpers
 
-    own = changed_copy(script, tmp_path / f"own_{script}")
+    own, right = changed_copy(script, tmp_path / f"own_{script}"), [False]
+    # equal verdicts: whatever has an advantage then has it from the reader's own reward
+    monkeypatch.setattr(helpers, "arbitrary_verdict", lambda text, problem: right[0])
+    task = dataclasses.replace(TASKS["tiny"], answer=lambda text, problem: str(len(text) % 2))
+    monkeypatch.setitem(TASKS, "tiny", task)
+    if script == "rrr.py":  # which needs failures first, and something right to shorten
+        collect = own.collect
+        own.collect = lambda *a: (collect(*a), right.__setitem__(0, True))[0]
     model = helpers.save_random_model(tmp_path / "model")
-    few = helpers.FEW[script.removesuffix(".py")]
-    rows = helpers.train_here(own, model, tmp_path / "run", *few, flag, "0.5")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    few, shares = [*helpers.FEW[script.removesuffix(".py")]], {}
+    few += ["--max_reflection_tokens", "60"] * (script == "rrr.py")  # some end before that
+    for weight in ("0", "0.5"):
+        right[0] = False
+        rows = helpers.train_here(own, model, tmp_path / weight, *few, flag, weight)
+        assert {row.get("acc_t2", row["reward"]) for row in rows} == {right[0]}  # never shaped
+        shares[weight] = min(row["zero_advantage"] for row in rows)
+    assert shares["0"] == 1 and shares["0.5"] < 1

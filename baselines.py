@@ -1,6 +1,6 @@
 """Pair-SFT and multi-turn STaR, what SCoRe is compared with: both imitate own samples.
 
-    python baselines.py --method star             # the tiny model, a few minutes on two cores
+    python baselines.py --method star             # the tiny model, three minutes on two cores
     python baselines.py --method pair_sft --plus  # also second attempts that leave an answer right
 
 arXiv 2409.12917, section 4. A round: sample two attempts at training problems, keep what the
@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate import before_and_after, conclude, look, watcher
+from evaluate import Exam, conclude
 from loss import spread
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from training import distributed
-from training.batches import draw, pick_problems, share_of
+from training.batches import pick, pick_things, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, on_first, rank
 from training.flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
@@ -79,7 +79,7 @@ def roll_out(env, sampler, mine, config) -> list[dict]:
     """Two attempts at each of this rank's problems, as traces; the seeds are those of score.py.
 
     A trace: `parts`, the ids of prompt, first attempt, instruction and second attempt; `right`, the
-    two verdicts; and which `problem` of which step it belongs to.
+    two verdicts; and which `problem` of the step it belongs to.
     """
     G, K = config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
@@ -88,9 +88,9 @@ def roll_out(env, sampler, mine, config) -> list[dict]:
     r1 = env.verdicts(first, 0, mine.items).right.repeat_interleave(K)
     r2 = env.verdicts(second, 1, mine.items).right
     rights = torch.stack([r1, r2], dim=1).int().tolist()  # (B, 2)
-    numbers = [mine.span.start + index for index in second.prompt.tolist()]
+    numbers = [mine.span.start + index for index in second.prompt_index.tolist()]
     return [
-        {"problem": [mine.key[1], number], "parts": parts, "right": right}
+        {"problem": number, "parts": parts, "right": right}
         for number, parts, right in zip(numbers, parts_of(second), rights, strict=True)
     ]
 
@@ -133,11 +133,11 @@ def collect(env, sampler, problems, turn: int, config) -> tuple[dict, list[dict]
     steps = range(*config.starts[turn : turn + 2])
     kept, verdicts, text = [], [], f"sampling for round {turn + 1}"
     for step in tqdm(steps, desc=text, leave=False, disable=rank() > 0):
-        mine = draw(problems, config.problems, config.seed, step)
+        mine = pick(problems, config.problems, config.seed, step)
         found = exchange(roll_out(env, sampler, mine, config))
         groups = {}
         for trace in (trace for part in found for trace in part):
-            groups.setdefault(tuple(trace["problem"]), []).append(trace)
+            groups.setdefault(trace["problem"], []).append(trace)
             verdicts.append(trace["right"])
         kept += [trace for group in groups.values() for trace in choose(group, config)]
     acc_t1, acc_t2 = torch.tensor(verdicts, dtype=torch.float64).mean(dim=0).tolist()
@@ -166,8 +166,7 @@ def advantages_of(traces: list[dict], rollout: Rollout, config) -> Tensor:
 def make_batch(traces: list[dict], sampler, figures: dict, config) -> Batch:
     """This rank's share of some traces; the loss is the mean over all tokens to imitate."""
     traces = share_of(traces).items
-    index = torch.arange(len(traces))
-    rollout = rollout_of([trace["parts"] for trace in traces], 2, index, index, sampler)
+    rollout = rollout_of([trace["parts"] for trace in traces], 2, sampler)
     advantages = advantages_of(traces, rollout, config)
     denominator = sum(exchange(float(advantages.sum())))
     return Batch(rollout, advantages, torch.zeros_like(advantages), denominator, figures)
@@ -196,9 +195,9 @@ def main(config: Config) -> None:
         if env.task.given:
             why = "its first attempts are not the model's own, and these methods' are"
             raise ValueError(f"--task {env.task.name}: {why}")
-        look_at = partial(look, env, config, "self_correct")
+        exam = Exam(env, config, "self_correct")
         if not config.resume:
-            probe(partial(look_at, sampler), problems, config)
+            probe(partial(exam, sampler), problems, config)
         run = open_run(config, contents_of(env, sampler.model, splits))
         scorer = make_scorer(sampler.model, config, reference=False)
     rounds = {}  # the data of the one that is under way
@@ -217,11 +216,11 @@ def main(config: Config) -> None:
         if step == config.starts[turn]:  # the verdicts on this very model
             figures |= sampled
         rows = config.problems * config.group_size * config.second_attempts
-        return make_batch(pick_problems(kept, config.seed, step, rows), sampler, figures, config)
+        return make_batch(pick_things(kept, config.seed, step, rows), sampler, figures, config)
 
-    watch = watcher(partial(look_at, sampler), validation, config)
+    watch = exam.watcher(sampler, validation)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
-    results = before_and_after(look_at, run, env, validation, config)
+    results = exam.before_and_after(run, validation)
     conclude(run, results, len(validation))
     distributed.finish()
 

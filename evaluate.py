@@ -2,7 +2,7 @@
 
 The model answers, then answers again; --method says what comes between. All figures are the
 verifier's verdicts, never a shaped reward; report/figures.py says what each one is. As a library it
-is what the training scripts look at their models with (`look`, `watcher`, `before_and_after`).
+is what the training scripts look at their models with (`Exam`).
 """
 
 import json
@@ -35,6 +35,7 @@ METHODS = {
     "fresh_attempt": "after a wrong answer, a new first attempt from an empty context",
 }
 AFTER_ANY = ("self_correct", "self_refine")  # the others go on after a wrong answer only
+MODES = {"greedy": 0.0, "sampled": 1.0}
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 HELP = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
 
@@ -83,17 +84,17 @@ def evaluate(cast, env, problems, protocol, done=(), keep=None) -> tuple[dict, l
     """
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
     samples, talks = protocol.samples, list(done)
-    seeds = row_seeds(len(problems) * samples, "evaluate", protocol.seed)
     longest = max(map(len, env.prompts(problems))) + env.tokens_after(protocol)
     piece = max(1, CACHE_TOKENS // longest // samples) * world()  # problems
     starts = range(len(talks) // samples, len(problems), piece)
     silent = len(starts) < 2 or rank() > 0
     for start in tqdm(starts, desc=protocol.method, leave=False, disable=silent):
-        mine = share(min(piece, len(problems) - start))
-        some = slice(start + mine.start, start + mine.stop)
-        own = seeds[some.start * samples : some.stop * samples]
-        talked = converse(cast, env, problems[some], own, protocol) if mine else []
-        new = [talk for part in exchange(talked) for talk in part]
+        part = share(min(piece, len(problems) - start))
+        span = range(start + part.start, start + part.stop)  # this rank's
+        seeds = row_seeds(span, "evaluate", protocol.seed, each=samples)
+        some = problems[span.start : span.stop]
+        talked = converse(cast, env, some, seeds, protocol) if some else []
+        new = [talk for talks in exchange(talked) for talk in talks]
         if keep:
             keep(new)
         talks += new
@@ -106,7 +107,7 @@ def converse(cast, env, problems, seeds, protocol) -> list[dict]:
     samples = protocol.samples
     rollout = env.first_attempts(cast[0], problems, samples, seeds, **protocol.limits)
     asked = [problem for problem in problems for _ in range(samples)]
-    attempts = [[answer] for answer in answers_of(env, rollout, problems)]
+    attempts = [[answer] for answer in attempts_of(env, rollout, problems)]
     said = [[] for _ in asked]
     rows = list(range(len(asked)))  # which conversation a row of the rollout belongs to
     for _ in range(protocol.attempts - 1):
@@ -116,7 +117,7 @@ def converse(cast, env, problems, seeds, protocol) -> list[dict]:
             break
         rollout, between = next_attempts(cast, env, rollout, chosen, protocol)
         rows = [rows[i] for i in chosen]  # those that have ended leave
-        for i, answer in enumerate(answers_of(env, rollout, problems)):
+        for i, answer in enumerate(attempts_of(env, rollout, problems)):
             attempts[rows[i]].append(answer)
             said[rows[i]] += [between[i]] if between else []
     return [
@@ -132,23 +133,22 @@ def converse(cast, env, problems, seeds, protocol) -> list[dict]:
 
 def next_attempts(cast, env, before, rows, protocol):
     """(rollout whose last turn is the next attempt at `rows`, what was said between or None)."""
-    (_, reflector, retrier), method = cast, protocol.method
-    seeds, limits = before.seeds[rows], protocol.limits
+    (_, reflector, retrier), method, limits = cast, protocol.method, protocol.limits
 
-    def answer(sampler, rollout, message, rows, given=(), **changed):
-        more = [[*seam, *given] for seam in env.follow_up(rollout, message, rows)]
-        own = rollout.seeds[rows]
-        return sampler.extend(rollout, more, rows=rows, seeds=own, **(limits | changed))
+    def answer(sampler, rollout, message, rows, words=(), **changed):
+        more = [[*seam, *words] for seam in env.follow_up(rollout, message, rows)]
+        seeds = rollout.seeds[rows]  # for a sampler that has to encode what another one said
+        return sampler.extend(rollout, more, rows=rows, seeds=seeds, **(limits | changed))
 
     if method in ("self_correct", "blind_retry"):
         message = "correct" if method == "self_correct" else "retry"
         return answer(retrier, before, message, rows), None
     if method == "fresh_attempt":
-        seeds = [row_seeds(1, "fresh", seed)[0] for seed in seeds.tolist()]
+        seeds = [row_seeds(1, "fresh", seed)[0] for seed in before.seeds[rows].tolist()]
         told = (before.turn == 0) & ~before.action_mask
         prompts = [before.ids[row][told[row]].tolist() for row in rows]
         again = retrier.generate(prompts, seeds=seeds, **limits)
-        again.prompt = before.prompt[rows]
+        again.prompt_index = before.prompt_index[rows]
         return again, None
     if method == "generic_reflection":
         words = encode(env.tokenizer, env.task.generic_reflection) + env.seam("retry")
@@ -161,7 +161,7 @@ def next_attempts(cast, env, before, rows, protocol):
     return retried, said.completion_ids(said.stopped.shape[1] - 1)
 
 
-def answers_of(env, rollout, problems: list[dict]) -> list[dict]:
+def attempts_of(env, rollout, problems: list[dict]) -> list[dict]:
     """What is to be known of each row's answer in the last turn."""
     turn = rollout.stopped.shape[1] - 1
     right, texts, answers = env.verdicts(rollout, turn, problems)
@@ -171,39 +171,41 @@ def answers_of(env, rollout, problems: list[dict]) -> list[dict]:
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-def look(env, config, method: str, cast, problems, temperature: float) -> tuple[dict, list[dict]]:
-    """`evaluate` with the token limits and the number of attempts of a script's flags."""
-    limits = (config.max_new_tokens, config.max_reflection_tokens, config.attempts)
-    return evaluate(cast, env, problems, Protocol(method, temperature, *limits))
+class Exam(NamedTuple):
+    """How a training script looks at its models: `evaluate` by the limits of its flags."""
 
+    env: object
+    config: object
+    method: str
 
-def both_modes(look_at, cast, problems) -> dict:
-    """Figures under `greedy` and `sampled` (T = 1); look_at: of `look`, short of its last three."""
-    modes = {"greedy": 0.0, "sampled": 1.0}
-    return {name: look_at(cast, problems, temperature)[0] for name, temperature in modes.items()}
+    def __call__(self, cast, problems, temperature: float) -> tuple[dict, list[dict]]:
+        config = self.config
+        limits = (config.max_new_tokens, config.max_reflection_tokens, config.attempts)
+        return evaluate(cast, self.env, problems, Protocol(self.method, temperature, *limits))
 
+    def both_modes(self, cast, problems) -> dict:
+        """Figures under `greedy` and `sampled` (T = 1)."""
+        return {mode: self(cast, problems, T)[0] for mode, T in MODES.items()}
 
-def watcher(look_now, problems, config, keys=WATCHED):
-    """What a training run calls now and then: step -> (figures, a few conversations as text).
+    def watcher(self, sampler, problems, keys=WATCHED):
+        """For the training loop: step -> (figures, a few conversations as text).
 
-    Figures `eval_*` are at T = 1, on the first `eval_problems`.
-    """
+        Figures `eval_*` are at T = 1, on the first `eval_problems`.
+        """
+        some = problems[: self.config.eval_problems]
 
-    def evaluate_now(step: int) -> tuple[dict, str]:
-        figures, talks = look_now(problems[: config.eval_problems], 1.0)
-        text = f"step {step + 1}\n{format_transcripts(talks)}\n\n"
-        return {f"eval_{key}": figures[key] for key in keys if key in figures}, text
+        def evaluate_now(step: int) -> tuple[dict, str]:
+            figures, talks = self(sampler, some, 1.0)
+            text = f"step {step + 1}\n{format_transcripts(talks)}\n\n"
+            return {f"eval_{key}": figures[key] for key in keys if key in figures}, text
 
-    return evaluate_now
+        return evaluate_now
 
-
-def before_and_after(look_at, run: Path, env, problems, config) -> dict:
-    """The final table's figures, of the base and of the trained model: one is loaded at a time."""
-    paths = {"base": config.model, "trained": str(run / "checkpoint")}
-    return {
-        name: both_modes(look_at, load_sampler(path, env, config), problems)
-        for name, path in paths.items()
-    }
+    def before_and_after(self, run: Path, problems) -> dict:
+        """Figures of the base and of the trained model, of which one is loaded at a time."""
+        paths = {"base": self.config.model, "trained": str(run / "checkpoint")}
+        load = partial(load_sampler, env=self.env, config=self.config)
+        return {name: self.both_modes(load(path), problems) for name, path in paths.items()}
 
 
 def controls(base, trained) -> dict[str, tuple]:
@@ -219,19 +221,19 @@ def controls(base, trained) -> dict[str, tuple]:
     return named
 
 
-def compare_after_failure(env, config, base, trained, problems) -> dict:
+def compare_after_failure(exam: Exam, base, trained, problems) -> dict:
     """Figures of the `controls`."""
     named = controls(base, trained).items()
     return {
-        name: both_modes(partial(look, env, config, method), cast, problems)
+        name: exam._replace(method=method).both_modes(cast, problems)
         for name, (cast, method) in named
     }
 
 
-def side_by_side(look_at, base, trained, problems) -> str:
+def side_by_side(exam: Exam, base, trained, problems) -> str:
     """Reflections on the same failures before and after training, at T = 1."""
-    before = look_at((base, base, base), problems, 1.0)[1]
-    return format_reflections(before, look_at((base, trained, trained), problems, 1.0)[1])
+    before = exam((base, base, base), problems, 1.0)[1]
+    return format_reflections(before, exam((base, trained, trained), problems, 1.0)[1])
 
 
 def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
@@ -314,7 +316,7 @@ def main(config: Config) -> None:
         print(f"\nMajority votes:\n\n{format_votes(figures)}")
     if config.output and rank() == 0:
         text = json.dumps(figures | {"conversations": talks}, indent=1)
-        Path(config.output).write_text(text + "\n")
+        checkpoint.write_text(Path(config.output), text + "\n")
         Path(config.output + ".partial").unlink()
     distributed.finish()
 

@@ -175,10 +175,11 @@ def policy_loss(
 ) -> Tensor:
     """Eq. 1-2: the sum over sampled tokens of -advantage * log pi + kl_coef * KL, a scalar.
 
-    All tensors (B, T). It is divided by one `denominator`, counted over the whole batch (every
-    micro-batch and rank), so the gradient does not depend on how the batch is cut. Written with the
-    ratio pi / pi_old, which is 1 in an on-policy update (old_logprobs None), where its gradient is
-    REINFORCE's; in later epochs it is clipped as in PPO.
+    All tensors (B, T); action_mask is also True where an algorithm holds tokens by a KL that were
+    sampled long ago (their advantage is 0). It is divided by one `denominator`, counted over the
+    whole batch (every micro-batch and rank), so the gradient does not depend on how the batch is
+    cut. Written with the ratio pi / pi_old, which is 1 in an on-policy update (old_logprobs None),
+    where its gradient is REINFORCE's; in later epochs it is clipped as in PPO.
     """
     old = scores.logprobs.detach() if old_logprobs is None else old_logprobs
     penalty, cost = kl_terms(scores, kl_kind)

@@ -1,6 +1,6 @@
 """Reflect, Retry, Reward (arXiv 2505.24726): teaches a language model to write helpful reflections.
 
-    python rrr.py                                     # the tiny model, a few minutes on two cores
+    python rrr.py                                     # the tiny model, three minutes on two cores
     python rrr.py --collect --failures FILE.jsonl     # only gathers failures, for later runs
 
 A failed attempt stands in context; the model is told that it was wrong, reflects, and tries again.
@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-from evaluate import both_modes, compare_after_failure, conclude, look, side_by_side, watcher
+from evaluate import Exam, compare_after_failure, conclude, side_by_side
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from tasks.env import Verdicts
 from training import distributed
-from training.batches import draw, share_of
+from training.batches import pick, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, gather, on_first, own, rank
 from training.failures import read_failures, write_failures
@@ -116,31 +116,28 @@ class Episodes(NamedTuple):
 
     rollout: Rollout  # B rows, those that are present
     retries: Verdicts  # (B,)
-    rewards: Tensor  # (N, G, R) the same, 0 where an episode is not present
     present: Tensor  # (N, G) of 0 and 1: an episode whose first attempt is right has no rows
     held: Tensor | None = None  # (B, T) bool: the stored attempt's tokens, sampled long ago
 
 
 def roll_out(env, sampler, mine, config) -> Episodes:
     """G reflections on each of this rank's failures, R retries after each of those."""
-    failures, G, R = mine.items, config.group_size, config.retries
+    failures, G = mine.items, config.group_size
     parts = [[failure["prompt_ids"], failure["answer_ids"]] for failure in failures]
-    index = torch.arange(len(failures))
-    failed = rollout_of(parts, 1, index, index, sampler)
+    failed = rollout_of(parts, 1, sampler)
     seeds = mine.seeds("reflect", G)
     more = env.follow_up(failed, "reflect")
     reflected = sampler.extend(failed, more, G, seeds=seeds, **reflection_limits(config))
     rollout = retry(env, sampler, reflected, config)
     retries = env.verdicts(rollout, 2, [failure["problem"] for failure in failures])
     later = rollout.ids.shape[1] - failed.ids.shape[1]
-    held = F.pad(failed.action_mask, (0, later))[rollout.prompt]  # (B, T)
-    rewards, present = retries.right.view(len(failures), G, R), torch.ones(len(failures), G)
-    return Episodes(rollout, retries, rewards, present, held)
+    held = F.pad(failed.action_mask, (0, later))[rollout.prompt_index]  # (B, T)
+    return Episodes(rollout, retries, torch.ones(len(failures), G), held)
 
 
 def roll_out_episodes(env, sampler, mine, config) -> Episodes:
     """G whole episodes of each of this rank's queries; a right first attempt ends its episode."""
-    queries, G, R = mine.items, config.group_size, config.retries
+    queries, G = mine.items, config.group_size
     seeds = mine.seeds("episode", G)
     first = sampler.generate(env.prompts(queries), G, seeds=seeds, **answer_limits(config))
     wrong = env.verdicts(first, 0, queries).right == 0
@@ -149,9 +146,7 @@ def roll_out_episodes(env, sampler, mine, config) -> Episodes:
     reflected = sampler.extend(first, more, rows=rows, **reflection_limits(config))
     rollout = retry(env, sampler, reflected, config)
     retries = env.verdicts(rollout, 2, queries)
-    rewards, present = torch.zeros(len(queries) * G, R), wrong.float()
-    rewards[rows] = retries.right.view(len(rows), R)
-    return Episodes(rollout, retries, rewards.view(-1, G, R), present.view(-1, G))
+    return Episodes(rollout, retries, wrong.float().view(-1, G))
 
 
 def retry(env, sampler, reflected, config) -> Rollout:
@@ -177,10 +172,10 @@ def turn_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
     N, G, R = rewards.shape
     everyone = present[..., None].expand(N, G, R).reshape(N, G * R)
     reflection = group_advantages(rewards.mean(-1), present, config)[..., None].expand(N, G, R)
-    retry = group_advantages(rewards.reshape(N, G * R), everyone, config).view(N, G, R)
+    retried = group_advantages(rewards.reshape(N, G * R), everyone, config).view(N, G, R)
     # the paper's mask: the verdict on the retry reaches the reflection's tokens, and no others
     rewarded = {"reflection": (1, 0), "retry": (0, 1), "both": (1, 1)}[config.reward_on]
-    both = torch.stack([reflection * rewarded[0], retry * rewarded[1]], dim=-1)  # (N, G, R, 2)
+    both = torch.stack([reflection * rewarded[0], retried * rewarded[1]], dim=-1)  # (N, G, R, 2)
     return both[present.bool()].view(-1, 2)
 
 
@@ -193,18 +188,20 @@ def group_advantages(rewards: Tensor, present: Tensor, config) -> Tensor:
 def make_batch(episodes: Episodes, config) -> Batch:
     """Verdicts -> an advantage and a KL weight for every token; turn 0 has no advantage."""
     rollout, held = episodes.rollout, episodes.held
-    rewards, present = gather(episodes.rewards), gather(episodes.present)
+    present = gather(episodes.present)  # (N, G), of all ranks
+    rewards = torch.zeros(*present.shape, config.retries)
+    rewards[present.bool()] = gather(episodes.retries.right).view(-1, config.retries)
     advantages = F.pad(turn_advantages(rewards, present, config), (1, 0))  # (B, 3)
     holds_first, holds_retry = config.kl_on == "all", config.kl_on != "reflection"
     weights = [config.anchor * holds_first, config.beta, config.anchor * holds_retry]
-    per_turn = (advantages, torch.tensor(weights).expand_as(advantages))
-    advantages, kl_coef = (spread(own(x, len(rollout.ids)), rollout) for x in per_turn)
+    kl_coef = torch.tensor(weights).expand_as(advantages)
+    per_token = [spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coef)]
     if held is not None:
-        kl_coef = kl_coef + weights[0] * held
+        per_token[1] += weights[0] * held  # not sampled here, so that `spread` gave it 0
     figures = {"stage": 1}
     if present.any():
         figures["reward"] = float(rewards[present.bool()].mean())
-    return Batch(rollout, advantages, kl_coef, len(per_turn[0]), figures, held)
+    return Batch(rollout, *per_token, len(advantages), figures, held)
 
 
 def collect(env, sampler, queries: list[dict], config) -> tuple[list[dict], float]:
@@ -247,7 +244,7 @@ def answer_all(env, sampler, mine, config) -> list[tuple[str, float, list[int]]]
     return [row for part in exchange(rows) for row in part]
 
 
-def known_source(queries: list[dict], env, sampler, config) -> list | None:
+def known_pool(queries: list[dict], env, sampler, config) -> list | None:
     """What steps draw from: whole episodes the queries, else failures. None: to be collected."""
     if config.group == "episode":
         return queries
@@ -306,33 +303,33 @@ def main(config: Config) -> None:
             write_failures(Path(config.failures), failures, success, sampler.model, config)
             return distributed.finish()
         check_run(config)
-        source, success = known_source(queries, env, sampler, config), None
-        look_at = partial(look, env, config, "reflect_retry")
+        pool, success = known_pool(queries, env, sampler, config), None
+        exam = Exam(env, config, "reflect_retry")
         if not config.resume:
-            probe(partial(look_at, sampler), queries, config, ["retry_given_failure"])
-        if source is None:
-            source, success = collect(env, sampler, queries, config)
-        failures = source if config.group == "failure" else None
+            probe(partial(exam, sampler), queries, config, ["retry_given_failure"])
+        if pool is None:
+            pool, success = collect(env, sampler, queries, config)
+        failures = pool if config.group == "failure" else None
         run = open_run(config, contents_of(env, sampler.model, splits, failures))
         if success is not None:
-            write_failures(run / "failures.jsonl", source, success, sampler.model, config)
+            write_failures(run / "failures.jsonl", pool, success, sampler.model, config)
         scorer = make_scorer(sampler.model, config)
 
     def step_batch(step: int, state: dict) -> Batch:
-        mine = draw(source, config.failures_per_step, config.seed, step)
+        mine = pick(pool, config.failures_per_step, config.seed, step)
         sample = roll_out if config.group == "failure" else roll_out_episodes
         episodes = sample(env, sampler, mine, config)
         episodes.rollout.cache = None  # its memory is wanted for the update
         return make_batch(episodes, config)
 
-    watch = watcher(partial(look_at, sampler), validation, config, WATCHED)
+    watch = exam.watcher(sampler, validation, WATCHED)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
     base = load_sampler(config.model, env, config)
     trained = load_sampler(str(run / "checkpoint"), env, config)
     models = {"base": base, "trained": trained}
-    results = {name: both_modes(look_at, model, validation) for name, model in models.items()}
-    results["controls"] = compare_after_failure(env, config, base, trained, validation)
-    text = side_by_side(look_at, base, trained, validation)
+    results = {name: exam.both_modes(model, validation) for name, model in models.items()}
+    results["controls"] = compare_after_failure(exam, base, trained, validation)
+    text = side_by_side(exam, base, trained, validation)
     on_first(write_text, run / "reflections.txt", text)
     conclude(run, results, len(validation), COLUMNS)
     distributed.finish()

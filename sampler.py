@@ -108,7 +108,7 @@ class Sampler:
         rest = [prompt[common:] for prompt in prompt_ids]
         rollout = self._turn(start, index, rest, seeds.long(), limits, temperature)
         rollout.parents = torch.arange(count, device=device).repeat_interleave(group_size)
-        rollout.prompt = rollout.parents
+        rollout.prompt_index = rollout.parents
         return rollout
 
     def extend(self, rollout, more_prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0,
@@ -148,7 +148,7 @@ class Sampler:
         new.parents = index[new.parents]
         old = rollout.take(new.parents, new.ids.shape[1], self.pad_id)
         new.turn = torch.where(old.turn < 0, new.turn + turn * (new.turn >= 0), old.turn)
-        new.stopped, new.prompt = torch.cat([old.stopped, new.stopped], 1), old.prompt
+        new.stopped, new.prompt_index = torch.cat([old.stopped, new.stopped], 1), old.prompt_index
         return new
 
     def _start(self, prompts):
@@ -158,8 +158,7 @@ class Sampler:
         """
         common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
         common = common if len(common) >= SHARED and len(prompts) > 1 else []
-        row = torch.zeros(1, dtype=torch.int64)
-        start = rollout_of([[common]], 0, row, row, self)
+        start = rollout_of([[common]], 0, self)
         start.cache = KVCache(1, 0, self.model.device, self.model)
         if common:
             with self._sampling():
@@ -167,8 +166,7 @@ class Sampler:
         return start, len(common)
 
     def _no_rows(self, turns):
-        none = torch.zeros(0, dtype=torch.int64)
-        rollout = rollout_of([], turns, none, none, self)
+        rollout = rollout_of([], turns, self)
         rollout.cache = KVCache(0, 0, self.model.device, self.model)
         return rollout
 
@@ -194,22 +192,22 @@ class Sampler:
             finally:
                 self.fast_forward = None
 
-    def _turn(self, base, index, prompts, seeds, limits, temperature):
-        """One more turn of rows `index` (R,) of base: prefilled, branched, decoded; a new Rollout.
+    def _turn(self, before, index, prompts, seeds, limits, temperature):
+        """Rows `index` (R,) of `before` plus a turn: prefilled, branched, decoded; a new Rollout.
 
         prompts: R lists of ids; seeds (B,) and limits, B numbers: row i goes on from i // (B / R).
         """
         group_size, device = len(limits) // len(prompts), index.device
-        old = base.lengths[index].tolist()
+        old = before.lengths[index].tolist()
         total = [o + len(p) for o, p in zip(old, prompts, strict=True)]
         # What every row gets in the cache, however early it ends.
         capacity = max(total[i // group_size] + new for i, new in enumerate(limits))
-        rollout = base.append(index, prompts, capacity, self.pad_id)
+        rollout = before.append(index, prompts, capacity, self.pad_id)
         parent = torch.arange(len(limits), device=device) // group_size
         with self._sampling():
             # Turn 2 goes on from turn 1's cache here: of all that was said, only the pending token
             # and the instruction are fed. (Turn 1 goes on from what all prompts have in common.)
-            self._prefill(rollout, base.cache, base.cache.slots[index], old, total)
+            self._prefill(rollout, before.cache, before.cache.slots[index], old, total)
             if group_size > 1:  # only now, so that each prompt was fed once for its group
                 rollout = self._branch(rollout, parent, max(total))
             rollout.seeds, rollout.parents, prompted = seeds, index[parent], rollout.lengths.clone()
@@ -217,7 +215,7 @@ class Sampler:
         column = torch.arange(capacity, device=device)
         real = column < rollout.lengths[:, None]  # (B, capacity)
         rollout.action_mask |= real & (column >= prompted[:, None])  # what this turn sampled
-        rollout.turn.masked_fill_(real & (rollout.turn < 0), base.stopped.shape[1])
+        rollout.turn.masked_fill_(real & (rollout.turn < 0), before.stopped.shape[1])
         last = rollout.ids.gather(1, rollout.lengths[:, None] - 1)  # (B, 1)
         rollout.stopped = torch.cat([rollout.stopped, self.is_stop[last]], 1)
         return rollout.take(slice(None), int(rollout.lengths.max()), self.pad_id, rollout.cache)

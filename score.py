@@ -1,6 +1,6 @@
 """SCoRe (arXiv 2409.12917): teaches a language model to correct itself, from its own attempts.
 
-    python score.py                        # the tiny model, a few minutes on two cores
+    python score.py                        # the tiny model, 80 seconds on two cores
     python score.py --model DIR --task countdown --max_new_tokens 256
 
 Stage I trains the second attempt while a strong KL holds the first one at the base model; Stage II
@@ -20,13 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from evaluate import before_and_after, conclude, look, watcher
+from evaluate import Exam, conclude
 from loss import BASELINES, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout
 from tasks.env import Verdicts
 from training import distributed
-from training.batches import draw
+from training.batches import pick
 from training.distributed import gather, own
 from training.flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from training.loop import Hooks, train
@@ -107,8 +107,8 @@ class Attempts(NamedTuple):
     """What a step samples on this rank: P problems, G first attempts of each, K second of those."""
 
     rollout: Rollout  # B = P * G * K rows of two turns; single-turn: P * G rows of one
-    first: Verdicts  # P * G
-    second: Verdicts | None  # B; None: single-turn
+    v1: Verdicts  # (P * G,) on first attempts
+    v2: Verdicts | None  # (B,) on second ones; None: single-turn
     offline: bool  # the first attempts are not the policy's own
 
 
@@ -122,13 +122,13 @@ def roll_out(env, sampler, mine, config, base=None) -> Attempts:
     G, K = config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     y1 = env.first_attempts(base or sampler, mine.items, G, mine.seeds("first", G), **limits)
-    r1 = env.verdicts(y1, 0, mine.items)
+    v1 = env.verdicts(y1, 0, mine.items)
     if config.single_turn:
-        return Attempts(y1, r1, None, offline=False)
+        return Attempts(y1, v1, None, offline=False)
     seeds = mine.seeds("second", G * K)  # for first attempts of another model; ours have their own
     y2 = sampler.extend(y1, env.follow_up(y1, "correct"), K, seeds=seeds, **limits)
-    r2 = env.verdicts(y2, 1, mine.items)
-    return Attempts(y2, r1, r2, offline=base is not None)
+    v2 = env.verdicts(y2, 1, mine.items)
+    return Attempts(y2, v1, v2, offline=base is not None)
 
 
 def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, Tensor | None]:
@@ -154,15 +154,15 @@ def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline=F
     with those of its problem.
     """
     first, second = returns(r1, r2, stage, config)
-    first = subtract_baseline(first, config.baseline)
+    a1 = subtract_baseline(first, config.baseline)
     if second is None:
-        advantages = first.reshape(-1, 1)
+        advantages = a1.reshape(-1, 1)
     else:
         P, G, K = second.shape
         siblings = second.view(P * G, K) if K > 1 else second.view(P, G)
-        second = subtract_baseline(siblings, config.baseline)
-        first = first[..., None].expand(P, G, K) * (not offline)
-        advantages = torch.stack([first.reshape(-1), second.reshape(-1)], dim=1)
+        a2 = subtract_baseline(siblings, config.baseline)
+        a1 = a1[..., None].expand(P, G, K) * (not offline)
+        advantages = torch.stack([a1.reshape(-1), a2.reshape(-1)], dim=1)
     if config.normalise == "none":
         return advantages
     # a turn that is not trained doesn't count in the joint deviation
@@ -186,12 +186,12 @@ def adapt_beta2(beta2: float, kl: float | None, config) -> float:
 
 def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
     """Verdicts -> an advantage and a KL weight for every sampled token."""
-    rollout, first, second, offline = attempts
-    r1, r2 = gather(first.right).view(-1, config.group_size), None  # (P, G), of all ranks
-    if second is not None:
-        r2 = gather(second.right).view(*r1.shape, config.second_attempts)  # (P, G, K)
+    rollout, v1, v2, offline = attempts
+    r1, r2 = gather(v1.right).view(-1, config.group_size), None  # (P, G), of all ranks
+    if v2 is not None:
+        r2 = gather(v2.right).view(*r1.shape, config.second_attempts)  # (P, G, K)
     advantages = turn_advantages(r1, r2, stage, config, offline)  # (B, turns)
-    kl_coefs = torch.tensor(turn_kl_coefs(stage, beta2, config)).expand(len(advantages), 2)
+    kl_coef = torch.tensor(turn_kl_coefs(stage, beta2, config)).expand(len(advantages), 2)
     figures = {"stage": stage, "beta2": beta2}
     if r2 is not None:
         figures["acc_t2"] = float(r2.mean())
@@ -200,7 +200,7 @@ def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
         figures["reward"] = figures["acc_t1"] + figures.get("acc_t2", 0.0)
     elif config.offline_ratio == 1:
         figures["reward"] = figures["acc_t2"]
-    per_token = (spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coefs))
+    per_token = (spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coef))
     return Batch(rollout, *per_token, len(advantages), figures)
 
 
@@ -244,14 +244,15 @@ def main(config: Config) -> None:
         if env.task.given:
             config = replace(config, offline_ratio=1.0)  # the data's first attempts in every step
             check(config)
-        look_at = partial(look, env, config, "self_correct")
+        exam = Exam(env, config, "self_correct")
         if not config.resume:
             keys = probed_figures(env.task, config)
-            probe(partial(look_at, sampler), splits["train"], config, keys)
+            probe(partial(exam, sampler), splits["train"], config, keys)
         run = open_run(config, contents_of(env, sampler.model, splits))
-        scorer = make_scorer(sampler.model, config)
-    offline = config.offline_ratio and not env.task.given
-    base = load_sampler(config.model, env, config) if offline else sampler
+        scorer = make_scorer(sampler.model, config)  # trains the very model that is sampled from
+    base = sampler  # where the data gives first attempts, nobody writes them
+    if config.offline_ratio and not env.task.given:
+        base = load_sampler(config.model, env, config)
 
     def step_batch(step: int, state: dict) -> Batch:
         stage = stage_of(step, config)
@@ -259,16 +260,16 @@ def main(config: Config) -> None:
             scorer.reference.load_state_dict(scorer.model.state_dict())
         if stage == 1 and "last" in state:
             state["beta2"] = adapt_beta2(state["beta2"], state["last"].get("kl_t1"), config)
-        mine = draw(splits["train"], config.problems, config.seed, step)
+        mine = pick(splits["train"], config.problems, config.seed, step)
         writer = base if is_offline(step, config) else None
         attempts = roll_out(env, sampler, mine, config, writer)
         attempts.rollout.cache = None  # its memory is wanted for the update
         return make_batch(attempts, stage, state["beta2"], config)
 
-    watch = watcher(partial(look_at, sampler), splits["validation"], config)
+    watch = exam.watcher(sampler, splits["validation"])
     state = {"beta2": config.beta2}
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), state)
-    results = before_and_after(look_at, run, env, splits["validation"], config)
+    results = exam.before_and_after(run, splits["validation"])
     conclude(run, results, len(splits["validation"]))
     distributed.finish()
 

@@ -97,7 +97,7 @@ def work(job: dict) -> dict:
     scorer = make_scorer(model, flags)
     optimizer = torch.optim.AdamW(scorer.model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
 
-    hooks = Hooks(partial(make_batch, config, sampler), evaluate=None, draw=None)
+    hooks = Hooks(partial(make_batch, config, sampler), evaluate=None, plot=None)
     loading = peak_mib() - libraries
     rows = [
         train_step(flags, scorer, sampler, optimizer, step, hooks, {})

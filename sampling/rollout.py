@@ -23,7 +23,7 @@ class Rollout:
     stopped: Tensor  # (B, turns) bool, ended by a stop token rather than by max_new_tokens
     parents: Tensor  # (B,) int64, row of the rollout extended, or index of the prompt
     seeds: Tensor  # (B,) int64
-    prompt: Tensor  # (B,) int64, index of the prompt of `generate` that the row began with
+    prompt_index: Tensor  # (B,) int64, which prompt of `generate` the row began with
     # By far the largest of it all. None frees the memory, before an update, say; `extend` then has
     # to encode every row anew.
     cache: KVCache | None
@@ -66,11 +66,12 @@ class Rollout:
         return longer
 
 
-def rollout_of(rows: list[list[list[int]]], turns: int, parents, seeds, sampler) -> Rollout:
+def rollout_of(rows: list[list[list[int]]], turns: int, sampler, index=None, seeds=None) -> Rollout:
     """Conversations that were not sampled here; there is no cache to go on from.
 
     rows: each row's parts, told and spoken in turn, a spoken one with its stop token if it has one.
-    parents: (B,) int64, the index of each row's prompt. `logprobs` are 0.
+    index, seeds: (B,) int64, the index of each row's prompt, and its seed; by default 0, 1, ...
+    `logprobs` are 0. Of the sampler only its device, pad id and stop tokens are used.
     """
     lengths = torch.tensor([sum(map(len, parts)) for parts in rows], dtype=torch.long)
     ids = torch.full((len(rows), max(lengths.tolist(), default=1)), sampler.pad_id)
@@ -82,5 +83,7 @@ def rollout_of(rows: list[list[list[int]]], turns: int, parents, seeds, sampler)
     ends = [[part[-1] for part in parts[1::2]] for parts in rows]
     stopped = sampler.is_stop.cpu()[torch.tensor(ends, dtype=torch.long).view(len(rows), turns)]
     tensors = (ids, kind % 2 == 1, kind // 2, torch.zeros(ids.shape), lengths, stopped)
-    tensors = (*tensors, parents, torch.as_tensor(seeds), parents)
+    index = torch.arange(len(rows)) if index is None else index
+    seeds = index if seeds is None else torch.as_tensor(seeds)
+    tensors = (*tensors, index, seeds, index)
     return Rollout(*(tensor.to(sampler.model.device) for tensor in tensors), cache=None)

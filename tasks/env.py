@@ -50,7 +50,7 @@ class Env:
         parts = zip(prompts, given, strict=True)
         rows = [[prompt, answer] for prompt, answer in parts for _ in range(group_size)]
         index = torch.arange(len(prompts)).repeat_interleave(group_size)
-        return rollout_of(rows, 1, index, seeds, sampler)
+        return rollout_of(rows, 1, sampler, index, seeds)
 
     def given_ids(self, problem: dict) -> list[int]:
         """The first attempt that the data gives, with the token that ends a turn; else empty."""
@@ -77,10 +77,10 @@ class Env:
 
     def verdicts(self, rollout: Rollout, turn: int, problems: list[dict]) -> Verdicts:
         """On every row's answer in `turn`; problems: those of the rollout's first prompts."""
-        answers = rollout.completion_ids(turn)
+        said = rollout.completion_ids(turn)
         # the tokenizer takes an empty list for a single text
-        texts = self.tokenizer.batch_decode(answers) if answers else []
-        asked = [problems[index] for index in rollout.prompt.tolist()]
+        texts = self.tokenizer.batch_decode(said) if said else []
+        asked = [problems[index] for index in rollout.prompt_index.tolist()]
         workers = 2 * (os.cpu_count() or 1) if self.task.warm_up else 1
         right = verify_batch(self.task.verify, texts, asked, workers)
         answers = [self.task.answer(*pair) for pair in zip(texts, asked, strict=True)]

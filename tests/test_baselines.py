@@ -36,7 +36,7 @@ def loaded(model_dir):
 
 
 def trace(number, r1, r2):
-    return {"problem": [0, 0], "parts": [[9], [10 + number], [8], [20 + number]], "right": [r1, r2]}
+    return {"problem": 0, "parts": [[9], [10 + number], [8], [20 + number]], "right": [r1, r2]}
 
 
 def attempts(traces):
@@ -75,7 +75,7 @@ def test_samples_are_those_that_score_draws_with_the_same_seed(loaded):
     assert [[i for part in t["parts"] for i in part] for t in found] == rows
     assert [t["right"][1] for t in found] == second.right.tolist()
     assert [t["right"][0] for t in found] == first.right.repeat_interleave(2).tolist()
-    assert [t["problem"] for t in found] == [[4, 0]] * 4 + [[4, 1]] * 4
+    assert [t["problem"] for t in found] == [0] * 4 + [1] * 4
     again = baselines.make_batch(found, sampler, {}, baselines.Config(**sizes)).rollout
     for name in ("ids", "action_mask", "turn", "lengths", "stopped"):
         assert torch.equal(getattr(again, name), getattr(rollout, name)), name
@@ -190,7 +190,7 @@ def test_the_model_kept_is_the_one_with_the_best_second_attempts_of_the_last_rou
         saved.append(len(watched))
         save_model(*arguments)
 
-    monkeypatch.setattr(baselines, "watcher", lambda *rest: watch)
+    monkeypatch.setattr(baselines.Exam, "watcher", lambda *rest: watch)
     monkeypatch.setattr(checkpoint, "save_model", saving)
     flags = "--plus --rounds 2 --steps 8 --eval_every 2 --save_every 2".split()
     train_here(model_dir, tmp_path / "run", *flags)

@@ -62,7 +62,8 @@ TEMPLATES = {  # template, its specials (the end of turn first), the seam around
     "qwen3 without thoughts": (
         QWEN3 + THINK,
         (*IM, "<think>", "</think>"),
-        "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>\n<|im_start|>user\nfix<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n",
     ),
 }
 

@@ -34,6 +34,10 @@ def model_dir(tmp_path_factory):
     return helpers.save_random_model(tmp_path_factory.mktemp("models") / "random")
 
 
+def by_length(verify, texts, *rest):
+    return [len(text) % 2 == 0 for text in texts]
+
+
 def one_step(script, model_dir, config):
     """A rollout of all ranks and its gradient: (rows of ids, rewards, loss, {name: gradient})."""
     model, tokenizer = models.load_model(model_dir, dtype=models.compute_dtype(config))
@@ -44,15 +48,14 @@ def one_step(script, model_dir, config):
         for parameter in scorer.reference.parameters():
             parameter.mul_(0.9)  # else the KL has no gradient
     with pytest.MonkeyPatch.context() as patch:
-        by_length = lambda verify, texts, *rest: [len(text) % 2 == 0 for text in texts]  # noqa: E731
         patch.setattr("tasks.env.verify_batch", by_length)
         if script == "score":
             attempts = score.roll_out(env, sampler, mine, config)
-            rewards = [attempts.first.right, attempts.second.right]
+            rewards = [attempts.v1.right, attempts.v2.right]
             batch = score.make_batch(attempts, 2, 1.0, config)
         else:
             episodes = rrr.roll_out_episodes(env, sampler, mine, config)
-            rewards = [episodes.rewards, episodes.present]
+            rewards = [episodes.retries.right, episodes.present]
             batch = rrr.make_batch(episodes, config)
     rollout = batch.rollout
     if distributed.together():

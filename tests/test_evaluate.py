@@ -74,7 +74,7 @@ class ScriptedSampler:
         class Rollout:
             stopped = torch.ones(len(rows), turns, dtype=torch.bool)
             seeds = torch.arange(len(rows))
-            prompt = torch.tensor(rows)
+            prompt_index = torch.tensor(rows)
 
             @staticmethod
             def completion_ids(turn):
@@ -219,7 +219,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
 
 def probed(tokenizer, turns, method, keys):
     config, env = rrr.Config(probe=64, seed=0), Env(TASKS["tiny"], tokenizer)
-    look = partial(evaluate.look, env, config, method, ScriptedSampler(tokenizer, *turns))
+    look = partial(evaluate.Exam(env, config, method), ScriptedSampler(tokenizer, *turns))
     setup.probe(look, [PROBLEM] * len(turns[0]), config, keys)
 
 
@@ -260,7 +260,7 @@ def test_a_first_attempt_that_the_data_gives_stands_in_the_rollout_as_if_sampled
         length = rollout.lengths[row]
         assert rollout.ids[row, :length].tolist() == [*prompt, *ids, tokenizer.eos_token_id]
         assert rollout.turn[row].tolist() == [0] * length + [-1] * (rollout.ids.shape[1] - length)
-    assert rollout.prompt.tolist() == [0, 0, 1, 1] and rollout.cache is None
+    assert rollout.prompt_index.tolist() == [0, 0, 1, 1] and rollout.cache is None
 
 
 def test_a_generic_reflection_stands_in_the_models_own_turn_before_the_retry(tokenizer):

@@ -163,11 +163,11 @@ def test_a_run_killed_at_step_0_at_the_stage_boundary_or_after_the_last_step_goe
 
 def slow_generation(step: int, marker: Path):
     """Harm: in this step's second turn the sampler takes ten minutes."""
-    extend, steps, draw = Sampler.extend, [], score.draw
+    extend, steps, pick = Sampler.extend, [], score.pick
 
     def noting(things, count, seed, at):
         steps.append(at)
-        return draw(things, count, seed, at)
+        return pick(things, count, seed, at)
 
     def slowly(*arguments, **more):
         if steps and steps[-1] == step:
@@ -175,7 +175,7 @@ def slow_generation(step: int, marker: Path):
             time.sleep(600)
         return extend(*arguments, **more)
 
-    score.draw = rrr.draw = noting
+    score.pick = rrr.pick = noting
     Sampler.extend = slowly
 
 
@@ -543,7 +543,9 @@ POISONS = {
 def train_only(script, model_dir, out, *flags):
     """`helpers.train_here` without the evaluation at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        ends = {"both_modes", "before_and_after", "conclude", "compare_after_failure"}
+        for name in ("both_modes", "before_and_after"):
+            patch.setattr(evaluate.Exam, name, lambda *arguments: {})
+        ends = {"conclude", "compare_after_failure"}
         for name in ends & vars(SCRIPTS[script]).keys():
             patch.setattr(SCRIPTS[script], name, lambda *arguments, **more: {})
         patch.setattr(rrr, "side_by_side", lambda *arguments: "")

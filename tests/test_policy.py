@@ -201,7 +201,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
 
 def test_every_problem_comes_once_an_epoch_in_an_order_of_its_own():
     problems = list(range(10))
-    seen = [batches.pick_problems(problems, 0, step, 4) for step in range(5)]
+    seen = [batches.pick_things(problems, 0, step, 4) for step in range(5)]
     flat = [p for batch in seen for p in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == problems and flat[:10] != flat[10:]
 

@@ -91,10 +91,10 @@ def make_rollout(model_dir, retries=2, reflection_tokens=6):
 
 
 def test_the_retry_stands_on_the_exact_ids_of_problem_failure_and_reflection(model_dir):
-    (rollout, _, rewards, _, held), failures, env, config, caches = make_rollout(model_dir)
+    (rollout, retries, _, held), failures, env, config, caches = make_rollout(model_dir)
     reflected, retried = caches
     assert reflected is None and retried is not None  # the failure is encoded, the rest goes on
-    assert rewards.shape == (3, 2, 2) and len(rollout.ids) == 12
+    assert len(retries.right) == len(rollout.ids) == 12
     tokenizer, task = env.tokenizer, env.task
     for row in range(12):
         failure, ids = failures[row // 4], rollout.ids[row].tolist()
@@ -121,8 +121,8 @@ PENALISED = [("reflection", {1}), ("both", {1, 2}), ("all", {0, 1, 2})]
 def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
     episodes, _, _, config, _ = make_rollout(model_dir, retries=1)
     config.reward_on, rollout = reward_on, episodes.rollout
-    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])[..., None]
-    batch = rrr.make_batch(episodes._replace(rewards=rewards), config)
+    episodes.retries.right[:] = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    batch = rrr.make_batch(episodes, config)
     wanted = rollout.action_mask & torch.isin(rollout.turn, torch.tensor(sorted(rewarded)))
     assert ((batch.advantages != 0) == wanted).all()
 

@@ -288,15 +288,15 @@ def test_a_rank_without_prompts_has_a_rollout_without_rows(tiny, tokenizer):
 def test_a_row_keeps_the_index_of_the_prompt_that_it_began_with(tiny, tokenizer):
     sampler = Sampler(tiny("llama"), tokenizer)
     first, second, third = three_turns(sampler)
-    assert first.prompt.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert second.prompt.tolist() == [4, 4, 0, 0, 1, 1, 2, 2, 4, 4, 1, 1]
-    assert third.prompt.tolist() == second.prompt.tolist()
+    assert first.prompt_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert second.prompt_index.tolist() == [4, 4, 0, 0, 1, 1, 2, 2, 4, 4, 1, 1]
+    assert third.prompt_index.tolist() == second.prompt_index.tolist()
     assert third.parents.tolist() == list(range(12))
-    given = rollout_of([[[5, 6], [7, EOS]]] * 3, 1, torch.tensor([2, 0, 0]), [7, 8, 9], sampler)
-    assert given.prompt.tolist() == [2, 0, 0]
+    given = rollout_of([[[5, 6], [7, EOS]]] * 3, 1, sampler, torch.tensor([2, 0, 0]), [7, 8, 9])
+    assert given.prompt_index.tolist() == [2, 0, 0]
     more = sampler.extend(given, [[4]] * 2, 2, rows=[1, 0], max_new_tokens=3, seeds=range(4))
-    assert more.prompt.tolist() == [0, 0, 2, 2] and more.parents.tolist() == [1, 1, 0, 0]
-    assert sampler.generate([], max_new_tokens=3).prompt.tolist() == []
+    assert more.prompt_index.tolist() == [0, 0, 2, 2] and more.parents.tolist() == [1, 1, 0, 0]
+    assert sampler.generate([], max_new_tokens=3).prompt_index.tolist() == []
 
 
 @pytest.mark.parametrize("turns", [1, 2])
@@ -315,7 +315,7 @@ def test_without_a_cache_of_its_own_a_conversation_is_encoded_anew(tokenizer, tu
             assert torch.equal(getattr(after, name), getattr(plain, name))
         parents = torch.tensor(rows).repeat_interleave(2)
         assert torch.equal(after.parents, parents)
-        assert torch.equal(after.prompt, before.prompt[parents])
+        assert torch.equal(after.prompt_index, before.prompt_index[parents])
         stopped = torch.cat([before.stopped[parents], plain.stopped], 1)
         assert torch.equal(after.stopped, stopped) and stopped.shape == (8, turns + 1)
         for r, parent in enumerate(parents.tolist()):

@@ -205,7 +205,7 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     assert set(own.rollout.turn[own.rollout.action_mask].tolist()) == {0, 1} and not own.offline
     attempts = score.roll_out(env, ours, batches.share_of(problems, 0, 1), config, theirs)
     offline = attempts.rollout
-    assert len(attempts.first.right) == 4 and len(attempts.second.right) == 8
+    assert len(attempts.v1.right) == 4 and len(attempts.v2.right) == 8
     assert set(offline.turn[offline.action_mask].tolist()) == {1}
     assert offline.stopped.shape == (8, 2) and attempts.offline
     seeds = batches.row_seeds(4, "first", 0, 1)

@@ -1,7 +1,5 @@
 """The made-up conversations that the embedded model learns from, and the model itself."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -67,8 +65,8 @@ def test_the_embedded_base_stands_where_the_papers_start():
     assert sum(file.stat().st_size for file in path.iterdir()) < 2e6
     config = evaluate.Config(model=str(path))
     env, sampler, splits = prepare(config, {"validation": None})
-    look = partial(evaluate.look, env, config, "self_correct", sampler, splits["validation"])
-    (sampled, _), (greedy, _) = look(1.0), look(0.0)
+    exam = evaluate.Exam(env, config, "self_correct")
+    sampled, greedy = (exam(sampler, splits["validation"], T)[0] for T in (1.0, 0.0))
     assert 0.3 < sampled["acc_t1"] < 0.5 and -0.1 < sampled["delta"] < -0.02
     assert greedy["delta"] <= 0.001
     assert sampled["well_formed"] > 0.85

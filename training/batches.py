@@ -30,17 +30,17 @@ def share_of(things: list, *key) -> Share:
     return Share(things[span.start : span.stop], span, key)
 
 
-def draw(things: list, count: int, seed: int, step: int) -> Share:
+def pick(things: list, count: int, seed: int, step: int) -> Share:
     """This rank's share of the `step`-th batch of `count` things."""
-    return share_of(pick_problems(things, seed, step, count), seed, step)
+    return share_of(pick_things(things, seed, step, count), seed, step)
 
 
-def pick_problems(problems: list, seed: int, step: int, count: int) -> list:
+def pick_things(things: list, seed: int, step: int, count: int) -> list:
     """The `step`-th batch of an endless stream of shuffled epochs."""
     chosen = []
     for position in range(step * count, (step + 1) * count):
-        epoch, index = divmod(position, len(problems))
-        chosen.append(problems[_epoch_order(len(problems), seed, epoch)[index]])
+        epoch, index = divmod(position, len(things))
+        chosen.append(things[_epoch_order(len(things), seed, epoch)[index]])
     return chosen
 
 

@@ -12,7 +12,7 @@ run/states/step_000020 with
 It is written under another name, synced, and renamed, so a state with its name is whole unless the
 disk has lost some of it, which the manifest shows. There is no random state in it and no place in
 the data: every sample's seed and every step's problems are functions of the run's seed and the step
-(batches.row_seeds, batches.pick_problems).
+(batches.row_seeds, batches.pick_things).
 """
 
 import ctypes

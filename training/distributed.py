@@ -206,7 +206,7 @@ def shard(
             part.set_force_sum_reduction_for_comms(True)  # else gloo lacks what a factor takes
 
 
-def tensors_of(model) -> list[Tensor]:
+def all_tensors(model) -> list[Tensor]:
     """All that a model computes with: parameters, and the buffers that are in no file."""
     return [*model.parameters(), *model.buffers()]
 
@@ -218,7 +218,7 @@ def send(model, *copies) -> None:
     The other ranks have `model` without values. One tensor at a time goes round, so that no rank
     but the first ever holds a whole model for this.
     """
-    for source, *targets in zip(tensors_of(model), *map(tensors_of, copies), strict=True):
+    for source, *targets in zip(all_tensors(model), *map(all_tensors, copies), strict=True):
         tensor = torch.empty(source.shape, dtype=source.dtype, device=device())
         if rank() == 0:
             tensor.copy_(source)

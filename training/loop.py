@@ -29,12 +29,12 @@ class Hooks(NamedTuple):
 
     step_batch: (step, state) -> Batch: rollout and verdicts, turned into advantages
     evaluate:   step -> (figures that join the metrics, transcripts), every --eval_every steps
-    draw:       run -> None: the run's picture, at every saved state, on the first rank
+    plot:       run -> None: the run's picture, at every saved state, on the first rank
     """
 
     step_batch: Callable[[int, dict], Batch]
     evaluate: Callable[[int], tuple[dict, str]]
-    draw: Callable[[Path], None]
+    plot: Callable[[Path], None]
 
 
 def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict) -> None:
@@ -74,10 +74,10 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
                 if last or memory["step"] % config.save_every == 0:
                     save(memory, save_best if close_window(memory, last) else None)
                     with saving(run):
-                        on_first(hooks.draw, run)
+                        on_first(hooks.plot, run)
             safe = None  # all is saved
             with interruptible():
-                pass
+                pass  # a SIGTERM that came since is heard here, on every rank
     except Stopped:
         if safe is not None:
             save(safe)
@@ -96,7 +96,8 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
     with given_up(scorer, sampler.model):
         scores, norm, wrong = update(scorer, optimizer, batch, config)
     tokens = token_metrics(batch, scores, with_kl=scorer.reference is not None)
-    row = {"stage": batch.figures["stage"], "step": step} | batch.figures | tokens
+    first = {"stage": batch.figures["stage"], "step": step}  # what a line begins with
+    row = first | batch.figures | tokens
     row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": int(bool(wrong))}
     row["seconds_rollout"] = sampled - started
     row["seconds_update"] = time.perf_counter() - sampled
@@ -127,10 +128,9 @@ def token_metrics(batch: Batch, scores: Scores, with_kl: bool) -> dict:
     share of sampled tokens without a policy gradient. truncated: attempts cut off by the limit.
     """
     rollout, sampled = batch.rollout, batch.rollout.action_mask
-    scored = sampled if batch.held is None else sampled | batch.held
     kl = {
         f"kl_t{turn + 1}": float(scores.kl.double()[rollout.turn == turn].sum())
-        for turn in rollout.turn[scored].unique().tolist()
+        for turn in rollout.turn[batch.scored].unique().tolist()
     }
     stopped = rollout.stopped[:, rollout.turn[sampled].unique()]  # (B, turns sampled here)
     mine = (kl if with_kl else {}) | {

@@ -35,7 +35,8 @@ class Batch(NamedTuple):
 
     advantages, kl_coef: (B, T) float32, one for every sampled token, 0 elsewhere
     denominator:         what the loss is divided by, counted over the whole batch, of all ranks
-    figures:             the step's own metrics; `reward` among them decides which model is kept
+    figures:             the step's own metrics, each a number that joins its line of metrics.jsonl;
+                         `reward` among them decides which model is kept
     held:                (B, T) bool or None: tokens of the prompt that get a KL and nothing else
     """
 
@@ -45,6 +46,12 @@ class Batch(NamedTuple):
     denominator: float
     figures: dict
     held: Tensor | None = None
+
+    @property
+    def scored(self) -> Tensor:
+        """(B, T) bool: the tokens that the loss is about, those sampled and those held."""
+        mask = self.rollout.action_mask
+        return mask if self.held is None else mask | self.held
 
 
 def accumulate_gradients(
@@ -57,13 +64,13 @@ def accumulate_gradients(
     """
     rollout, loss = batch.rollout, 0.0
     kept = [torch.zeros_like(rollout.logprobs) for _ in Scores._fields]  # (B, T) each
-    scored = rollout.action_mask if batch.held is None else rollout.action_mask | batch.held
-    whole = (rollout.ids, scored, rollout.turn, batch.advantages, batch.kl_coef)  # (B, T) each
+    per_token = (batch.scored, rollout.turn, batch.advantages, batch.kl_coef)  # (B, T) each
     pieces = micro_batches(rollout.lengths, config.token_budget)
     idle = max(distributed.exchange(len(pieces))) - len(pieces)
     for rows in pieces:
         cut = int(rollout.lengths[rows].max())
-        ids, mask, turn, advantages, kl_coef = (x[rows, :cut] for x in whole)  # (b, t) each
+        ids = rollout.ids[rows, :cut]
+        mask, turn, advantages, kl_coef = (x[rows, :cut] for x in per_token)  # (b, t) each
         old = None if old_logprobs is None else old_logprobs[rows, :cut]
         how = batch.denominator, config.kl, old, config.clip
         scores = scorer(ids, mask, config.temperature)  # (b, t) each, with their graph

@@ -6,17 +6,17 @@ All bad input is a ValueError here, before any long work.
 from sampler import Sampler
 from tasks.env import Env
 from tasks.loading import load_task
-from training.batches import pick_problems
+from training.batches import pick_things
 from training.models import compute_dtype, load_model
 
 
-def prepare(config, limits: dict[str, int | None]) -> tuple[Env, Sampler, dict[str, list]]:
+def prepare(config, counts: dict[str, int | None]) -> tuple[Env, Sampler, dict[str, list]]:
     """(env, sampler, {split: problems}) by a script's flags.
 
-    `limits` names the splits and how many problems of each to take (None: all).
+    `counts` names the splits and how many problems of each to take (None: all).
     """
-    task, problems = load_task(config, limits)
-    splits = {name: problems[name][:limit] for name, limit in limits.items()}
+    task, splits = load_task(config, counts)
+    splits = {name: splits[name][:count] for name, count in counts.items()}
     model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
     sampler, env = Sampler(model, tokenizer), Env(task, tokenizer)
     for some in splits.values():
@@ -57,7 +57,7 @@ def probe(look, problems: list[dict], config, keys=("acc_t1", "acc_t2")) -> None
     """
     if not config.probe:
         return
-    chosen = pick_problems(problems, config.seed, 0, min(config.probe, len(problems)))
+    chosen = pick_things(problems, config.seed, 0, min(config.probe, len(problems)))
     figures, _ = look(chosen, config.temperature)
     rates = {key: figures.get(key, 1.0) for key in keys}  # no failure: there is nothing to retry
     if {*rates.values()} in ({0.0}, {1.0}):

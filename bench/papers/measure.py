@@ -7,7 +7,6 @@ compared problem by problem.
 import json
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,15 @@ sys.path.insert(0, str(ROOT))
 
 import rrr  # noqa: E402
 import score  # noqa: E402
-from evaluate import Protocol, controls, evaluate, look  # noqa: E402
+from evaluate import MODES, Exam, Protocol, controls, evaluate  # noqa: E402
 from report.figures import votes  # noqa: E402
-from training.batches import draw  # noqa: E402
+from training.batches import pick  # noqa: E402
+from training.checkpoint import write_text  # noqa: E402
 from training.flags import flag, parse_args  # noqa: E402
 from training.models import make_scorer  # noqa: E402
 from training.policy import accumulate_gradients  # noqa: E402
 from training.setup import load_sampler, prepare  # noqa: E402
 
-MODES = {"greedy": 0.0, "sampled": 1.0}
 ATTEMPTS, VOTERS, VOTED = 10, 32, 500  # in a row; answers a problem, and of how many problems
 EDIT_BINS = np.linspace(0, 0.5, 26)
 DESIGNS = {  # of a batch, all of 320 attempts: P, G, K
@@ -53,11 +52,11 @@ def bits(values) -> str:
     return f"{len(values)}:{np.packbits(np.array(values, dtype=bool)).tobytes().hex()}"
 
 
-def measure(look_at, cast, problems) -> tuple[dict, dict, dict]:
+def measure(exam, cast, problems) -> tuple[dict, dict, dict]:
     """({mode: figures}, {mode: {key: bits}}, {mode: conversations}), two attempts a problem."""
     figures, kept, talks = {}, {}, {}
     for mode, T in MODES.items():
-        figures[mode], talks[mode] = look_at(cast, problems, T)
+        figures[mode], talks[mode] = exam(cast, problems, T)
         values = [talk["values"] for talk in talks[mode]]
         keys = ("acc_t1", "acc_t2", "well_formed")
         kept[mode] = {key: bits([v[key] == 1 for v in values]) for key in keys}
@@ -88,19 +87,19 @@ def measure_all(config: Config) -> dict:
     settings = replace(rrr.Config(), model=config.base)
     few = min(settings.eval_problems, config.limit or settings.eval_problems)
     env, base, splits = prepare(settings, {"test": config.limit, "validation": few})
-    test, look_at = splits["test"], partial(look, env, settings)
+    test, exam = splits["test"], Exam(env, settings, config.method)
     trained = base
     if config.model != config.base:
         trained = load_sampler(config.model, env, settings)
-    figures, kept, talks = measure(partial(look_at, config.method), trained, test)
+    figures, kept, talks = measure(exam, trained, test)
     found = {"figures": {"": figures}, "bits": {"": kept}, "more": []}
     if trained is base:  # as a run evaluates it, so that its curves have where to begin
-        start, _ = look_at(config.method, base, splits["validation"], 1.0)
+        start, _ = exam(base, splits["validation"], 1.0)
         found["start"] = {f"eval_{key}": value for key, value in start.items()}
     if config.method == "reflect_retry":
         for name, (cast, method) in controls(base, trained).items():
             if name.startswith("base,") == (trained is base):  # the base's: once for all models
-                figures, kept, _ = measure(partial(look_at, method), cast, test)
+                figures, kept, _ = measure(exam._replace(method=method), cast, test)
                 found["figures"][name], found["bits"][name] = figures, kept
     if config.more:
         found["more"], votes_kept = more_of(trained, env, talks["sampled"], test, settings)
@@ -150,7 +149,7 @@ def measure_noise(config: Config) -> list[dict]:
             settings = score.Config(model=config.model, **sizes)
             env, sampler, splits = prepare(settings, {"train": None})
             scorer = make_scorer(sampler.model, settings)
-            batches = [draw(splits["train"], P, 1000, step) for step in range(config.batches)]
+            batches = [pick(splits["train"], P, 1000, step) for step in range(config.batches)]
             found = [gradient(scorer, sampler, env, mine, settings) for mine in batches]
             row = {"design": name, "alpha": alpha, "n": config.batches}
             rows.append(row | noise_of(torch.stack(found)))
@@ -159,9 +158,7 @@ def measure_noise(config: Config) -> list[dict]:
 
 def main(config: Config) -> None:
     found = measure_noise(config) if config.noise else measure_all(config)
-    fresh = Path(config.output + ".new")
-    fresh.write_text(json.dumps(found))
-    fresh.replace(config.output)
+    write_text(Path(config.output), json.dumps(found))
 
 
 if __name__ == "__main__":

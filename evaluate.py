@@ -152,7 +152,9 @@ def next_attempts(cast, env, before, rows, protocol):
         return again, None
     if method == "generic_reflection":
         words = encode(env.tokenizer, env.task.generic_reflection) + env.seam("retry")
-        afresh = replace(before, cache=None)  # as the published figures were made: with its seeds
+        # encoded anew, though its cache is there, since the published figures were made so: a
+        # row's draws are those of its own seed, not of a child's
+        afresh = replace(before, cache=None)
         return answer(retrier, afresh, "reflect", rows, words), None
     ask, then = ("critique", "rewrite") if method == "self_refine" else ("reflect", "retry")
     longest = {"max_new_tokens": protocol.max_reflection_tokens}

@@ -74,7 +74,7 @@ class Config(TrainConfig):
     group: str = flag(
         "failure",
         "GRPO's group: G reflections on one failure, or G whole episodes of one query, of which "
-        "a right first attempt end there and take no part",
+        "those with a right first attempt end there and take no part",
         choices=("failure", "episode"),
     )
     failures_per_step: int = flag(16, "F, failures (or queries, with --group episode) a step")
@@ -102,8 +102,8 @@ class Config(TrainConfig):
         "all",
         "which tokens are held near the base model: reflection; both, with the retry; all, with "
         "the first attempt. Rewarding reflections moves the weights that write the answers too: "
-        "holding those keeps them as good as they "
-        "were, and the gain in the reflection, where it can be credited",
+        "holding those keeps them as good as they were, and the gain in the reflection, where it "
+        "can be credited",
         choices=("reflection", "both", "all"),
     )
 

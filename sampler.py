@@ -37,7 +37,7 @@ from sampling.rollout import rollout_of
 from sampling.steps import Graphs, State, state_of, widths_of
 
 try:  # the one place outside fast/ that looks for it: without that folder sampling is only slower
-    from fast import fused
+    import fast.fused as fused
 except ModuleNotFoundError as error:
     if error.name not in ("fast", "fast.fused"):  # something else is missing, which is no choice
         raise

@@ -115,9 +115,9 @@ class Attempts(NamedTuple):
 def roll_out(env, sampler, mine, config, base=None) -> Attempts:
     """Two attempts at each of this rank's problems.
 
-    The second attempt stands on the very ids of the first, and goes on from their cache. With a
-    `base` (a sampler of the base model) that one writes the first attempts, unless the data gives
-    them: they are then not sampled from the policy, and get no gradient.
+    The second attempt stands on the very ids of the first, and goes on from their cache. Offline, a
+    `base` (a sampler of the base model) or the data has written the first attempts: they are not
+    sampled from the policy, and get no gradient.
     """
     G, K = config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
@@ -125,10 +125,11 @@ def roll_out(env, sampler, mine, config, base=None) -> Attempts:
     v1 = env.verdicts(y1, 0, mine.items)
     if config.single_turn:
         return Attempts(y1, v1, None, offline=False)
-    seeds = mine.seeds("second", G * K)  # for first attempts of another model; ours have their own
+    offline = base is not None or env.task.given is not None
+    seeds = mine.seeds("second", G * K) if offline else None  # else they derive from those of y1
     y2 = sampler.extend(y1, env.follow_up(y1, "correct"), K, seeds=seeds, **limits)
     v2 = env.verdicts(y2, 1, mine.items)
-    return Attempts(y2, v1, v2, offline=base is not None)
+    return Attempts(y2, v1, v2, offline)
 
 
 def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, Tensor | None]:
@@ -250,7 +251,7 @@ def main(config: Config) -> None:
             probe(partial(exam, sampler), splits["train"], config, keys)
         run = open_run(config, contents_of(env, sampler.model, splits))
         scorer = make_scorer(sampler.model, config)  # trains the very model that is sampled from
-    base = sampler  # where the data gives first attempts, nobody writes them
+    base = None  # where the data gives first attempts, nobody writes them
     if config.offline_ratio and not env.task.given:
         base = load_sampler(config.model, env, config)
 

@@ -26,8 +26,8 @@ def plot_curves(run: Path, least: int = 10) -> None:
 
     Training batches: faint points, and a line of their trailing mean over `least` steps, or a
     twentieth of a longer run. Validation: dots. Imitation, which has verdicts on training problems
-    only where a round begins: diamonds, and the dots of validation joined. No rows, or no
-    matplotlib: no picture.
+    only where a round begins: diamonds, and the dots of validation joined. No rows: no picture.
+    Whatever goes wrong with a picture is a warning, once: no run ends for it.
     """
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
@@ -37,16 +37,15 @@ def plot_curves(run: Path, least: int = 10) -> None:
         return
     try:
         _draw(run / "curves.png", rows, least)
-    except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "matplotlib":
-            raise
-        _warn_once()
+    except Exception as error:
+        missing = str(getattr(error, "name", "")).startswith("matplotlib")
+        fault = f"{type(error).__name__}: {error}"
+        _warn_once("matplotlib is not installed" if missing else fault)
 
 
 @cache  # others reset what the filters of warnings have seen
-def _warn_once() -> None:
-    said = "matplotlib is not installed: the run goes on without curves.png"
-    warnings.warn(said, stacklevel=4)
+def _warn_once(fault: str) -> None:
+    warnings.warn(f"the run goes on without curves.png: {fault}", stacklevel=4)
 
 
 def _draw(path: Path, rows: list[dict], least: int) -> None:

@@ -16,9 +16,7 @@ class Rollout:
     ids: Tensor  # (B, T) int64, right-padded with the pad id
     action_mask: Tensor  # (B, T) bool, True = sampled, the stop token included
     turn: Tensor  # (B, T) int64, a turn's prompt and completion share its number; -1 = padding
-    logprobs: (
-        Tensor  # (B, T) float32, of sampled tokens at the temperature used (greedy: 1), else 0
-    )
+    logprobs: Tensor  # (B, T) float32, of sampled tokens at their temperature (greedy: 1), else 0
     lengths: Tensor  # (B,) int64
     stopped: Tensor  # (B, turns) bool, ended by a stop token rather than by max_new_tokens
     parents: Tensor  # (B,) int64, row of the rollout extended, or index of the prompt

@@ -277,3 +277,4 @@ def test_a_generic_reflection_stands_in_the_models_own_turn_before_the_retry(tok
     said = f"<user> reflect <assistant> {task.generic_reflection} <end> <user> retry <assistant>"
     assert more == [tokenizer(said).input_ids]
     assert cache is None and rest["seeds"].tolist() == [9] and rest["rows"] == [1]
+    assert rest["max_new_tokens"] == 16

@@ -1,6 +1,9 @@
 """The fast path against the plain one, and its C against torch; skipped where fast/ is deleted."""
 
+import importlib.util
 import re
+import sys
+import types
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +251,17 @@ def test_a_fast_path_that_is_wrong_is_not_taken(tiny, tokenizer, factor, told, m
     monkeypatch.setattr(fused, "_norm", lambda module: lambda x: factor * norm(module)(x))
     assert not Sampler(tiny("llama"), tokenizer).fused
     assert told() == [text(tiny("llama"), WRONG)]
+
+
+def test_what_python_leaves_of_a_deleted_folder_is_no_fast_path(tmp_path, monkeypatch):
+    left = types.ModuleType("fast")  # as `fast/__pycache__` makes it, a package of nothing
+    left.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "fast", left)
+    monkeypatch.delitem(sys.modules, "fast.fused")
+    spec = importlib.util.spec_from_file_location("slow", sampler_module.__file__)
+    slow = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(slow)
+    assert slow.fused is None and sampler_module.fused is not None
 
 
 def test_one_place_alone_looks_for_the_folder():

@@ -95,6 +95,17 @@ def test_without_matplotlib_a_run_has_one_warning_and_no_picture(tmp_path, monke
     assert not (tmp_path / "curves.png").exists()
 
 
+def test_a_picture_that_fails_is_a_warning_and_no_end(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("no room for a cache")
+
+    monkeypatch.setattr(curves, "_draw", fail)
+    curves._warn_once.cache_clear()
+    write_rows(tmp_path, [score_row(0)])
+    with pytest.warns(UserWarning, match="goes on without curves.png: OSError: no room"):
+        plot_curves(tmp_path)
+
+
 def test_nothing_loads_matplotlib_before_something_is_drawn():
     names = "report.figures, report.tables, report.curves, report.growth, tables, pictures"
     code = f"import sys, {names}; sys.exit('matplotlib' in sys.modules)"

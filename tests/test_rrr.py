@@ -154,7 +154,8 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
     assert all(whole[0][key] == pytest.approx(0, abs=1e-6) for key in ("kl_t1", "kl_t2", "kl_t3"))
     assert "eval_retry_given_failure" in whole[1]
     written = {p.name for p in (tmp_path / "whole").iterdir()}
-    assert written >= {"failures.jsonl", "results.json", "reflections.txt", "checkpoint"}
+    assert written >= {"config.json", "failures.jsonl", "results.json", "reflections.txt"}
+    assert written >= {"checkpoint", "curves.png"}
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert len(results["controls"]) == 10 and "retry_given_failure" in results["trained"]["sampled"]
 

@@ -218,6 +218,39 @@ def test_offline_first_attempts_come_from_the_base_and_get_no_gradient(model_dir
     assert "reward" not in batch.figures and not batch.kl_coef[~offline.action_mask].any()
 
 
+def test_offline_steps_are_the_share_that_was_asked_for_and_count_second_attempts_alone(
+    model_dir, tmp_path
+):
+    flags = "--stage1_steps 2 --stage2_steps 2 --offline_ratio 0.5".split()
+    rows = train_here(model_dir, tmp_path / "run", *flags)
+    assert ["acc_t1" in row for row in rows] == [True, False, True, False]
+    lengths = [row["tokens"] / row["response_length"] for row in rows]
+    assert lengths == pytest.approx([16, 8, 16, 8])  # attempts: 8 rows, of both turns or one
+
+
+def test_first_attempts_whose_cache_is_lost_are_not_taken_for_somebody_elses(model_dir):
+    model, tokenizer = models.load_model(model_dir)
+    env, sampler = Env(TASKS["tiny"], tokenizer), Sampler(model, tokenizer)
+    first = env.first_attempts
+
+    def freed(*arguments, **limits):
+        rollout = first(*arguments, **limits)
+        rollout.cache = None
+        return rollout
+
+    env.first_attempts = freed
+    mine = batches.share_of(env.task.generate("train", 0)[:2], 0, 0)
+    with pytest.raises(ValueError, match="cache was freed"):
+        score.roll_out(env, sampler, mine, score.Config())
+
+
+def test_the_picture_is_drawn_anew_at_every_saved_state(model_dir, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(score, "plot_curves", lambda run: drawn.append(checkpoint.states(run)[0]))
+    train_here(model_dir, tmp_path / "run", *"--stage1_steps 2 --stage2_steps 3".split())
+    assert [path.name for path in drawn] == ["step_000002", "step_000004", "step_000005"]
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--task", "sudoku"], "unknown task 'sudoku'"),
     (["--alpha", "lots"], "argument --alpha: invalid float value: 'lots'"),

@@ -73,8 +73,7 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
                 last = memory["step"] == steps
                 if last or memory["step"] % config.save_every == 0:
                     save(memory, save_best if close_window(memory, last) else None)
-                    with saving(run):
-                        on_first(hooks.plot, run)
+                    on_first(hooks.plot, run)
             safe = None  # all is saved
             with interruptible():
                 pass  # a SIGTERM that came since is heard here, on every rank
@@ -82,6 +81,8 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
         if safe is not None:
             save(safe)
         stop(f"stopped by SIGTERM: {newest(run)}, go on with --resume", distributed.STOPPED)
+    if first == steps:  # resumed after its last state, maybe before its picture
+        on_first(hooks.plot, run)
     if distributed.together():
         distributed.drop_weights(sampler.model)
 

@@ -8,8 +8,8 @@ If the retry is right, GRPO rewards the reflection's tokens and no others: the m
 reflect, not to answer. Each step reads like the paper: roll out reflections and retries, verify the
 retries, give every reflection its advantage; the shared loss in loss.py does the rest.
 
-Notation: F failures a step, G reflections of each, R retries after each of those; B = F * G * R
-rows. With several processes each has its share of the F failures and of the rows; verdicts are
+Notation: N failures a step, G reflections of each, R retries after each of those; B = N * G * R
+rows. With several processes each has its share of the N failures and of the rows; verdicts are
 gathered from all of them.
 """
 
@@ -77,7 +77,7 @@ class Config(TrainConfig):
         "those with a right first attempt end there and take no part",
         choices=("failure", "episode"),
     )
-    failures_per_step: int = flag(16, "F, failures (or queries, with --group episode) a step")
+    failures_per_step: int = flag(16, "N, failures (or queries, with --group episode) a step")
     group_size: int = flag(8, "G, reflections of a failure")
     retries: int = flag(1, "R, retries after a reflection; its reward is their mean")
     max_reflection_tokens: int = flag(72, "token limit of a reflection")

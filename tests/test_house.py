@@ -18,8 +18,8 @@ FLOORS = (  # nothing imports upwards; a folder is one storey
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 ALGORITHMS = ("score.py", "rrr.py", "baselines.py")
-BENCH = [*ROOT.glob("bench/*.py"), *ROOT.glob("bench/papers/*.py")]
-HOUSE = [path for name in FLOOR for path in (*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py"))]
+BENCH = sorted([*ROOT.glob("bench/*.py"), *ROOT.glob("bench/papers/*.py")])
+HOUSE = sorted(p for name in FLOOR for p in (*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")))
 
 
 def imports(path: Path) -> set[str]:

@@ -271,6 +271,15 @@ def test_a_saved_model_is_replaced_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_the_embedded_model_is_found_from_any_directory_unless_one_is_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = models.load_model("models/tiny")
+    assert 340_000 < model.num_parameters() < 350_000
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--model models/tiny: no config.json there"):
+        models.load_model("models/tiny")
+
+
 def test_a_run_directory_in_use_is_refused_and_untouched(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="in use"):

@@ -139,8 +139,7 @@ def kl_terms(scores: Scores, kind: str) -> tuple[Tensor, Tensor]:
     exact: loss KL_t over the vocabulary, cost KL_t charged to *earlier* tokens. The gradient of the
            sequence's KL(pi || pi_ref), as in Eq. 2-4, with less variance than k1.
     token: loss KL_t only. The gradient of each position's KL with the prefixes held fixed: it
-           ignores that the policy chooses which prefixes it visits. What most trainers call "the
-           KL".
+           ignores that the policy chooses which prefixes it visits.
     k1:    cost L, charged to the token itself and earlier ones. The sequence KL's gradient, from
            samples alone. (As a loss it would have zero expected gradient.)
     k2:    loss L^2 / 2. In expectation the gradient of `token`.

@@ -183,8 +183,7 @@ class Sampler:
 
     @contextmanager
     def _sampling(self):
-        """For one turn the model only samples, on the fast path if there is one for it: its copies
-        of the weights are those of now."""
+        """For one turn: the model only samples, on the fast path if it has one, as it is now."""
         with sampling_mode(self.model):
             self.fast_forward = fast_forward(self.model) if self.fused else None
             try:

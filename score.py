@@ -1,6 +1,6 @@
 """SCoRe (arXiv 2409.12917): teaches a language model to correct itself, from its own attempts.
 
-    python score.py                        # the tiny model, 80 seconds on two cores
+    python score.py                        # the tiny model, 90 seconds on two cores
     python score.py --model DIR --task countdown --max_new_tokens 256
 
 Stage I trains the second attempt while a strong KL holds the first one at the base model; Stage II

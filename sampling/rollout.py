@@ -44,12 +44,8 @@ class Rollout:
     def take(self, index, width: int, pad_id: int, cache: KVCache | None = None) -> "Rollout":
         """Rows `index`, made `width` wide by padding or cutting, with another cache."""
         tensors = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "cache"}
-        for name, fill in {
-            "ids": pad_id,
-            "action_mask": False,
-            "turn": -1,
-            "logprobs": 0.0,
-        }.items():
+        fills = {"ids": pad_id, "action_mask": False, "turn": -1, "logprobs": 0.0}
+        for name, fill in fills.items():
             tensors[name] = F.pad(tensors[name], (0, width - tensors[name].shape[1]), value=fill)
         return Rollout(**tensors, cache=cache)
 

@@ -28,7 +28,8 @@ class Task:
     view:      the placeholders of `first`: {name: problem -> text}
 
     The verdict, which never raises on any response:
-    answer:    (response, problem) -> the answer in it, or None if it is not well-formed
+    answer:    (response, problem) -> the answer in it, or None if it is not well-formed; asked of
+               every response in training too, so it should take no time
     verify:    (response, problem) -> is the answer right
     warm_up:   a verdict whose processes are started, or fail, before a run; None: needs none
 

@@ -14,18 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 
+from answers.mathematics import alike, extract_math
+from answers.programs import extract_code  # noqa: F401, tasks take it from here
 from sandbox import grader
 from sandbox import run as sandbox
+
 
 MAX_ANSWER_CHARS = 1000
 TOKEN = re.compile(r"[ \t\r\n]*(?:(0|[1-9][0-9]*)(?![0-9])|([-+*/()]))")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3}
-BRACES = re.compile(r"\\?\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # one after a backslash is a character
-FINAL_ANSWER = re.compile(r"final answer is", re.IGNORECASE)
-MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|\*\*")
 FENCE = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*)```", re.DOTALL)
-CODE_FENCE = re.compile(r"^([ \t]*)```[ \t]*([^`\r\n]*)\r?$", re.MULTILINE)
 
 
 def extract_answer(response: str) -> str | None:
@@ -128,45 +126,7 @@ def verify_math(response: str, answer: str, timeout: float = grader.TIMEOUT) -> 
     given = extract_math(response)
     if not given or len(given) > MAX_ANSWER_CHARS:
         return False
-    return grader.equivalent(_without_full_stop(answer), _without_full_stop(given), timeout)
-
-
-def extract_math(response: str) -> str | None:
-    """What the last balanced `\\boxed{…}` after the last `</think>` holds.
-
-    Else, of the text after "final answer is", the formula it begins with, or its first sentence.
-    """
-    text = response.rpartition("</think>")[2]
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
-    *before, text = FINAL_ANSWER.split(text)
-    if not before:
-        return None
-    text = text.lstrip(" \t\r\n:*")
-    span = MATH_SPAN.match(text)
-    answer = (span[span.lastindex] if span else SENTENCE_END.split(text, maxsplit=1)[0]).strip()
-    matched = _last_boxed(rf"\boxed{{{answer}}}") == answer  # its braces
-    return answer if matched else None
-
-
-def _last_boxed(text: str) -> str | None:
-    """In one pass, for a text of a million braces too."""
-    opened: list[tuple[int, bool]] = []
-    last = (-1, -1)
-    for match in BRACES.finditer(text):
-        if match[0] == "}" and opened:
-            start, boxed = opened.pop()
-            if boxed and start > last[0]:
-                last = (start, match.start())
-        elif match[0] == "{" or "boxed" in match[0]:
-            opened.append((match.end(), match[0] != "{"))
-    return None if last[0] < 0 else text[last[0] : last[1]]
-
-
-def _without_full_stop(answer: str) -> str:
-    answer = answer.strip()
-    return answer[:-1] if re.search(r"\d\.\Z", answer) else answer
+    return grader.equivalent(alike(answer), alike(given), timeout)
 
 
 def verify_function_call(response: str, calls: list[dict]) -> bool:
@@ -290,31 +250,6 @@ def _is_accepted_field(value: dict, key: str, accepted: list) -> bool:
     if key not in value:
         return "" in accepted
     return any(_is_accepted(value[key], one) for one in accepted)
-
-
-def extract_code(response: str) -> str:
-    """The program in a response, of what follows the last `</think>`.
-
-    It is the last fenced block that is not blank, closed or not; else what stands between the last
-    `[BEGIN]` and `[DONE]`; else all of it.
-    """
-    text = response.rpartition("</think>")[2]
-    blocks, open_ = [], False
-    for fence in CODE_FENCE.finditer(text):
-        if open_ and not fence[2]:
-            blocks[-1][1] = fence.start()
-        else:  # one that names a language opens a block, even if the last was not closed
-            blocks.append([fence.end(), len(text), len(fence[1])])
-        open_ = not open_ or bool(fence[2])
-    for start, end, indent in reversed(blocks):
-        block = text[start:end]
-        if block and not block.isspace():
-            indented = re.compile(f"^[ \\t]{{0,{indent}}}", re.MULTILINE)
-            return indented.sub("", block.strip("\r\n"))
-    if blocks:
-        return ""
-    before, begin, after = text.rpartition("[BEGIN]")
-    return (after if begin else before + after).partition("[DONE]")[0].strip("\r\n")
 
 
 def verify_code(

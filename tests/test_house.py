@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # nothing imports upwards; a folder is one storey
-    {"loss", "sandbox", "sampling", "report"},
+    {"loss", "answers", "sandbox", "sampling", "report"},
     {"fast"},
     {"sampler", "verifiers"},
     {"tasks"},

@@ -19,7 +19,6 @@ from answers.programs import extract_code  # noqa: F401, tasks take it from here
 from sandbox import grader
 from sandbox import run as sandbox
 
-
 MAX_ANSWER_CHARS = 1000
 TOKEN = re.compile(r"[ \t\r\n]*(?:(0|[1-9][0-9]*)(?![0-9])|([-+*/()]))")
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3, "pos": 3}

@@ -12,18 +12,18 @@ gold has lists of accepted values. Its own checker is laxer with strings than ou
 import json
 
 from tasks.base import Task
-from tasks.sources import parse_json, take
+from tasks.chats import call_chat
+from tasks.sources import found_in, take
 from verifiers import extract_calls, verify_function_call
 
 
 def parse_function_call(row: dict) -> dict:
-    return parse_bfcl(row) if "ground_truth" in row else parse_apigen(row)
+    return parse_bfcl(row) if {"function", "ground_truth"} & row.keys() else parse_apigen(row)
 
 
 def parse_apigen(row: dict) -> dict:
     """`tools` and `answers` may be JSON texts, as on the hub."""
-    query = take(row, query=str)[0]
-    tools, calls = take_json(row, "tools"), take_json(row, "answers")
+    query, tools, calls = take(row, query=str, tools=list, answers=list)
     for call in calls:
         named = is_object(call) and call.keys() == {"name", "arguments"}
         if not named or not is_object(call["arguments"]):
@@ -32,6 +32,9 @@ def parse_apigen(row: dict) -> dict:
 
 
 def parse_bfcl(row: dict) -> dict:
+    if "ground_truth" not in row:
+        where = "BFCL has it in possible_answer/, to be joined by id"
+        raise ValueError(f"field 'ground_truth' is missing: {where}; {found_in(row)}")
     turns, tools, calls = take(row, question=list, function=list, ground_truth=list)
     try:
         (messages,) = turns
@@ -52,13 +55,6 @@ def parse_bfcl(row: dict) -> dict:
 
 def is_object(value) -> bool:
     return isinstance(value, dict)
-
-
-def take_json(row: dict, field: str) -> list:
-    """A list, or the list in a JSON text."""
-    value = row.get(field)
-    value = parse_json(value, f"field '{field}'") if isinstance(value, str) else value
-    return take({field: value}, **{field: list})[0]
 
 
 def example_calls(calls: list[dict]) -> list[dict]:
@@ -115,6 +111,7 @@ TASK = Task(
     answer=lambda response, p: calls_text(response),
     verify=lambda response, p: verify_function_call(response, p["calls"]),
     parse=parse_function_call,
+    chat=call_chat,
     source=(
         "hub:Salesforce/xlam-function-calling-60k, "
         "or files of the Berkeley Function Calling Leaderboard"

@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 
 from tasks import math
+from tasks.chats import gsm8k_chat
 from tasks.sources import take
 
 
@@ -24,5 +25,9 @@ def parse_gsm8k(row: dict) -> dict:
 
 
 TASK = replace(
-    math.TASK, name="gsm8k", parse=parse_gsm8k, source="hub:openai/gsm8k:main, or its files"
+    math.TASK,
+    name="gsm8k",
+    parse=parse_gsm8k,
+    chat=gsm8k_chat,
+    source="hub:openai/gsm8k:main, or its files",
 )

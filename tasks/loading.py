@@ -5,7 +5,8 @@ from dataclasses import replace
 from sandbox import run as sandbox
 from tasks import TASKS
 from tasks.base import PLACEHOLDER, PROMPTS, Task
-from tasks.sources import content_hash, load_splits, naming, parse_json, read_rows, read_text
+from tasks.files import parse_json, read_rows, read_text
+from tasks.sources import content_hash, load_splits, naming, parse_row
 
 
 def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
@@ -50,7 +51,7 @@ def few_shot_examples(task: Task, splits: dict[str, list[dict]], config) -> list
         rows = []
         for where, row in read_rows(path):
             with naming(where):
-                rows.append((task.parse(row), row.get("response")))
+                rows.append((parse_row(task, row), row.get("response")))
         count = len(rows) if count is None else count
     else:
         count = task.default_shots if count is None else count

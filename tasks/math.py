@@ -6,6 +6,7 @@ answer:  A negative power is a reciprocal: \boxed{1/2}
 """
 
 from tasks.base import Task
+from tasks.chats import math_chat
 from tasks.sources import take
 from verifiers import extract_math, verify_math
 
@@ -48,6 +49,7 @@ TASK = Task(
     verify=lambda response, p: verify_math(response, p["answer"]),
     warm_up=lambda: verify_math("\\boxed{1}", "1"),
     parse=parse_math,
+    chat=math_chat,
     source="files of MATH's train and MATH-500's test split",
     key=lambda p: p["problem"],
     solution=lambda p: p["solution"],

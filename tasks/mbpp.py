@@ -9,13 +9,18 @@ answer:  ```python
 """
 
 from tasks.base import Task
-from tasks.sources import take
+from tasks.chats import code_chat
+from tasks.sources import take, typed
 from verifiers import extract_code, verify_code
 
 
 def parse_mbpp(row: dict) -> dict:
+    """`sanitized` asks in `prompt`, and its tests' imports are a list."""
+    if "text" not in row and isinstance(row.get("prompt"), str):
+        row = row | {"text": row["prompt"]}
     task_id, text, code, tests = take(row, task_id=int, text=str, code=str, test_list=list)
-    setup = row.get("test_setup_code") or ""
+    setup = row.get("test_setup_code") or typed(row.get("test_imports"), list) or ""
+    setup = "\n".join(map(str, setup)) if isinstance(setup, list) else setup
     if not all(isinstance(test, str) for test in [setup, *tests]):
         raise ValueError("field 'test_list' must be a list of texts, 'test_setup_code' a text")
     tests = [unix(test) for test in [setup] * bool(setup) + tests]
@@ -63,8 +68,9 @@ TASK = Task(
     view={"text": lambda p: p["text"], "tests": lambda p: "\n".join(p["tests"])},
     answer=lambda response, p: extract_code(response) or None,
     verify=lambda response, p: verify_code(extract_code(response), p["tests"]),
-    warm_up=lambda: verify_code("", ""),
+    warm_up=lambda: verify_code("", "assert True"),
     parse=parse_mbpp,
+    chat=code_chat,
     source="hub:google-research-datasets/mbpp:full, or its mbpp.jsonl",
     key=lambda p: "\n".join([p["text"], *p["tests"]]),
     published=published_split,

@@ -1,6 +1,6 @@
 """Problems from files and hub datasets: reading, checking, and splits that never overlap.
 
-What --data takes, SOURCE being a JSONL file, a JSON file with one list, or hub:NAME[:CONFIG] (needs
+What --data takes, SOURCE being a file (files.py says which) or hub:NAME[:CONFIG] (needs
 `datasets`):
 
     SOURCE                     a file is split by a hash of each problem's content, 80 % train, 10 %
@@ -13,14 +13,18 @@ MBPP's published split by `task_id` goes before either. A split so depends on a 
 alone, not on its place in the file. One problem in two splits is an error.
 """
 
+import ast
 import hashlib
 import json
 import re
 from collections.abc import Iterable
 from contextlib import contextmanager
-from pathlib import Path
+
+from tasks.files import DATA_FILE, read_rows, without_nulls
 
 SPLITS = ("train", "validation", "test")
+HUB_PAGE = re.compile(r"(https?://huggingface\.co|hf:/)/datasets/")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def content_hash(key: str) -> int:
@@ -51,7 +55,8 @@ def load_splits(task, data: str | None, seed: int, wanted: Iterable[str]) -> dic
         raise ValueError(
             f"task '{task.name}' makes its own problems: leave --data out, or use --task countdown"
         )
-    rows = read_sources(data)
+    with suggesting(task):
+        rows = read_sources(data)
     splits = place(task, rows)
     for split in wanted:
         if not splits[split]:
@@ -69,7 +74,7 @@ def place(task, rows: list[tuple[str | None, str, dict]]) -> dict[str, list[dict
     seen = {}  # {hash of a problem: (its split, where it stands)}
     for given, where, row in rows:
         with naming(where):
-            problem = task.parse(row)
+            problem = parse_row(task, row)
         key = task.key(problem)
         split = given or split_of(key)
         if given == "train" and "validation" not in given_splits and split_of(key) == "validation":
@@ -89,6 +94,12 @@ def place(task, rows: list[tuple[str | None, str, dict]]) -> dict[str, list[dict
     return splits
 
 
+def parse_row(task, row: dict) -> dict:
+    """The problem in a row of data, flat or a chat; ValueError if the task can't use it."""
+    row = {field: value for field, value in row.items() if value is not None}
+    return task.parse(task.chat(row) if task.chat else row)
+
+
 @contextmanager
 def naming(where: str):
     """Puts the place in front of a ValueError about what stands there."""
@@ -101,14 +112,45 @@ def naming(where: str):
 def take(row: dict, **kinds: type) -> list:
     """The values of a row's fields.
 
-    One that is missing, of another kind or an empty text or list is a ValueError.
+    One that is missing, of another kind or an empty text or list is a ValueError. A list, object or
+    whole number may be written as a text, as all values of a CSV file are.
     """
     names = {str: "text", list: "list", dict: "object", int: "whole number"}
-    for field, kind in kinds.items():
+    values = [typed(row.get(field), kind) for field, kind in kinds.items()]
+    for (field, kind), value in zip(kinds.items(), values, strict=True):
         # isinstance would take true for a whole number
-        if type(row.get(field)) is not kind or row[field] in ("", []):
-            raise ValueError(f"field '{field}' is missing, empty or no {names[kind]}")
-    return [row[field] for field in kinds]
+        if type(value) is not kind or value in ("", []):
+            fault = "missing" if value is None else f"empty or no {names[kind]}"
+            wanted = ", ".join(kinds)
+            raise ValueError(f"field '{field}' is {fault}: wanted {wanted}; {found_in(row)}")
+    return values
+
+
+def typed(value, kind: type):
+    """A text that says a list, object or whole number as that; all else as it is.
+
+    JSON, or Python's own writing, which pandas puts into a CSV. What it does not write just so is
+    left: to Python two texts without a comma between them are one.
+    """
+    if not isinstance(value, str) or kind is str:
+        return value
+    if kind is int:
+        return int(value) if re.fullmatch("-?[0-9]{1,18}", value) else value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        said = ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
+    return said if repr(said) == value else value
+
+
+def found_in(row: dict) -> str:
+    fields = [str(field) for field, value in row.items() if value is not None]
+    more = f" and {len(fields) - 12} more" if len(fields) > 12 else ""
+    return f"this row has {', '.join(fields[:12]) or 'none'}{more}"
 
 
 def read_sources(data: str) -> list[tuple[str | None, str, dict]]:
@@ -146,44 +188,28 @@ def read_source(source: str) -> dict[str | None, list[tuple[str, dict]]]:
     try:
         parts = load_dataset(name, *config)
     except Exception as error:  # no network, no such name, no right to it: its own words say which
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{source} can't be loaded: {reason}") from None
+        reason = " ".join(str(error).split())
+        known = re.search(r"\['([^']+)'", reason) if "onfig" in reason else None
+        remedy = f"; name one, as in hub:{name}:{known[1]}" if known else ""
+        raise ValueError(f"{source} can't be loaded: {reason[:300]}{remedy}") from None
     found = {}
     for split, part in parts.items():
-        rows = enumerate(part, 1)
-        found[split] = [(f"{source}, {split} row {number}", dict(row)) for number, row in rows]
+        rows = enumerate((without_nulls(dict(row)) for row in part), 1)
+        found[split] = [(f"{source}, {split} row {number}", row) for number, row in rows]
     return found if len(found) > 1 else {None: next(iter(found.values()))}
 
 
-def read_rows(path: str) -> list[tuple[str, dict]]:
-    """(where, row) of every object in a JSONL file, or in a JSON file with one list."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        items = enumerate(parse_json(text, path), 1)
-        rows = [(f"{path}, item {number}", row) for number, row in items]
-    else:
-        lines = enumerate(text.split("\n"), 1)  # splitlines() would break at U+2028 in a text
-        lines = [(f"{path}, line {number}", line) for number, line in lines]
-        rows = [(where, parse_json(line, where)) for where, line in lines if line.strip()]
-    if not rows:
-        raise ValueError(f"{path}: no problems in it")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: not a JSON object")
-    return rows
-
-
-def read_text(path: str) -> str:
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+@contextmanager
+def suggesting(task):
+    """Adds to 'no such file' the hub dataset that was meant, if the name looks like one."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def parse_json(text: str, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        yield
+    except ValueError as error:
+        name, missing, _ = str(error).partition(": no such file")
+        name = HUB_PAGE.sub("", name).strip("/")
+        own = re.search(rf"hub:([\w.-]+/)?{re.escape(name)}(:\w+)?(?![\w.-])", task.source)
+        looks_so = HUB_NAME.fullmatch(name) and not DATA_FILE.search(name)
+        if not missing or not (own or looks_so):
+            raise
+        meant = own[0] if own else f"hub:{name}"
+        raise ValueError(f"{error}; if a dataset of the hub is meant: {meant}") from None

@@ -192,7 +192,7 @@ def test_a_wrong_program_given_as_first_attempt_is_the_answer_of_the_first_turn(
     ("math", {"problem": ""}, "problem"),
     ("math", {"solution": "It is 1/2."}, "solution"),
     ("gsm8k", {"answer": "It is 2."}, "answer"),
-    ("mbpp", {"task_id": "7"}, "task_id"),
+    ("mbpp", {"task_id": "7a"}, "task_id"),
     ("mbpp", {"test_list": [1]}, "test_list"),
     ("mbpp_r", {"first_attempt": None}, "first_attempt"),
     ("humaneval", {"entry_point": 3}, "entry_point"),
@@ -330,6 +330,8 @@ def hub(monkeypatch, parts):
 
     def load_dataset(*name):
         calls.append(name)
+        if name == ("of/several",):
+            raise ValueError("Config name is missing.\nPlease pick one of: ['main', 'socratic']")
         if name[0] != "there/data":
             raise OSError("no such\ndataset")
         return parts
@@ -357,6 +359,8 @@ def test_what_is_wrong_with_a_hub_dataset_is_one_line(monkeypatch):
         load_task(flags(task="countdown", data="hub:there/data"), ["train"])
     with pytest.raises(ValueError, match="hub:elsewhere can't be loaded: no such dataset"):
         load_task(flags(task="countdown", data="hub:elsewhere"), ["train"])
+    with pytest.raises(ValueError, match=r"pick one of: \[.*; name one, as in hub:of/several:main"):
+        load_task(flags(task="countdown", data="hub:of/several"), ["train"])
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         load_task(flags(task="countdown", data="hub:there/data"), ["train"])

@@ -1,0 +1,139 @@
+"""Rows that ask in a chat: what each task takes of them, and what it refuses."""
+
+import json
+
+import pytest
+
+from tasks import TASKS
+from tasks.sources import parse_row
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+SYSTEM = {"role": "system", "content": "End with the number 5."}
+ASKED = [SYSTEM, user("1 + 1?")]
+BOXED = "One and one are \\boxed{2}."
+MARKED = "One and one are <<1+1=2>>2.\n#### 2"
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [*ASKED, assistant(BOXED)]},
+    {"messages": json.dumps([*ASKED, assistant(BOXED)])},  # a cell of a CSV
+    {"prompt": ASKED, "completion": [assistant(BOXED)]},
+    {"prompt": ASKED, "answer": "2"},
+    {"prompt": ASKED, "answer": 2},
+    {"prompt": ASKED, "answer": MARKED},
+    {"prompt": ASKED, "solution": BOXED},
+    {"prompt": ASKED, "solution": "$2$"},
+    {"prompt": ASKED, "ground_truth": "2"},
+    {"prompt": ASKED, "reward_model": {"style": "rule", "ground_truth": "2"}},
+    {"messages": [*ASKED, assistant("No idea, \\boxed{7}")], "answer": "2"},
+    {"messages": [*ASKED, assistant("#### Adding\n" + BOXED)]},  # a heading is no mark
+    {"messages": [*ASKED, assistant(MARKED)]},
+    {"messages": [user([{"type": "text", "text": "1 + 1?"}, {"type": "image"}]), assistant(BOXED)]},
+    {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": BOXED}]},
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["math", "gsm8k"])
+def test_mathematics_in_a_chat_is_a_problem_and_its_answer(name, row):
+    task = TASKS[name]
+    problem = parse_row(task, row)
+    assert (problem["problem"], problem["answer"]) == ("1 + 1?", "2")
+    assert "\\boxed{" in task.solution(problem)
+    json.dumps(problem)
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"messages": ASKED}, "no answer: wanted is one of the fields answer, .* has messages, id"),
+    ({"messages": [*ASKED, assistant("It is 2.")]}, "no answer"),
+    ({"prompt": ASKED, "solution": "It is 2."}, "no answer"),
+    ({"prompt": ASKED, "answer": ""}, "no answer"),
+    ({"prompt": ASKED, "answer": True}, "no answer"),
+    ({"messages": [*ASKED, assistant(BOXED), user("Sure?"), assistant(BOXED)]}, "has 2 messages"),
+    ({"messages": [SYSTEM, assistant(BOXED)]}, "field 'messages' has 0 messages of the user"),
+    ({"prompt": [user(7)], "answer": "2"}, "field 'prompt' has a message whose content is no te"),
+    ({"messages": []}, "is missing: wanted .*; this row has messages, id"),
+    ({"messages": "1 + 1?"}, "is missing: wanted .*; this row has messages, id"),
+    ({"messages": [{"text": "1 + 1?"}]}, "is missing: wanted .*; this row has messages, id"),
+    ({"prompt": "1 + 1?", "answer": "#### 2"}, "wanted .*; this row has prompt, answer, id"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["math", "gsm8k"])
+def test_a_chat_without_one_problem_and_an_answer_is_refused(name, row, message):
+    with pytest.raises(ValueError, match=message):
+        parse_row(TASKS[name], row | {"id": 1})
+
+
+def test_words_are_no_answer_of_gsm8k():
+    with pytest.raises(ValueError, match="its answer is no number: It is 2."):
+        parse_row(TASKS["gsm8k"], {"prompt": ASKED, "answer": "It is 2."})
+
+
+def test_a_row_with_the_tasks_own_fields_is_taken_by_these():
+    chat = {"messages": [user("a"), user("b")]}
+    flat = {"problem": "1 + 1?", "solution": BOXED}
+    assert parse_row(TASKS["math"], flat | chat) == TASKS["math"].parse(flat)
+    flat = {"nums": [1, 2], "target": 3}
+    assert parse_row(TASKS["countdown"], flat | chat) == flat
+
+
+def test_a_program_in_a_chat_is_that_of_its_fence():
+    row = {"task_id": 700, "test_list": ["assert f() == 1"]}
+    reply = assistant("So:\n```python\ndef f(): return 1\n```")
+    problem = parse_row(TASKS["mbpp"], row | {"messages": [user("One.")] + [reply]})
+    assert problem["text"] == "One." and TASKS["mbpp"].verify(reply["content"], problem)
+    assert problem["code"] == "def f(): return 1"
+    given = parse_row(TASKS["mbpp"], row | {"prompt": [user("One.")], "code": "def f(): return 2"})
+    assert given["code"] == "def f(): return 2"
+    with pytest.raises(ValueError, match="field 'code' is missing"):
+        parse_row(TASKS["mbpp"], row | {"messages": [user("One.")]})
+
+
+TOOLS = [{"type": "function", "function": {"name": "area", "parameters": {}}}]
+AREA = {"name": "area", "arguments": {"base": 1.5, "unit": None}}
+
+
+def calling(*calls):
+    written = [{"name": c["name"], "arguments": json.dumps(c["arguments"])} for c in calls]
+    called = [{"id": "1", "type": "function", "function": call} for call in written]
+    return assistant(None, tool_calls=called)
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [user("Area?"), calling(AREA)]},
+    {"messages": [user("Area?"), calling(AREA), {"role": "tool", "content": "2"}, assistant("2")]},
+    {"messages": [user("Area?"), assistant("", tool_calls=[AREA])]},
+    {"messages": [user("Area?"), assistant(json.dumps([AREA]))]},
+    {"prompt": [user("Area?")], "answers": json.dumps([AREA])},
+])  # fmt: skip
+def test_calls_in_a_chat_are_those_of_its_one_turn_of_calls(row):
+    problem = parse_row(TASKS["function_call"], row | {"tools": TOOLS})
+    assert problem == {"query": "Area?", "tools": TOOLS, "calls": [AREA]}
+    assert TASKS["function_call"].verify(json.dumps([AREA]), problem)
+
+
+@pytest.mark.parametrize("messages", [
+    [user("Area?"), calling(AREA), {"role": "tool", "content": "2"}, calling(AREA)],
+    [user("Area?"), assistant("None is needed.")],
+    [user("Area?"), assistant(json.dumps(AREA))],
+    [user("Area?")],
+])  # fmt: skip
+def test_a_chat_without_one_turn_of_calls_is_refused(messages):
+    row = {"messages": messages, "tools": TOOLS}
+    with pytest.raises(
+        ValueError, match="field 'answers' is missing: .*this row has messages, too"
+    ):
+        parse_row(TASKS["function_call"], row)
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("countdown", "field 'nums' is missing: wanted nums, target; this row has messages, id"),
+    ("humaneval", "field 'prompt' is missing: wanted prompt, .*; this row has messages, id"),
+])  # fmt: skip
+def test_a_task_that_has_no_use_for_a_chat_says_what_it_wants(name, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        parse_row(TASKS[name], {"messages": [*ASKED, assistant(BOXED)], "id": 3})

@@ -96,6 +96,7 @@ def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loade
     scores, _ = policy.accumulate_gradients(scorer, batch, config)
 
     plain = AutoModelForCausalLM.from_pretrained(model_dir)
+    plain.get_input_embeddings().padding_idx = None  # a word as any other, where it is said
     labels = torch.full_like(batch.rollout.ids, -100)
     for row, t in enumerate(traces):
         both = method == "star" and t["right"][0]  # STaR: what is right of both attempts

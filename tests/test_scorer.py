@@ -4,8 +4,10 @@ import pytest
 import torch
 import transformers as tf
 
-from conftest import TINY, VOCAB, build
+import tiny
+from conftest import EOS, TINY, VOCAB, build
 from loss import Scores
+from training import checkpoint, models
 from training import scorer as scorer_module
 from training.scorer import Scorer, prefix_tree
 
@@ -103,3 +105,28 @@ def test_checkpointing_keeps_nothing_of_a_block_but_what_it_is_given():
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 5
     assert "forward" not in vars(model.model.layers[0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_token_that_pads_too_learns_as_if_it_did_not(name, tied, tmp_path):
+    config_class, options = TINY[name]
+    options = options | {"tie_word_embeddings": tied, "final_logit_softcapping": None}
+    if name == "llama":
+        del options["final_logit_softcapping"]
+    ids = torch.tensor([[2, 3, EOS, 5, EOS, 7, 8, EOS]])
+    mask = torch.arange(8)[None] > 4  # an earlier turn's end is read, a later turn is trained
+    tokenizer, gradients, weights = tiny.build_tokenizer(), [], []
+    for pad in (0, EOS):
+        path = tmp_path / f"{pad}"
+        model = build(config_class, **options, pad_token_id=0)  # whose own row begins as zeros
+        model.config.pad_token_id = pad
+        checkpoint.save_model(model, tokenizer, path)
+        model, _ = models.load_model(str(path))
+        assert model.config.pad_token_id == pad
+        for again in (model, models.skeleton(model)):
+            assert again.get_input_embeddings().padding_idx is None
+        Scorer(model)(ids, mask).logprobs.sum().backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+        weights.append(model.get_input_embeddings().weight.detach())
+    assert torch.equal(*weights) and torch.equal(*gradients) and gradients[0][EOS].any()

@@ -99,8 +99,8 @@ def _read_files(name: str):
     source = str(path) if path.exists() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        return model, tokenizer
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        return ready(model), tokenizer
     except Exception as error:  # whatever a damaged file or an unknown name makes of itself
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"--model {name} can't be loaded: {reason[:300]}") from None
@@ -113,9 +113,21 @@ def skeleton(model):
 
 def _without_values(config, generation_config):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     model.generation_config = generation_config
-    return model
+    return ready(model)
+
+
+def ready(model):
+    """In eval mode, and every word learns.
+
+    An embedding drops the gradient of its `padding_idx`, which is often the very token that ends a
+    turn; no padding is ever fed that it could spare.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    return model.eval()
 
 
 def materialise(module: nn.Module, device, buffer_device=None) -> None:

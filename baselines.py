@@ -189,8 +189,8 @@ def main(config: Config) -> None:
     distributed.start()
     with exit_on_bad_input():
         check(config)
-        check_run(config)
-        env, sampler, splits = prepare(config, {"train": None, "validation": config.final_problems})
+        counts = {"train": None, "validation": config.final_problems}
+        env, sampler, splits = prepare(config, counts, day=check_run(config))
         problems, validation = splits["train"], splits["validation"]
         if env.task.given:
             why = "its first attempts are not the model's own, and these methods' are"
@@ -198,7 +198,7 @@ def main(config: Config) -> None:
         exam = Exam(env, config, "self_correct")
         if not config.resume:
             probe(partial(exam, sampler), problems, config)
-        run = open_run(config, contents_of(env, sampler.model, splits))
+        run = open_run(config, contents_of(env, sampler.model, splits), env.day)
         scorer = make_scorer(sampler.model, config, reference=False)
     rounds = {}  # the data of the one that is under way
 

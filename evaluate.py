@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from report.figures import COLUMNS, summarize, values_of, votes
 from report.tables import format_reflections, format_table, format_transcripts, format_votes
-from sampling.turns import encode
+from sampling.turns import encode, today
 from tasks.sources import SPLITS
 from training import checkpoint, distributed
 from training.batches import row_seeds
@@ -250,33 +250,52 @@ def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
     print(f"\nrun: {run}")
 
 
-def open_output(config: Config, sampler) -> list[dict]:
-    """The conversations that an earlier call left beside --output, which is made ready for more.
+def left_over(config: Config) -> tuple[str, list[dict]]:
+    """(day of its prompts, header and conversations) that an earlier call left beside --output.
+
+    As far as they are whole: it may have been killed, or the disk full, at any moment.
+    """
+    path, rows = partial_of(config), []
+    found = config.output and path.is_file()
+    lines = path.read_text(errors="replace").split("\n") if found else []
+    for line in lines[:-1]:
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return (rows[0].get("day") if rows else None) or today(), rows
+
+
+def open_output(config: Config, sampler, day: str, left: list[dict]) -> list[dict]:
+    """The conversations among what is `left`, whose file is made ready for more.
 
     One that was left by other flags or another model is a ValueError.
     """
-    path = Path(f"{config.output}.partial")
-    header = asdict(config) | {"fingerprint": fingerprint(sampler.model)}
-    done = []
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        # the last may be cut off
-        before, *rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        changed = [key for key in header if before.get(key) != header[key]]
-        if changed:
-            raise ValueError(
-                f"{path} was left by an evaluation with another {', '.join(changed)}: "
-                "delete or finish it"
-            )
-        done = rows[: len(rows) - len(rows) % config.samples]
-    keep(config, [header, *done], "w")
+    path, header = partial_of(config), asdict(config) | {"fingerprint": fingerprint(sampler.model)}
+    before, *rows = left or [header]
+    changed = [key for key in header if before.get(key) != header[key]]
+    if changed:
+        raise ValueError(
+            f"{path} was left by an evaluation with another {', '.join(changed)}: "
+            "delete or finish it"
+        )
+    done = rows[: len(rows) - len(rows) % config.samples]
+    checkpoint.write_text(path, json_lines([header | {"day": day}, *done]))
     return done
 
 
-def keep(config: Config, talks: list[dict], mode: str = "a") -> None:
+def keep(config: Config, talks: list[dict]) -> None:
     if config.output and rank() == 0:
-        with open(f"{config.output}.partial", mode) as file:
-            file.write("".join(json.dumps(talk) + "\n" for talk in talks))
+        with open(partial_of(config), "a") as file:
+            file.write(json_lines(talks))
+
+
+def partial_of(config: Config) -> Path:
+    return Path(f"{config.output}.partial")
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def check(config: Config) -> None:
@@ -300,9 +319,10 @@ def main(config: Config) -> None:
     distributed.start()
     with exit_on_bad_input():
         check(config)
-        env, sampler, splits = prepare(config, {config.split: config.limit})
+        day, left = on_first(left_over, config)
+        env, sampler, splits = prepare(config, {config.split: config.limit}, day)
         reflector = load_sampler(config.reflector, env, config) if config.reflector else sampler
-        done = on_first(open_output, config, sampler) if config.output else []
+        done = on_first(open_output, config, sampler, day, left) if config.output else []
     protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
     cast = (sampler, reflector, sampler)
     kept = partial(keep, config)
@@ -319,7 +339,7 @@ def main(config: Config) -> None:
     if config.output and rank() == 0:
         text = json.dumps(figures | {"conversations": talks}, indent=1)
         checkpoint.write_text(Path(config.output), text + "\n")
-        Path(config.output + ".partial").unlink()
+        partial_of(config).unlink()
     distributed.finish()
 
 

@@ -32,12 +32,12 @@ from training import distributed
 from training.batches import pick, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, gather, on_first, own, rank
-from training.failures import read_failures, write_failures
+from training.failures import check_day, read_failures, write_failures
 from training.flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
-from training.run import check_run, contents_of, open_run
+from training.run import contents_of, open_run
 from training.setup import load_sampler, prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
@@ -291,7 +291,7 @@ def main(config: Config) -> None:
     with exit_on_bad_input():
         check(config)
         limits = {"train": config.queries, "validation": config.final_problems}
-        env, sampler, splits = prepare(config, limits)
+        env, sampler, splits = prepare(config, limits, day=check_day(config))
         queries, validation = splits["train"], splits["validation"]
         if env.task.given and config.group == "episode":
             raise ValueError(
@@ -299,10 +299,9 @@ def main(config: Config) -> None:
                 "model's own"
             )
         if config.collect:
-            failures, success = collect(env, sampler, queries, config)
-            write_failures(Path(config.failures), failures, success, sampler.model, config)
+            found = collect(env, sampler, queries, config)
+            write_failures(Path(config.failures), found, sampler.model, config, env.day)
             return distributed.finish()
-        check_run(config)
         pool, success = known_pool(queries, env, sampler, config), None
         exam = Exam(env, config, "reflect_retry")
         if not config.resume:
@@ -310,9 +309,10 @@ def main(config: Config) -> None:
         if pool is None:
             pool, success = collect(env, sampler, queries, config)
         failures = pool if config.group == "failure" else None
-        run = open_run(config, contents_of(env, sampler.model, splits, failures))
+        run = open_run(config, contents_of(env, sampler.model, splits, failures), env.day)
         if success is not None:
-            write_failures(run / "failures.jsonl", pool, success, sampler.model, config)
+            path = run / "failures.jsonl"
+            write_failures(path, (pool, success), sampler.model, config, env.day)
         scorer = make_scorer(sampler.model, config)
 
     def step_batch(step: int, state: dict) -> Batch:

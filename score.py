@@ -240,16 +240,16 @@ def main(config: Config) -> None:
     distributed.start()
     with exit_on_bad_input():
         check(config)
-        check_run(config)
-        env, sampler, splits = prepare(config, {"train": None, "validation": config.final_problems})
-        if env.task.given:
-            config = replace(config, offline_ratio=1.0)  # the data's first attempts in every step
-            check(config)
+        counts = {"train": None, "validation": config.final_problems}
+        env, sampler, splits = prepare(config, counts, day=check_run(config))
+        offline = replace(config, offline_ratio=1.0) if env.task.given else config
+        check(offline)  # where the data gives first attempts, it does so in every step
         exam = Exam(env, config, "self_correct")
         if not config.resume:
             keys = probed_figures(env.task, config)
             probe(partial(exam, sampler), splits["train"], config, keys)
-        run = open_run(config, contents_of(env, sampler.model, splits))
+        run = open_run(config, contents_of(env, sampler.model, splits), env.day)
+        config = offline  # config.json has what was given, which --resume is compared with
         scorer = make_scorer(sampler.model, config)  # trains the very model that is sampled from
     base = None  # where the data gives first attempts, nobody writes them
     if config.offline_ratio and not env.task.given:

@@ -4,14 +4,14 @@ An algorithm asks an `Env` for three things: the first prompts of some problems,
 an answer, and verdicts. What lies between text and ids is here, and nowhere in an algorithm.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sampling.rollout import Rollout, rollout_of
-from sampling.turns import encode, first_turn_ids, follow_up_ids, seam_ids
+from sampling.turns import encode, first_turn_ids, follow_up_ids, seam_ids, today
+from sandbox.cores import share_of_cores
 from verifiers import verify_batch
 
 
@@ -24,10 +24,13 @@ class Verdicts(NamedTuple):
 
 
 class Env:
-    """A task, and the tokenizer through which one model meets it."""
+    """A task, and the tokenizer through which one model meets it.
 
-    def __init__(self, task, tokenizer):
-        self.task, self.tokenizer = task, tokenizer
+    day: for chat templates that print the date (sampling/turns.py); by default now, for good.
+    """
+
+    def __init__(self, task, tokenizer, day: str | None = None):
+        self.task, self.tokenizer, self.day = task, tokenizer, day or today()
         self._prompts = {}  # by text: every epoch asks for the same ones again
 
     def prompts(self, problems: list[dict]) -> list[list[int]]:
@@ -35,7 +38,8 @@ class Env:
         texts = [self.task.prompt(problem) for problem in problems]
         for text in texts:
             if text not in self._prompts:
-                self._prompts[text] = first_turn_ids(self.tokenizer, text, self.task.shots)
+                ids = first_turn_ids(self.tokenizer, text, self.task.shots, self.day)
+                self._prompts[text] = ids
         return [self._prompts[text] for text in texts]
 
     def first_attempts(self, sampler, problems, group_size: int, seeds, **limits) -> Rollout:
@@ -67,13 +71,13 @@ class Env:
         last = rollout.last_ids()
         last = last if rows is None else [last[row] for row in rows]
         if isinstance(message, str):
-            return follow_up_ids(self.tokenizer, getattr(self.task, message), last)
+            return follow_up_ids(self.tokenizer, getattr(self.task, message), last, self.day)
         pairs = zip(message, last, strict=True)
-        return [follow_up_ids(self.tokenizer, text, [token])[0] for text, token in pairs]
+        return [follow_up_ids(self.tokenizer, text, [id_], self.day)[0] for text, id_ in pairs]
 
     def seam(self, message: str) -> list[int]:
         """All that stands between an answer's text and the next one, with the task's message."""
-        return seam_ids(self.tokenizer, getattr(self.task, message))
+        return seam_ids(self.tokenizer, getattr(self.task, message), self.day)
 
     def verdicts(self, rollout: Rollout, turn: int, problems: list[dict]) -> Verdicts:
         """On every row's answer in `turn`; problems: those of the rollout's first prompts."""
@@ -81,7 +85,7 @@ class Env:
         # the tokenizer takes an empty list for a single text
         texts = self.tokenizer.batch_decode(said) if said else []
         asked = [problems[index] for index in rollout.prompt_index.tolist()]
-        workers = 2 * (os.cpu_count() or 1) if self.task.warm_up else 1
+        workers = share_of_cores() if self.task.warm_up else 1
         right = verify_batch(self.task.verify, texts, asked, workers)
         answers = [self.task.answer(*pair) for pair in zip(texts, asked, strict=True)]
         return Verdicts(torch.tensor(right, dtype=torch.float32), texts, answers)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import tiny
+from sampling import turns
 from tasks import TASKS
 from training import checkpoint
 from training.flags import parse_args
@@ -29,6 +31,26 @@ def save_random_model(path: Path) -> str:
     torch.manual_seed(0)
     checkpoint.save_model(tiny.build_model(), tiny.build_tokenizer(), path)
     return str(path)
+
+
+def save_dated_model(path: Path) -> str:
+    """Another one, whose prompts begin with the parity of the day: `<user>` twice, or thrice."""
+    save_random_model(path)
+    template = path / "chat_template.jinja"
+    dated = "<user> <user> {% if strftime_now('%d') | int % 2 %}<user> {% endif %}"
+    template.write_text(dated + template.read_text())
+    return str(path)
+
+
+def on_day(patch, day: str) -> None:
+    """Makes it this day, at noon, for all that our scripts start from now on."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.fromisoformat(f"{day}T12:00:00")
+
+    patch.setattr(turns, "datetime", Clock)
 
 
 def from_command_line(script: str, *flags):

@@ -4,12 +4,18 @@ A conversation's ids are those of the first prompt, what was sampled, and the se
 compared with the template's own encoding of the whole conversation.
 """
 
-import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from datetime import datetime
 
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+import helpers
 import tiny
-from sampling.turns import first_turn_ids, follow_up_ids, seam_ids
+from sampling.turns import first_turn_ids, follow_up_ids, render, seam_ids
+from tasks import TASKS
+from tasks.env import Env
 
 HEAD = "{% for m in messages %}"
 CHATML = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -74,7 +80,7 @@ def character_tokenizer(template, *special):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(special))
-    options = {"eos_token": special[0], "chat_template": template}
+    options = {"eos_token": str(special[0]), "chat_template": template}
     return PreTrainedTokenizerFast(tokenizer_object=core, **options)
 
 
@@ -156,3 +162,82 @@ def test_a_tokenizer_or_template_that_cannot_hold_a_conversation_is_refused():
     tokenizer.chat_template = users
     with pytest.raises(ValueError, match="leaves out what the model said"):
         seam_ids(tokenizer, "fix")
+
+
+LAST = "{% for m in messages %}{{ m.content }}<e>{% endfor %}"
+LLAMA_DATE = (
+    "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+    '        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
+    '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n{%- endif %}\n'
+    '{{- "Today Date: " + date_string + "\n\n" }}'
+)
+DATED = {  # template, what stands before "add<e>" on 5 March 2031 at 7:08:09
+    "{{ strftime_now('%d %b %Y') }} ": "05 Mar 2031 ",
+    LLAMA_DATE: "Today Date: 05 Mar 2031\n\n",
+    "{%- macro system() -%}{{ 'Now: ' + strftime_now(\"%Y-%m-%d\") + '.' }}{%- endmacro -%}"
+    "{{ system() }}": "Now: 2031-03-05.",
+    "{% if strftime_now('%M') | int % 2 %}odd{% else %}even{% endif %}": "even",
+    "{% set form = '%-d. %B ' + '%y' %}{{ strftime_now(format=form) }}": "5. March 31",
+    "{{ strftime_now('%H:%M:%S %j %%d 100%%') }}": "07:08:09 064 %d 100%",
+    "\n  {% if true %}\n  {{ strftime_now('%y') }}\n  {% endif %}\n": "\n  31\n",
+}
+
+
+@pytest.mark.parametrize("template", DATED)
+def test_a_template_that_prints_the_date_prints_the_day_it_is_given(template, monkeypatch):
+    tokenizer, day = character_tokenizer(template + LAST, "<e>"), "2031-03-05T07:08:09"
+    assert render(tokenizer, [("user", "add")], day) == DATED[template] + "add<e>"
+    clock = type("Clock", (datetime,), {"now": lambda: datetime.fromisoformat(day)})
+    monkeypatch.setattr(chat_template_utils, "datetime", clock)  # as if run on that day
+    assert first_turn_ids(tokenizer, "add", day=day) == whole(tokenizer, "add")
+
+
+def test_a_template_that_prints_no_date_says_the_same_every_day():
+    fixed = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    tokenizer = character_tokenizer(fixed + "{{ date_string }}, %d " + LAST, "<e>")
+    days = "2031-03-05T07:08:09", "2031-03-06T07:08:09"
+    assert {render(tokenizer, [("user", "1")], day) for day in days} == {"26 Jul 2024, %d 1<e>"}
+
+
+def test_all_that_an_env_says_is_of_its_day(monkeypatch):
+    dated = "{% for m in messages %}<u>{{ strftime_now('%d') }} {{ m.content }}<e>{% endfor %}"
+    tokenizer = character_tokenizer(dated, "<e>", "<u>")
+    helpers.on_day(monkeypatch, "2031-03-05")
+    env, later = Env(TASKS["tiny"], tokenizer), Env(TASKS["tiny"], tokenizer, "2031-03-06T00:00:00")
+    helpers.on_day(monkeypatch, "2031-03-07")
+    rollout = type("Rollout", (), {"last_ids": lambda: [tokenizer.eos_token_id]})
+    for one, day in ((env, "05"), (later, "06")):
+        (prompt,) = one.prompts([{"nums": [1, 2, 3], "target": 6}])
+        assert tokenizer.decode(prompt) == f"<u>{day} 1 2 3 make 6<e>"
+        assert tokenizer.decode(one.seam("retry")) == f"<e><u>{day} retry<e>"
+        for message in ("retry", ["retry"]):
+            assert tokenizer.decode(one.follow_up(rollout, message)[0]) == f"<u>{day} retry<e>"
+
+
+def adding_tokenizer(added: str, eos: str | AddedToken = "<e>"):
+    """Without a template; it puts `added` around every text $A."""
+    tokenizer = character_tokenizer(None, eos, "<b>", "<s>")
+    core = tokenizer.backend_tokenizer
+    used = [(name, core.token_to_id(name)) for name in ("<e>", "<b>", "<s>") if name in added]
+    core.post_processor = processors.TemplateProcessing(single=added, special_tokens=used)
+    return tokenizer
+
+
+@pytest.mark.parametrize("added, bos", [
+    ("$A", ""), ("<b> $A", "<b>"), ("<b> $A <e>", "<b>"), ("$A <e>", ""), ("<e> $A <e>", "<e>"),
+    ("<b> $A <s>", "<b>"), ("<b> $A <e> <s>", "<b>"), ("<b> <s> $A <e> <e>", "<b><s>"),
+])  # fmt: skip
+def test_what_a_tokenizer_appends_is_not_said_before_an_answer(added, bos):
+    tokenizer = adding_tokenizer(added)
+    shots = (("1+1", "2"), ("1+2<e>", "3"))
+    said = "1+1\n2<e>\n1+2<e>\n3<e>\n"
+    for message in ("2+2", "<b>2+2", "2+2<e>", "2+2<e><e>", "<s>"):
+        prompt = first_turn_ids(tokenizer, message, shots)
+        assert tokenizer.decode(prompt) == f"{bos}{said}{message}\n"
+    assert tokenizer.decode(seam_ids(tokenizer, "fix")) == "<e>\nfix\n"
+
+
+def test_an_eos_that_ends_the_prompts_own_text_stays():
+    tokenizer = adding_tokenizer("<b> $A <e>", AddedToken("<e>", rstrip=True, special=True))
+    prompt = first_turn_ids(tokenizer, "say <e>")  # which takes in the newline after it
+    assert tokenizer.decode(prompt) == "<b>say <e>"

@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import evaluate
+import helpers
 import rrr
 import tiny
 from report import figures
 from tasks import TASKS
 from tasks.env import Env
-from training import setup
+from training import checkpoint, setup
 
 
 def slow_edit_distance(a, b):
@@ -215,6 +217,124 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
     assert len(calls) == 7  # three, one that was stopped, and the three that were left
     a, b = (json.loads(file.read_text()) for file in files)
     assert a == b and len(a["conversations"]) == 12 and not list(tmp_path.glob("*.partial"))
+
+
+def stop_at(monkeypatch, number: int) -> None:
+    """The so many-th piece of an evaluation is the end of it, this once."""
+    converse, left = evaluate.converse, [number]
+
+    def stop(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return converse(*arguments)
+
+    monkeypatch.setattr(evaluate, "CACHE_TOKENS", 1)  # a piece for every problem
+    monkeypatch.setattr(evaluate, "converse", stop)
+
+
+def stopped_evaluation(tmp_path, monkeypatch, **flags):
+    """(config of one that was stopped after two of three problems, its .partial file)."""
+    config = evaluate.Config(limit=3, output=str(tmp_path / "e.json"), **flags)
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(config)
+    return config, tmp_path / "e.json.partial"
+
+
+@pytest.mark.parametrize("harm, kept", [
+    (lambda header, a, b: "", 0),
+    (lambda header, a, b: "\n", 0),
+    (lambda header, a, b: header[:9], 0),
+    (lambda header, a, b: header[:-1], 0),  # all but its newline
+    (lambda header, a, b: header[:9] + "\n" + a, 0),
+    (lambda header, a, b: "\0" * 99, 0),
+    (lambda header, a, b: header, 0),
+    (lambda header, a, b: header + a[:-9], 0),
+    (lambda header, a, b: header + a + b[:-1], 1),
+    (lambda header, a, b: header + a + "\n" + b, 1),
+    (lambda header, a, b: header + a + "\0" * 99, 1),
+    (lambda header, a, b: header + a + b, 2),
+])  # fmt: skip
+def test_an_evaluation_goes_on_from_what_is_whole_of_what_was_left(
+    harm, kept, tmp_path, monkeypatch
+):
+    config, path = stopped_evaluation(tmp_path, monkeypatch)
+    path.write_text(harm(*path.read_text().splitlines(keepends=True)))
+    said, converse = [], evaluate.converse
+    monkeypatch.setattr(evaluate, "converse", lambda *a: said.append(a) or converse(*a))
+    evaluate.main(config)
+    assert len(said) == 3 - kept and not path.exists()
+    assert len(json.loads((tmp_path / "e.json").read_text())["conversations"]) == 3
+
+
+def test_what_was_left_is_there_at_every_moment_of_going_on(tmp_path, monkeypatch):
+    config, path = stopped_evaluation(tmp_path, monkeypatch)
+    path.write_text(path.read_text() + '{"cut off')
+    left = path.read_text()
+
+    def killed(file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(config)
+    assert path.read_text() == left
+
+
+def test_an_evaluation_that_goes_on_the_next_day_has_the_prompts_of_the_first(
+    tmp_path, monkeypatch
+):
+    model = helpers.save_dated_model(tmp_path / "model")
+    helpers.on_day(monkeypatch, "2031-03-05")
+    config, _ = stopped_evaluation(tmp_path, monkeypatch, model=model)
+    helpers.on_day(monkeypatch, "2031-03-06")
+    said, converse = [], evaluate.converse
+
+    def noting(cast, env, problems, *rest):
+        today = Env(env.task, env.tokenizer)
+        said.append((env.day, env.prompts(problems) != today.prompts(problems)))
+        return converse(cast, env, problems, *rest)
+
+    monkeypatch.setattr(evaluate, "converse", noting)
+    evaluate.main(config)
+    evaluate.main(dataclasses.replace(config, output=None))
+    assert said == [("2031-03-05T12:00:00", True)] + [("2031-03-06T12:00:00", False)] * 3
+
+
+def other_words(path) -> None:
+    """A model's tokenizer with two words at each other's places."""
+    file = path / "tokenizer.json"
+    core = json.loads(file.read_text())
+    words = core["model"]["vocab"]
+    words["+"], words["-"] = words["-"], words["+"]
+    file.write_text(json.dumps(core))
+
+
+def one_word_more(path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["maybe"])
+    tokenizer.save_pretrained(path)
+
+
+def another_template(path) -> None:
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+def test_a_reflector_reads_the_same_words_in_the_same_ids_or_is_refused(tmp_path, capsys):
+    model = helpers.save_random_model(tmp_path / "model")
+    flags = "--model", model, "--limit", "2", "--method", "reflect_retry"
+    for harm in (other_words, one_word_more):
+        other = tmp_path / harm.__name__
+        helpers.save_random_model(other)
+        harm(other)
+        said = helpers.refusal(evaluate, capsys, *flags, "--reflector", other)
+        assert f"{other} has another tokenizer than --model {model}" in said
+        assert said.count("\n") == 1
+    config, tokenizer = evaluate.Config(model=model), tiny.build_tokenizer()
+    env = Env(TASKS["tiny"], tokenizer)
+    another_template(tmp_path / "model")  # what is said between attempts is of the env's
+    assert setup.load_sampler(model, env, config).tokenizer is tokenizer
 
 
 def probed(tokenizer, turns, method, keys):

@@ -26,7 +26,7 @@ import score
 from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
-from training import checkpoint, models, policy
+from training import checkpoint, distributed, models, policy
 from training import loop as training
 from training import run as run_module
 
@@ -431,6 +431,42 @@ def test_resuming_with_other_data_tokenizer_or_weights_is_refused(
     (out / "failures.jsonl").unlink(missing_ok=True)  # which would be refused before
     refused = helpers.refusal(SCRIPTS[script], capsys, *resume_flags(script, str(used), out))
     assert f"was started with another content of: {changed}" in refused or changed in refused
+
+
+@both
+def test_a_run_that_goes_on_another_day_has_the_prompts_of_its_first(
+    script, tmp_path, monkeypatch, capsys
+):
+    model = helpers.save_dated_model(tmp_path / "model")
+    module, flags, configs = SCRIPTS[script], helpers.FEW[script], []
+    for out, day in (("run", "2031-03-05"), ("later", "2031-03-06")):
+        with monkeypatch.context() as patch:
+            helpers.on_day(patch, day)
+            patch.setattr(training, "update", lambda *a: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                helpers.train_here(module, model, tmp_path / out, *flags)
+        configs.append(json.loads((tmp_path / out / "config.json").read_text()))
+    first, later = (config["contents"]["train"] for config in configs)
+    assert first != later and configs[0]["day"] == "2031-03-05T12:00:00"
+    helpers.on_day(monkeypatch, "2031-03-06")
+    rows = helpers.train_here(module, model, tmp_path / "run", *flags, "--resume")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+
+
+def days_of_ranks(out: Path):
+    """Each rank's clock shows another day."""
+    distributed.start()
+    with pytest.MonkeyPatch.context() as patch:
+        helpers.on_day(patch, f"2031-03-{5 + distributed.rank():02}")
+        day = run_module.check_run(score.Config(output_dir=str(out / "run")))
+    (out / f"day_{distributed.rank()}").write_text(day)
+    distributed.finish()
+
+
+def test_all_ranks_have_the_first_ones_day(tmp_path):
+    assert helpers.finish(helpers.start(days_of_ranks, tmp_path, world=2)) == [0, 0]
+    days = [(tmp_path / f"day_{rank}").read_text() for rank in (0, 1)]
+    assert days == ["2031-03-05T12:00:00"] * 2
 
 
 def hang(marker: Path):

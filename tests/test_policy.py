@@ -283,7 +283,7 @@ def test_the_embedded_model_is_found_from_any_directory_unless_one_is_here(tmp_p
 def test_a_run_directory_in_use_is_refused_and_untouched(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="in use"):
-        run.open_run(score.Config(output_dir=str(tmp_path)), {})
+        run.open_run(score.Config(output_dir=str(tmp_path)), {}, "")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -239,6 +239,27 @@ def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
     assert len(path.read_text().splitlines()) == 6
 
 
+def test_failures_keep_the_day_they_were_collected_on_for_a_run_on_another(tmp_path, monkeypatch):
+    model, path = helpers.save_dated_model(tmp_path / "model"), tmp_path / "failures.jsonl"
+    helpers.on_day(monkeypatch, "2031-03-05")
+    train = functools.partial(helpers.train_here, rrr, model)
+    with pytest.raises(FileNotFoundError):  # no metrics: there is no run yet
+        train(tmp_path / "none", *FEW, "--collect", "--failures", str(path))
+    helpers.on_day(monkeypatch, "2031-03-06")
+    loaded = models.load_model(model)
+    env, config = Env(TASKS["tiny"], loaded[1]), rrr.Config(max_reflection_tokens=6)
+    with pytest.raises(ValueError, match="line 2: field 'prompt_ids' is not"):
+        rrr.read_failures(str(path), env, Sampler(*loaded), config)  # today's prompts are others
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "update", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path / "run", *FEW, "--failures", str(path))
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["day"] == "2031-03-05T12:00:00"
+    helpers.on_day(monkeypatch, "2031-03-07")
+    train(tmp_path / "run", *FEW, "--failures", str(path), "--resume")
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda lines: [lines[0], lines[1], "{"], "line 3: not JSON"),
     (lambda lines: [lines[0], '{"problem": {}}'], "line 2: field 'prompt_ids'"),

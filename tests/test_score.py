@@ -138,6 +138,28 @@ def test_first_attempts_that_the_data_gives_are_no_measure_of_the_model_and_get_
     assert (tmp_path / "run" / "checkpoint").is_dir()
 
 
+def test_a_run_on_first_attempts_that_the_data_gives_is_resumed_with_its_own_flags(
+    model_dir, tmp_path, monkeypatch, capsys
+):
+    task = dataclasses.replace(TASKS["tiny"], given=lambda problem: "1 + 1 = 2")
+    monkeypatch.setitem(TASKS, "tiny", task)
+    flags = "--stage1_steps 1 --stage2_steps 1".split()
+    monkeypatch.setattr(training, "update", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_here(model_dir, tmp_path / "run", *flags)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["offline_ratio"] == 0
+    monkeypatch.undo()
+    monkeypatch.setitem(TASKS, "tiny", task)
+    with pytest.raises(SystemExit):
+        train_here(model_dir, tmp_path / "run", *flags, "--resume", "--offline_ratio", "0.5")
+    assert "--offline_ratio was 0.0, is 0.5" in capsys.readouterr().err
+    rows = train_here(model_dir, tmp_path / "run", *flags, "--resume")
+    assert [row["reward"] for row in rows] == [row["acc_t2"] for row in rows]
+    places = "--model", model_dir, "--output_dir", tmp_path / "other", "--single_turn"
+    said = helpers.refusal(score, capsys, *places)  # there is no second attempt to train
+    assert "--offline_ratio" in said and not (tmp_path / "other").exists()
+
+
 def test_stage_2_can_refer_to_the_result_of_stage_1(model_dir, tmp_path):
     kl = {}
     for reference in ("base", "stage1"):

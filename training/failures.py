@@ -3,19 +3,44 @@
 import json
 from pathlib import Path
 
+from sampling.turns import today
 from tasks.sources import naming, read_rows, take
 from training.checkpoint import write_text
 from training.distributed import on_first
 from training.models import fingerprint
+from training.run import check_run
 
 
-def write_failures(path: Path, failures: list[dict], success: float, model, config) -> None:
-    """A new file, complete or not at all; its first line says where the failures came from."""
+def write_failures(path: Path, found: tuple[list[dict], float], model, config, day: str) -> None:
+    """A new file, complete or not at all; its first line says where the failures came from.
+
+    found: (failures, success rate); day: of their prompts.
+    """
+    failures, success = found
     origin = {"model": config.model, "fingerprint": fingerprint(model), "task": config.task}
-    origin |= {"seed": config.seed, "success_rate": success}
+    origin |= {"seed": config.seed, "success_rate": success, "day": day}
     lines = [{"origin": origin}, *failures]
     on_first(write_text, path, "".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(failures)} failures, success rate {success:.3f}: {path}")
+
+
+def check_day(config) -> str:
+    """The day of a run's prompts (sampling/turns.py), after `check_run`.
+
+    Given failures bring their own, since their prompts were made on it.
+    """
+    if config.collect:
+        return on_first(today)
+    day = check_run(config)
+    given = config.failures if config.group == "failure" and not config.resume else None
+    return on_first(_day_of, given) if given else day
+
+
+def _day_of(path: str) -> str:
+    where, head = read_rows(path)[0]
+    with naming(where):
+        (origin,) = take(head, origin=dict)
+        return take(origin, day=str)[0] if "day" in origin else today()
 
 
 def read_failures(path: str, env, sampler, config) -> list[dict]:

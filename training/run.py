@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from sampling.turns import today
 from training import checkpoint
 from training.distributed import exchange, on_first, rank
 from training.models import fingerprint
@@ -23,19 +24,22 @@ LOGS = ("metrics.jsonl", "transcripts.txt")
 _locks = {}  # of this process, held until it ends
 
 
-def check_run(config) -> None:
-    """Refuses a directory that is in use, or to resume what is not there. Writes nothing."""
-    on_first(_check_run, config)
+def check_run(config) -> str:
+    """The day of the run's prompts (sampling/turns.py): on which it is, or was, started.
+
+    Refuses a directory that is in use, or to resume what is not there. Writes nothing.
+    """
+    return on_first(_check_run, config)
 
 
-def _check_run(config) -> None:
+def _check_run(config) -> str:
     run = Path(config.output_dir)
     if not config.resume:
         if run.is_file() or run.is_dir() and any(run.iterdir()):
             raise ValueError(
                 f"--output_dir {run} is in use: name another, or go on with it with --resume"
             )
-        return
+        return today()
     if not (run / "config.json").is_file():
         raise ValueError(
             f"--resume: {run} has no config.json to go on from; start a new run elsewhere"
@@ -49,14 +53,16 @@ def _check_run(config) -> None:
         raise ValueError(
             f"--resume: {run} is complete, its results are in results.json: nothing is left to do"
         )
+    return before.get("day") or today()
 
 
-def open_run(config, contents: dict[str, str]) -> Path:
+def open_run(config, contents: dict[str, str], day: str) -> Path:
     """The run's directory, made with its config.json unless it is resumed, and locked.
 
-    contents: of `contents_of`; those that the run was started with, else a ValueError.
+    contents: of `contents_of`; those that the run was started with, else a ValueError. day: of its
+    prompts.
     """
-    on_first(_open_run, config, contents)
+    on_first(_open_run, config, contents, day)
     run = Path(config.output_dir)
     if not all(exchange((run / "config.json").exists())):
         raise ValueError(
@@ -65,13 +71,13 @@ def open_run(config, contents: dict[str, str]) -> Path:
     return run
 
 
-def _open_run(config, contents: dict[str, str]) -> None:
+def _open_run(config, contents: dict[str, str], day: str) -> None:
     _check_run(config)
     run = Path(config.output_dir)
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
     if not config.resume:
-        text = json.dumps(asdict(config) | {"contents": contents}, indent=2)
+        text = json.dumps(asdict(config) | {"contents": contents, "day": day}, indent=2)
         return checkpoint.write_text(run / "config.json", text + "\n")
     before = json.loads((run / "config.json").read_text()).get("contents", {})
     changed = [name for name in contents if contents[name] != before.get(name)]

@@ -10,22 +10,32 @@ from training.batches import pick_things
 from training.models import compute_dtype, load_model
 
 
-def prepare(config, counts: dict[str, int | None]) -> tuple[Env, Sampler, dict[str, list]]:
+def prepare(
+    config, counts: dict[str, int | None], day: str | None = None
+) -> tuple[Env, Sampler, dict[str, list]]:
     """(env, sampler, {split: problems}) by a script's flags.
 
     `counts` names the splits and how many problems of each to take (None: all).
+    day: of the prompts (sampling/turns.py), the same on all ranks.
     """
     task, splits = load_task(config, counts)
     splits = {name: splits[name][:count] for name, count in counts.items()}
     model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
-    sampler, env = Sampler(model, tokenizer), Env(task, tokenizer)
+    sampler, env = Sampler(model, tokenizer), Env(task, tokenizer, day)
     for some in splits.values():
         require_room(env, sampler, some, config)
     return env, sampler, splits
 
 
 def load_sampler(name: str, env: Env, config) -> Sampler:
-    return Sampler(load_model(name, dtype=compute_dtype(config))[0], env.tokenizer)
+    """Of another model in the same conversations; ValueError if ids are other words to it."""
+    model, tokenizer = load_model(name, dtype=compute_dtype(config))
+    if tokenizer.get_vocab() != env.tokenizer.get_vocab():
+        raise ValueError(
+            f"{name} has another tokenizer than --model {config.model}, and would read other words "
+            "in the same ids: take a model with the same vocabulary"
+        )
+    return Sampler(model, env.tokenizer)
 
 
 def require_room(env: Env, sampler, problems: list[dict], config) -> None:

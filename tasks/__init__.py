@@ -7,6 +7,8 @@
     function_call.py                 JSON calls of functions
 
     base.py      what a task is: the class Task
+    files.py     rows of files as they are found: JSON, CSV, parquet, packed or not
+    chats.py     rows that ask in a chat, made rows of a task
     sources.py   problems from files and hub data sets; train, validation and test kept apart
     loading.py   the task that a run's flags ask for, with its problems, prompts and examples
     env.py       a task as one model meets it: prompts as ids, verdicts on rollouts

@@ -84,13 +84,15 @@ def gsm8k_chat(row: dict) -> dict:
     solution, answer = solved(row, chat.reply)
     if not WORDLESS.fullmatch(answer):
         raise ValueError(f"its answer is no number: {answer[:40]}")
-    if not MARKED.search(solution):
-        solution += f"\n#### {answer}"
+    solution = MARKED.sub("", solution) + f"\n#### {answer}"
     return row | {"question": chat.question, "answer": solution}
 
 
 def solved(row: dict, reply: str) -> tuple[str, str]:
-    """(worked solution, or an empty text; answer), of which the fields go before the reply."""
+    """(worked solution, answer), of which the fields go before the reply.
+
+    The solution is empty if there is none, or one with another answer: it may become an example.
+    """
     model = row.get("reward_model")
     verl = model.get("ground_truth") if isinstance(model, dict) else None
     fields = [row.get("answer"), row.get("ground_truth"), verl]
@@ -102,7 +104,8 @@ def solved(row: dict, reply: str) -> tuple[str, str]:
             "no answer: wanted is one of the fields answer, solution, ground_truth, or a reply "
             f"that ends in \\boxed{{}}; {found_in(row)}"
         )
-    return (given if last_of(given) else worked), answer
+    worked = given if last_of(given) else worked
+    return (worked if last_of(worked) in (None, answer) else ""), answer
 
 
 def last_of(worked: str) -> str | None:

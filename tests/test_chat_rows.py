@@ -34,6 +34,7 @@ MARKED = "One and one are <<1+1=2>>2.\n#### 2"
     {"prompt": ASKED, "ground_truth": "2"},
     {"prompt": ASKED, "reward_model": {"style": "rule", "ground_truth": "2"}},
     {"messages": [*ASKED, assistant("No idea, \\boxed{7}")], "answer": "2"},
+    {"messages": [*ASKED, assistant("No idea.\n#### 7")], "answer": "2"},
     {"messages": [*ASKED, assistant("#### Adding\n" + BOXED)]},  # a heading is no mark
     {"messages": [*ASKED, assistant(MARKED)]},
     {"messages": [user([{"type": "text", "text": "1 + 1?"}, {"type": "image"}]), assistant(BOXED)]},
@@ -44,7 +45,7 @@ def test_mathematics_in_a_chat_is_a_problem_and_its_answer(name, row):
     task = TASKS[name]
     problem = parse_row(task, row)
     assert (problem["problem"], problem["answer"]) == ("1 + 1?", "2")
-    assert "\\boxed{" in task.solution(problem)
+    assert "\\boxed{2}" in task.solution(problem) and "7" not in task.solution(problem)
     json.dumps(problem)
 
 

@@ -170,6 +170,14 @@ def test_lists_and_numbers_of_a_csv_are_those_that_were_written(tmp_path, task, 
     assert problem == TASKS[task].parse(row)
 
 
+def test_an_empty_cell_is_no_field_of_its_row(tmp_path):
+    path = put(tmp_path / "a.csv", 'nums,target,solution\n"[1, 2]",3,\n"[1, 2]",,1 + 2\n')
+    assert [row for _, row in read_rows(path)] == [
+        {"nums": "[1, 2]", "target": "3"},
+        {"nums": "[1, 2]", "solution": "1 + 2"},
+    ]
+
+
 @pytest.mark.parametrize("cell", [
     "['assert 1' 'assert 2']",  # as numpy writes it: Python would read one text
     "assert 1", "{'a': 1}", "7", "['a', f()]", "[" * 9999,

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 
-from answers.mathematics import alike, extract_math
+from answers.mathematics import extract_math
 from answers.programs import extract_code  # noqa: F401, tasks take it from here
+from answers.writing import alike
 from sandbox import grader
 from sandbox import run as sandbox
 
@@ -252,15 +253,19 @@ def _is_accepted_field(value: dict, key: str, accepted: list) -> bool:
 
 
 def verify_code(
-    program: str, tests: list[str] | str, entry_point: str | None = None, timeout: float = 5.0
+    program: str,
+    tests: list[str] | str,
+    entry_point: str | None = None,
+    timeout: float | None = None,
 ) -> bool:
-    """True if every test holds within `timeout` seconds.
+    """True if every test holds within `timeout` seconds of processor time.
 
     The program runs in the sandbox and can't tell what is tested.
-    tests: assert statements, any set-up code first, or one text. With an entry_point, HumanEval's
-        form: the tests define `check(candidate)`.
+    tests: assert statements, any set-up code first, or one text. With an entry_point they may
+        define `check(candidate)`, HumanEval's form.
+    timeout: default --code_timeout, 5. The clock ends what sleeps, 10 seconds later.
 
-    Tests that don't compile are a ValueError, a sandbox that can't be had a SandboxError.
+    Tests that can't judge are a ValueError, a sandbox that can't be had a SandboxError.
     """
     tests = tests if isinstance(tests, str) else "\n".join(tests)
     return sandbox.run_tests(program, tests, entry_point, timeout)

@@ -11,7 +11,7 @@ import socket
 import sys
 import types
 
-from sandbox import jail
+from sandbox import jail, shelf
 from sandbox.proxy import OPERATIONS
 from sandbox.wire import decode, encode, receive, send
 
@@ -19,14 +19,16 @@ from sandbox.wire import decode, encode, receive, send
 def obey(connection: socket.socket, worker: int) -> None:
     """Says why it can't be held, or None; then answers [error, result, arguments that changed]."""
     connection = _alone_with(connection)
-    timeout, unsafe = receive(connection)
+    timeout, unsafe, wide = receive(connection)
+    if wide:
+        shelf.load_extensions()
     try:
         jail.confine(timeout, worker)
     except (OSError, ValueError) as error:
         if not unsafe:
             return send(connection, f"this machine can't hold untrusted code ({error})")
     send(connection, None)
-    sys.stdin, sys.stdout, sys.stderr = io.StringIO(), _Sink(), _Sink()
+    sys.stdin, sys.stdout, sys.stderr = (_text(file) for file in (io.BytesIO(), _Sink(), _Sink()))
     module = sys.modules["program"] = types.ModuleType("program")
     reference, dereference = _references(vars(module))
     while True:
@@ -34,7 +36,7 @@ def obey(connection: socket.socket, worker: int) -> None:
         error = result = after = None
         try:
             if operation == "exec":
-                exec(compile(target, "program", "exec"), vars(module))
+                exec(compile(target, "program", "exec", dont_inherit=True), vars(module))
             else:
                 arguments, named = (decode(x, dereference) for x in given)
                 do = OPERATIONS[operation]
@@ -56,9 +58,17 @@ def _alone_with(connection: socket.socket) -> socket.socket:
     return socket.socket(fileno=3)
 
 
-class _Sink(io.TextIOBase):
-    def write(self, text):
-        return len(text)
+class _Sink(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, data):
+        return len(data)
+
+
+def _text(file) -> io.TextIOWrapper:
+    """A text stream that has its `buffer`; what no encoding can write does not matter."""
+    return io.TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
 
 
 def _references(program: dict):

@@ -6,19 +6,23 @@ empty environment; nothing is forked from the caller, which may hold a model and
 and guest.py say what the two do, jail.py what holds the one with the program.
 """
 
+import ast
 import atexit
+import functools
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
+from sandbox.cores import share_of_cores
 from sandbox.wire import receive, send
 
-GRACE = 3.0  # seconds beyond the timeout that a caller waits for the worker's own word
+SLEEP = 9.5  # seconds beyond its timeout that a program may sleep: it ends within 10
 PATIENCE = 30.0  # seconds for a worker to start: a machine that takes longer gives no verdict
+STARVED = 20  # times what a verdict may take: a machine that is slower gives none either
 LONGEST = 1 << 20  # characters of a program
 
 
@@ -26,55 +30,111 @@ class SandboxError(RuntimeError):
     """The sandbox itself failed: no verdict."""
 
 
+# What flags say, for all verdicts of this process; `numpy` is heard when the server starts.
+timeout = 5.0  # seconds of processor time of a verdict
+numpy = False  # True: programs may import numpy
 unsafe = False  # True: run even where the kernel can't hold the program
 
 
 def run_tests(
-    program: str, tests: str, entry_point: str | None = None, timeout: float = 5.0
+    program: str, tests: str, entry_point: str | None = None, seconds: float | None = None
 ) -> bool:
-    """True if the test code runs to its end within `timeout` seconds on the clock.
+    """True if the test code runs to its end within `seconds` (default: `timeout`).
 
-    With an entry_point, the test code defines `check(candidate)`, which is called with that
-    function. ValueError if the test code does not compile, SandboxError if there can be no verdict.
-    Any number of threads may call it.
+    They are seconds of processor time, of program and tests together; the clock ends only what
+    sleeps, 10 seconds later. So no verdict depends on how busy the machine is. Any number of
+    threads may call it: no more run at once than this rank has cores. ValueError if the test code
+    can't judge, SandboxError if there can be no verdict.
     """
-    try:
-        compile(tests, "tests", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"the tests do not compile: {error}") from None
+    require_judge(tests, entry_point)
     if len(program) > LONGEST:
         return False
-    request = {"program": program, "tests": tests, "entry_point": entry_point}
-    request |= {"timeout": timeout, "unsafe": unsafe}
+    with _slots:
+        return _verdict(program, tests, entry_point, timeout if seconds is None else seconds)
+
+
+def _verdict(program: str, tests: str, entry_point: str | None, seconds: float) -> bool:
+    request = {"program": program.removeprefix("\ufeff"), "tests": tests, "unsafe": unsafe}
+    request |= {"entry_point": entry_point, "timeout": seconds, "sleep": seconds + SLEEP}
     for _ in range(3):
-        verdict = _try(request, timeout)
+        verdict = _try(request)
         if verdict is not None:
             return verdict
     raise SandboxError("workers die before they have a verdict")
 
 
-def _try(request: dict, timeout: float) -> bool | None:
-    """None: somebody killed the worker or its guest."""
+@functools.lru_cache(1 << 12)
+def require_judge(tests: str, entry_point: str | None = None) -> None:
+    """ValueError if test code can't tell a right program from a wrong one.
+
+    With an entry_point, test code may define `check(candidate)`, HumanEval's form, which is called
+    with that function. Else what it asserts has to be reached.
+    """
+    try:
+        body = compile(tests, "tests", "exec", ast.PyCF_ONLY_AST, dont_inherit=True).body
+        compile(tests, "tests", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the tests do not compile: {error}") from None
+    if entry_point is not None and not entry_point.isidentifier():
+        raise ValueError(f"the entry point {entry_point!r} is no name of a function")
+    check = next((part for part in body if getattr(part, "name", None) == "check"), None)
+    if check is not None and entry_point is not None:
+        if not _takes_one(check):
+            raise ValueError("the tests' `check` must take one thing, the function to be checked")
+        reached = [check]
+    else:
+        reached = [part for part in body if not isinstance(part, DEFINITIONS)]
+    if not any(map(_asserts, reached)) and not (
+        any(map(_calls, reached)) and any(map(_asserts, body))
+    ):
+        hint = " without an entry_point" if check is not None and entry_point is None else ""
+        raise ValueError(f"the tests assert nothing{hint}: no program would be told wrong")
+
+
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _takes_one(check: ast.stmt) -> bool:
+    if not isinstance(check, ast.FunctionDef):
+        return False
+    needed = len(check.args.posonlyargs + check.args.args) - len(check.args.defaults)
+    return needed == 1 or needed < 1 and bool(check.args.args or check.args.vararg)
+
+
+def _calls(part: ast.stmt) -> bool:
+    return any(isinstance(node, ast.Call) for node in ast.walk(part))
+
+
+def _asserts(part: ast.stmt) -> bool:
+    """Whether it holds an assert, or self.assertEqual(...), assert_allclose(...) and the like."""
+    for node in ast.walk(part):
+        called = node.func if isinstance(node, ast.Call) else None
+        name = getattr(called, "attr", getattr(called, "id", ""))
+        if isinstance(node, ast.Assert | ast.Raise) or "assert" in name.lower():
+            return True
+    return False
+
+
+def _try(request: dict) -> bool | None:
+    """None: somebody killed the worker or its guest, or the machine is too busy for either."""
     try:
         connection = _server.worker()
     except OSError as error:
         raise SandboxError(f"no worker can be started: {error}") from error
-    started = None
+    started = False
     with connection:
         try:
             connection.settimeout(PATIENCE)
             send(connection, request)
             fault = receive(connection)
-            started = time.monotonic()
-            connection.settimeout(timeout + GRACE)
+            started = True
+            connection.settimeout(STARVED * request["sleep"])
             if not fault:
                 return receive(connection)
         except (OSError, EOFError, ValueError) as error:
-            if started is None and isinstance(error, TimeoutError):
+            if not started and isinstance(error, TimeoutError):
                 _server.stop()
-            late = started is not None and time.monotonic() - started >= timeout
-            # it hangs in the tests' own C code; its processor limit ends it
-            return False if late else None
+            return None
     raise SandboxError(f"{fault}: code can't be tried safely here, and runs only with --unsafe")
 
 
@@ -88,6 +148,8 @@ class _Server:
         """A connection to a new worker."""
         with self.lock:
             for _ in range(2):
+                if self.process is not None and self.numpy is not numpy:
+                    self.stop()  # the flag has changed
                 if self.process is None or self.process.poll() is not None:
                     self._start()
                     if not unsafe:
@@ -103,12 +165,13 @@ class _Server:
             raise SandboxError("the fork server does not start")
 
     def _start(self) -> None:
+        self.numpy, site = numpy, _home_of_numpy() if numpy else ""
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control.settimeout(PATIENCE)
         script = Path(__file__).with_name("server.py").resolve()
         nothing = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with theirs:
-            command = [sys.executable, "-I", "-S", str(script), str(theirs.fileno())]
+            command = [sys.executable, "-I", "-S", str(script), str(theirs.fileno()), site]
             ours_alone = {"env": {}, "cwd": "/", "start_new_session": True}
             self.process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], **ours_alone, **nothing
@@ -123,10 +186,22 @@ class _Server:
             self.process = None
 
 
-_server = _Server()
-# a child has a server of its own, and no lock that a thread held
-os.register_at_fork(after_in_child=_server.__init__)
-atexit.register(_server.stop)
+def _home_of_numpy() -> str:
+    found = importlib.util.find_spec("numpy")
+    if found is None:
+        raise SandboxError("programs may import numpy, which is not there: pip install numpy")
+    return str(Path(found.origin).parents[1])
+
+
+def _reset() -> None:
+    """A forked child has a server of its own, and no lock that a thread held."""
+    global _server, _slots
+    _server, _slots = _Server(), threading.BoundedSemaphore(share_of_cores())
+
+
+_reset()
+os.register_at_fork(after_in_child=_reset)
+atexit.register(lambda: _server.stop())
 
 ESCAPES = """
 def probe():
@@ -154,6 +229,15 @@ def probe():
         "root": lambda: os.getuid() and 1 / 0,
         "descriptors": lambda: any(map(is_open, range(4, 64))) or 1 / 0,
     }
+    try:
+        import numpy
+    except ImportError:
+        pass
+    else:
+        tries["numpy reads"] = lambda: numpy.fromfile("/etc/passwd", "u1")
+        tries["numpy maps"] = lambda: numpy.memmap("/etc/passwd", "u1", "r")
+        tries["numpy writes"] = lambda: numpy.ones(3).tofile("/tmp/sandbox")
+        tries["numpy saves"] = lambda: numpy.save("/tmp/sandbox", numpy.ones(3))
     escaped = []
     for name, attempt in tries.items():
         try:
@@ -165,15 +249,22 @@ def probe():
 """
 
 
+WITH_NUMPY = "import numpy\ndef solve(): return numpy.linalg.inv(numpy.eye(50) * 2)"
+INVERSE = "import numpy\nassert (solve() == numpy.eye(50) / 2).all()"
+
+
 def _self_test() -> None:
     """SandboxError if anything succeeds that must fail, or the other way round."""
     checks = {
-        "something escapes": ("assert probe() == []", True),
-        "wrong answers pass": ("assert probe() == 1", False),
+        "something escapes": (ESCAPES, "assert probe() == []", True),
+        "wrong answers pass": (ESCAPES, "assert probe() == 1", False),
+        "numpy does not work in it": (WITH_NUMPY, INVERSE, True),
     }
     try:
-        for fault, (tests, expected) in checks.items():
-            if run_tests(ESCAPES, tests, timeout=20.0) is not expected:
+        for fault, (program, tests, expected) in checks.items():
+            if program is WITH_NUMPY and not numpy:
+                continue
+            if _verdict(program, tests, None, 20.0) is not expected:
                 raise SandboxError(f"the sandbox does not hold here: {fault}")
     except BaseException:  # else it would be used untested
         _server.stop()

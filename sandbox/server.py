@@ -1,12 +1,14 @@
 """The server behind run.py: forks a worker for every connection that it is handed.
 
-It has the standard library loaded, so that a verdict costs two forks and no interpreter's start.
-Stdlib only: it runs as a script, with `python -I -S`.
+So a verdict costs two forks and no interpreter's start. What programs use most is loaded; the rest
+of the standard library lies on a shelf (shelf.py). Stdlib only: it runs as a script, with
+`python -I -S`.
 """
 
 import gc
 import importlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -18,48 +20,85 @@ from contextlib import suppress
 package = types.ModuleType("sandbox")
 package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
 sys.modules["sandbox"] = package
-from sandbox import jail  # noqa: E402
+from sandbox import jail, shelf  # noqa: E402
+from sandbox.wire import send  # noqa: E402
 from sandbox.worker import work  # noqa: E402
 
 package.__path__ = []  # programs and tests find no more of it
 
 PRELOADED = (
-    "__future__ _strptime abc argparse array ast base64 binascii bisect bz2 calendar cmath codecs "
-    "collections concurrent.futures.thread contextlib copy csv dataclasses datetime decimal "
-    "difflib doctest enum fnmatch fractions functools glob graphlib gzip hashlib heapq hmac html "
-    "inspect io ipaddress itertools json keyword locale logging lzma math numbers operator os "
-    "pathlib pickle platform pprint queue random re reprlib sched secrets shlex statistics string "
-    "struct subprocess sys textwrap threading time timeit tokenize traceback types typing "
-    "unicodedata unittest urllib.parse uuid warnings weakref zlib"
+    "__future__ _strptime abc array ast base64 bisect calendar cmath collections contextlib copy "
+    "csv dataclasses datetime decimal enum fractions functools hashlib heapq inspect io itertools "
+    "json logging math numbers operator os pathlib queue random re secrets statistics string "
+    "struct sys textwrap threading time timeit traceback types typing unicodedata uuid warnings "
+    "zlib"
 )
-ENCODINGS = (
-    "ascii base64_codec cp1252 cp437 hex_codec idna latin_1 punycode raw_unicode_escape rot_13 "
-    "unicode_escape utf_16 utf_16_be utf_16_le utf_32 utf_32_be utf_32_le utf_8_sig"
-)
+NUMPY = "numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.polynomial numpy.testing"
+
+
+def _load(site: str) -> None:
+    """site: where numpy is, or "" where programs may not have it."""
+    for name in PRELOADED.split():
+        importlib.import_module(name)
+    if site:
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # its threads would not survive a fork
+        sys.path.append(site)
+        for name in NUMPY.split():
+            importlib.import_module(name)
+        sys.path.remove(site)
+        os.environ.clear()
+    shelf.fill()
 
 
 def _serve(control: socket.socket) -> None:
     """Until the caller is gone."""
-    for name in [*PRELOADED.split(), *(f"encodings.{name}" for name in ENCODINGS.split())]:
-        importlib.import_module(name)
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody has to be waited for
+    woken, wake = socket.socketpair()
+    woken.setblocking(False)
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno())
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
-    server = os.getpid()
+    server, callers = os.getpid(), {}  # {worker: its caller's connection}
     while True:
+        if woken in select.select([control, woken], [], [])[0]:
+            with suppress(BlockingIOError):
+                woken.recv(1 << 12)
+            _bury(callers)
+            continue
         message, descriptors, *_ = socket.recv_fds(control, 1, 1)
         if not message:
             return
-        with suppress(OSError):  # no fork: the caller sees its connection end
-            if os.fork() == 0:
-                try:
-                    control.close()
-                    jail.die_with_parent(server)
-                    work(socket.socket(fileno=descriptors[0]))
-                finally:
-                    os._exit(0)
-        os.close(descriptors[0])
+        caller = socket.socket(fileno=descriptors[0])
+        try:
+            worker = os.fork()
+        except OSError:
+            caller.close()  # it sees its connection end
+            continue
+        if worker == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                for mine in (control, woken, wake, *callers.values()):
+                    mine.close()
+                jail.die_with_parent(server)
+                work(caller)
+            finally:
+                os._exit(0)
+        callers[worker] = caller
+
+
+def _bury(callers: dict[int, socket.socket]) -> None:
+    """Whoever has died; for a worker that the kernel ended at its limit, says the verdict."""
+    with suppress(ChildProcessError):
+        while (death := os.waitpid(-1, os.WNOHANG))[0]:
+            caller = callers.pop(death[0], None)
+            if caller is None:
+                continue  # the guest of a worker that died before it
+            with caller, suppress(OSError):
+                if death[1] == signal.SIGPROF:
+                    send(caller, False)
 
 
 if __name__ == "__main__":
+    _load(sys.argv[2])
     _serve(socket.socket(fileno=int(sys.argv[1])))

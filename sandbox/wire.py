@@ -1,21 +1,34 @@
 """How caller, worker and guest speak: JSON of a known length, and in it plain values.
 
-`encode` tags all that JSON does not tell apart (a tuple from a list, 1 from 1.0) and makes plain
-what only looks it: of a program's own subclass of int or list, what arrives is the number or the
-list. Stdlib only.
+`encode` tags all that JSON does not tell apart (a tuple from a list) and makes plain what only
+looks it: of a program's own subclass of int or list, what arrives is the number or the list, of a
+named tuple one with the same fields. Stdlib only; arrays of numpy pass where it is loaded.
 """
 
 import json
 import struct
-from collections import deque
-from datetime import date, datetime, timedelta, timezone
+import sys
+from array import array
+from collections import Counter, OrderedDict, deque, namedtuple
+from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import PosixPath, PurePosixPath
 
-LARGEST = 1 << 24  # bytes of a message
+LARGEST = 1 << 26  # bytes of a message
+ATOMS = {str, int, float, bool, type(None)}  # JSON has them, NaN and the infinities too
+BIG = 1 << 63  # an int from here on is written in hex, for decimals of thousands of digits are slow
 CONTAINERS = {"l": list, "t": tuple, "s": set, "z": frozenset, "q": deque}
 VALUES = {
-    kind.__name__: kind for kind in (Decimal, Fraction, range, date, datetime, timezone, timedelta)
+    kind.__name__: kind
+    for kind in (Decimal, Fraction, range, slice, array, PurePosixPath, PosixPath)
+    + (date, datetime, time, timezone, timedelta)
+}
+MAPPINGS = {kind.__name__: kind for kind in (OrderedDict, Counter)}
+VIEWS = {  # of a dict that is made of what is in them
+    "dict_keys": (dict.keys, dict.fromkeys),
+    "dict_values": (dict.values, lambda x: dict(enumerate(x))),
+    "dict_items": (dict.items, dict),
 }
 
 
@@ -26,16 +39,16 @@ def send(connection, message) -> None:
 
 def receive(connection):
     """EOFError if the other side is gone, ValueError if what it says is too long or no JSON."""
-    (size,) = struct.unpack("<I", _exactly(connection, 4))
+    (size,) = struct.unpack("<I", exactly(connection, 4))
     if size > LARGEST:
         raise ValueError("message too long")
     try:
-        return json.loads(_exactly(connection, size))
+        return json.loads(exactly(connection, size))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def _exactly(connection, size: int) -> bytes:
+def exactly(connection, size: int) -> bytes:
     parts = []
     while size:
         part = connection.recv(min(size, 1 << 16))
@@ -48,37 +61,68 @@ def _exactly(connection, size: int) -> bytes:
 
 def encode(x, reference):
     """Plain values as tagged JSON; of anything else, what `reference(x)` says stands for it."""
-    if x is None or isinstance(x, bool | str):
-        return x if not isinstance(x, str) else str.__str__(x)
-    if isinstance(x, int):
-        return ["i", hex(x)]
-    if isinstance(x, float):
-        return ["f", float(x).hex()]
+    if isinstance(x, int | float | str) or x is None:
+        return _atom(x)
     if isinstance(x, complex):
         return ["c", x.real.hex(), x.imag.hex()]
-    if isinstance(x, bytes):
-        return ["b", x.hex()]
-    if isinstance(x, bytearray):
-        return ["a", x.hex()]
+    if isinstance(x, bytes | bytearray):
+        return ["b" if isinstance(x, bytes) else "a", x.hex()]
     if isinstance(x, dict):
-        return ["d", *([encode(k, reference), encode(v, reference)] for k, v in x.items())]
+        pairs = ([encode(k, reference), encode(v, reference)] for k, v in x.items())
+        name = type(x).__name__
+        return ["m", name, *pairs] if MAPPINGS.get(name) is type(x) else ["d", *pairs]
     for tag, kind in CONTAINERS.items():
         if isinstance(x, kind):
-            return [tag, *(encode(y, reference) for y in x)]
-    if VALUES.get(type(x).__name__) is type(x):
-        return [type(x).__name__, *(encode(y, reference) for y in x.__reduce__()[1])]
+            whole = set(map(type, x)) <= ATOMS and not any(type(y) is int and _big(y) for y in x)
+            parts = x if whole else [encode(y, reference) for y in x]
+            return [*_named(x), *parts] if tag == "t" else [tag, *parts]
+    return _object(x, reference)
+
+
+def _atom(x):
+    if isinstance(x, str):
+        return str.__str__(x)
+    if isinstance(x, float):
+        return float.__float__(x)
+    if x is None or isinstance(x, bool):
+        return x
+    x = int.__int__(x)
+    return ["i", hex(x)] if _big(x) else x
+
+
+def _big(x: int) -> bool:
+    return not -BIG < x < BIG
+
+
+def _named(x: tuple) -> list:
+    fields = getattr(type(x), "_fields", None)
+    if isinstance(fields, tuple) and len(fields) == len(x):
+        return ["n", type(x).__name__, list(fields)]
+    return ["t"]
+
+
+def _object(x, reference) -> list:
+    name = type(x).__name__
+    if VALUES.get(name) is type(x):
+        return [name, *(encode(y, reference) for y in x.__reduce_ex__(2)[1])]
+    view, whole = VIEWS.get(name, (None, None))
+    if view and type(x) is type(view({})):
+        return ["v", name, encode(whole(x), reference)]
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(x, numpy.generic):
+        return encode(x.item(), reference)
+    if numpy and isinstance(x, numpy.ndarray) and x.dtype.kind in "biufcUS":
+        return ["numpy", x.dtype.str, encode(x.tolist(), reference)]
     return ["p", reference(x)]
 
 
 def decode(x, dereference):
     """What `encode` encoded; ValueError, TypeError or the like for anything else."""
-    if x is None or isinstance(x, bool | str):
+    if type(x) in ATOMS:
         return x
     tag, *rest = x
     if tag == "i":
         return int(rest[0], 16)
-    if tag == "f":
-        return float.fromhex(rest[0])
     if tag == "c":
         return complex(*map(float.fromhex, rest))
     if tag == "b":
@@ -89,5 +133,13 @@ def decode(x, dereference):
         return {decode(k, dereference): decode(v, dereference) for k, v in rest}
     if tag == "p":
         return dereference(rest[0])
-    parts = (decode(y, dereference) for y in rest)
+    if tag == "m":
+        return MAPPINGS[rest[0]](decode(["d", *rest[1:]], dereference))
+    if tag == "v":
+        return VIEWS[rest[0]][0](decode(rest[1], dereference))
+    if tag == "n":
+        return namedtuple(*rest[:2])(*decode(["l", *rest[2:]], dereference))
+    if tag == "numpy":
+        return sys.modules["numpy"].array(decode(rest[1], dereference), dtype=rest[0])
+    parts = rest if set(map(type, rest)) <= ATOMS else [decode(y, dereference) for y in rest]
     return VALUES[tag](*parts) if tag in VALUES else CONTAINERS[tag](parts)

@@ -7,26 +7,31 @@ of it either.
 
 Left out, so that an honest program fails that needs it: callbacks (functions of the tests that are
 passed to the program), changes that it makes inside of nested arguments, comparing or adding its
-own objects, their truth, `with` and `await` of them, and tests that read what it prints. Stdlib
-only.
+own objects, their truth, `with` and `await` of them, and tests that read what it prints; a user
+reads of it in docs/data.md. Stdlib only.
 """
 
 import ast
 import builtins
 import importlib
 import os
+import resource
 import select
 import signal
 import socket
 import symtable
 import sys
+import time
 from contextlib import suppress
+from pathlib import Path
 
-from sandbox import jail
+from sandbox import jail, shelf
 from sandbox.guest import obey
 from sandbox.proxy import Proxy, target_of
-from sandbox.wire import decode, encode, receive, send
+from sandbox.wire import decode, encode, exactly, receive, send
 
+TICK = 0.05  # seconds between two looks at how much a verdict has used
+IDLE = 0.02  # a share of the clock: tests that take no more of a processor sleep
 # would end a test's loop as if all was well
 HIDDEN = ("StopIteration", "StopAsyncIteration", "GeneratorExit")
 SIMPLE_ERRORS = {
@@ -51,21 +56,68 @@ def work(connection: socket.socket) -> None:
     there.close()
     handle = os.pidfd_open(guest)
     request = receive(connection)
-    send(here, [request["timeout"], request["unsafe"]])
+    timeout = request["timeout"]
+    send(here, [timeout, request["unsafe"], shelf.wanted_by(request["program"])])
     fault = receive(here)
     send(connection, fault)
     if fault:
         return
-    finish, lost = _ends(connection, guest, handle, request["timeout"])
-    signal.signal(signal.SIGALRM, lambda *_: finish(False))
-    signal.setitimer(signal.ITIMER_REAL, request["timeout"])
+    finish, lost = _ends(connection, guest, handle, timeout)
+    _watch(here, guest, timeout, request["sleep"], finish)
     try:
-        jail.limit("CPU", int(request["timeout"]) + 3)
         jail.limit("AS", 2 * jail.MEMORY)
         _run(request, _asker(here, lost, finish))
     except BaseException:
         finish(False)
-    finish(True)
+    finish(_used(guest) <= timeout)
+
+
+def _used(guest: int) -> float:
+    """Seconds of processor time, of the tests and of the program with all its threads."""
+    return time.process_time() + time.clock_gettime(~guest << 3 | 2)  # the clock of a process
+
+
+def _watch(here: socket.socket, guest: int, timeout: float, sleep: float, finish) -> None:
+    """Ends what has used its `timeout` of processor time, or slept `sleep` seconds in all.
+
+    Not what waits for a processor: a verdict must not depend on what else runs.
+    """
+    before = [time.monotonic(), _used(guest), _given_up()]
+    slept = 0.0
+
+    def look(number, frame):
+        nonlocal slept
+        now = [time.monotonic(), _used(guest), _given_up()]
+        passed, worked, pauses = (new - old for new, old in zip(now, before))
+        before[:] = now
+        if frame.f_code is exactly.__code__:  # it waits for the guest, which may do something
+            idle = _rests(guest) and not select.select([here], [], [], 0)[0]
+        else:  # tests that sleep themselves
+            idle = pauses and worked < IDLE * passed
+        slept += (passed - worked) if idle else 0.0
+        if now[1] > timeout or slept > sleep:
+            finish(False)
+
+    signal.signal(signal.SIGALRM, look)
+    tick = min(TICK, timeout)
+    signal.setitimer(signal.ITIMER_REAL, tick, tick)
+    # where tests hang in C code no handler runs: the kernel ends them, and the server says so
+    signal.setitimer(signal.ITIMER_PROF, timeout + 1)
+
+
+def _given_up() -> int:
+    """How often this process has left its processor of its own will."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+
+
+def _rests(pid: int) -> bool:
+    """Whether no thread of a process runs, or waits for a processor or the disk."""
+    try:
+        tasks = [*Path(f"/proc/{pid}/task").iterdir()]
+        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
+    except OSError:  # a thread that ended just now
+        return False
+    return not {"R", "D"} & {*states}
 
 
 def _ends(connection: socket.socket, guest: int, handle: int, timeout: float):
@@ -115,7 +167,7 @@ def _asker(guest: socket.socket, lost, finish):
         except Exception:
             finish(False)
         if error:
-            raise _exception(*error)
+            raise _exception(operation, *error)
         for key, new in after.items():
             _become(named[key] if isinstance(key, str) else arguments[key], new)
         return result
@@ -123,8 +175,10 @@ def _asker(guest: socket.socket, lost, finish):
     return ask
 
 
-def _exception(kinds, arguments) -> Exception:
+def _exception(operation: str, kinds, arguments) -> Exception:
     """The first built-in one of the kinds that a program's exception was of."""
+    if operation == "next" and kinds[0] == "StopIteration":
+        return StopIteration(*arguments)
     for kind in (SIMPLE_ERRORS.get(name) for name in kinds):
         if kind:
             return kind(*arguments)
@@ -140,17 +194,33 @@ def _become(old, new) -> None:
         old.update(new)
 
 
+class _Names(dict):
+    """What test code finds: its own names, and of the `free` ones what the program has now."""
+
+    def __init__(self, ask, free: set[str], **own):
+        super().__init__(own)
+        self.ask, self.free = ask, free
+
+    def __missing__(self, name):
+        if name not in self.free:
+            raise KeyError(name)
+        value = self.ask("value", name, [], {})
+        if isinstance(value, Proxy):  # it asks for the name each time it is used
+            value = self[name] = Proxy(self.ask, name)
+        return value
+
+
 def _run(request: dict, ask) -> None:
     ask("exec", request["program"], [], {})
     tests, entry_point = request["tests"], request["entry_point"]
-    names = {name: Proxy(ask, name) for name in _free_names(tests, entry_point)}
-    for name in names.keys() & _modules(tests):
+    free = _free_names(tests, entry_point)
+    names = _Names(ask, free, __name__="__main__")
+    for name in free & _modules(tests):
         names[name] = importlib.import_module(name)
-    for name in names.keys() & _caught(tests):
+    for name in free & _caught(tests):
         names[name] = SIMPLE_ERRORS[name] = type(name, (Exception,), {})
-    names["__name__"] = "__main__"
-    exec(compile(tests, "tests", "exec"), names)
-    if entry_point is not None:
+    exec(compile(tests, "tests", "exec", dont_inherit=True), names)
+    if "check" in names and entry_point is not None:
         names["check"](Proxy(ask, entry_point))
 
 

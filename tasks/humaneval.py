@@ -12,6 +12,7 @@ answer:  ```python
 import ast
 from dataclasses import replace
 
+from answers.programs import lift_futures
 from tasks import mbpp
 from tasks.sources import take
 from verifiers import extract_code, verify_code
@@ -19,13 +20,15 @@ from verifiers import extract_code, verify_code
 
 def parse_humaneval(row: dict) -> dict:
     fields = ("prompt", "canonical_solution", "test", "entry_point")
-    return dict(zip(fields, take(row, **dict.fromkeys(fields, str)), strict=True))
+    problem = dict(zip(fields, take(row, **dict.fromkeys(fields, str)), strict=True))
+    mbpp.require_judge("test", problem["test"], problem["entry_point"])
+    return problem
 
 
 def verify_humaneval(response: str, problem: dict) -> bool:
     """The function's head comes with imports and helpers, which the response need not repeat."""
     prompt, name = problem["prompt"], problem["entry_point"]
-    program = prompt + "\n" + extract_code(response)
+    program = lift_futures(prompt + "\n" + extract_code(response))
     return verify_code(program, helpers(prompt, name) + problem["test"], name)
 
 

@@ -1,5 +1,6 @@
 """A task and its problems, ready for a run, from the flags --task, --data, --prompts, --shots..."""
 
+import math
 from dataclasses import replace
 
 from sandbox import run as sandbox
@@ -12,7 +13,7 @@ from tasks.sources import content_hash, load_splits, naming, parse_row
 def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
     """(task, {split: problems}), at least the splits `wanted`. Any bad input is a ValueError.
 
-    config: has task, data, prompts, shots, shots_file, seed and unsafe (training/flags.py)
+    config: has task, data, prompts, shots, shots_file, seed, unsafe and code_* (training/flags.py)
     """
     if config.task not in TASKS:
         raise ValueError(f"unknown task '{config.task}': choose one of {', '.join(TASKS)}")
@@ -20,7 +21,10 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
     if config.prompts:
         task = replace(task, **read_prompts(config.prompts, task.view))
     splits = load_splits(task, config.data, config.seed, wanted)
-    sandbox.unsafe = config.unsafe
+    if not 0 < config.code_timeout < math.inf:
+        raise ValueError(f"--code_timeout {config.code_timeout:g}: must be seconds above 0")
+    sandbox.unsafe, sandbox.numpy = config.unsafe, config.code_numpy
+    sandbox.timeout = config.code_timeout
     try:
         task.warm_up and task.warm_up()
     except (ImportError, RuntimeError) as error:

@@ -8,6 +8,7 @@ answer:  ```python
          ```
 """
 
+from sandbox import run as sandbox
 from tasks.base import Task
 from tasks.chats import code_chat
 from tasks.sources import take, typed
@@ -24,7 +25,16 @@ def parse_mbpp(row: dict) -> dict:
     if not all(isinstance(test, str) for test in [setup, *tests]):
         raise ValueError("field 'test_list' must be a list of texts, 'test_setup_code' a text")
     tests = [unix(test) for test in [setup] * bool(setup) + tests]
+    require_judge("test_list", "\n".join(tests))
     return {"task_id": task_id, "text": text, "code": unix(code), "tests": tests}
+
+
+def require_judge(field: str, tests: str, entry_point: str | None = None) -> None:
+    """ValueError for a row whose tests every program would pass, or none could."""
+    try:
+        sandbox.require_judge(tests, entry_point)
+    except ValueError as error:
+        raise ValueError(f"field '{field}': {error}") from None
 
 
 def unix(text: str) -> str:

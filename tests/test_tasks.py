@@ -48,6 +48,7 @@ def test_tiny_verdict_word_is_no_part_of_the_answer():
 def flags(**given):
     """What load_task reads of a script's flags."""
     flags = {"task": "tiny", "data": None, "seed": 0, "prompts": None, "unsafe": False}
+    flags |= {"code_timeout": 5.0, "code_numpy": False}
     return SimpleNamespace(**flags | {"shots": None, "shots_file": None} | given)
 
 

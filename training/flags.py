@@ -19,6 +19,10 @@ def flag(default, text: str, **more):
     return field(default=default, metadata={"help": text, **more})
 
 
+OVERLONG_HELP = (
+    "problems whose conversation might not fit the model's context: drop leaves them out and says "
+    "how many (default in training), error stops (default in evaluation)"
+)
 KL_HELP = "KL estimator; loss.kl_terms says which gradient each one has"
 
 
@@ -32,10 +36,11 @@ class TaskConfig:
     )
     data: str | None = flag(
         None,
-        "problems: a JSONL or JSON file, hub:NAME[:CONFIG], or train=...,test=... with one of "
-        "these each; default: the task's own. One file is split by a hash of its content, 80/10/10 "
-        "(MBPP: by task_id, as published)",
+        "problems: a file (JSONL, JSON, CSV, parquet; .gz too), hub:NAME[:CONFIG], or "
+        "train=...,test=... with one of these each; default: the task's own. One file is split by "
+        "a hash of its content, 80/10/10 (MBPP: by task_id, as published)",
     )
+    overlong: str = flag("error", OVERLONG_HELP, choices=("drop", "error"))
     prompts: str | None = flag(
         None, "JSON file that replaces some of the task's prompts; tasks/base.py has their names"
     )
@@ -46,6 +51,16 @@ class TaskConfig:
     )
     shots_file: str | None = flag(
         None, "take the examples from this file instead; a `response` in it is shown as it is"
+    )
+    code_timeout: float = flag(
+        5.0,
+        "code tasks: seconds of processor time of a verdict, however busy the machine is; what "
+        "sleeps ends 10 seconds later",
+    )
+    code_numpy: bool = flag(
+        False,
+        "code tasks: programs may import numpy besides the standard library; docs/data.md says "
+        "what else they can't do",
     )
     unsafe: bool = flag(
         False,
@@ -64,6 +79,7 @@ class TaskConfig:
 class TrainConfig(TaskConfig):
     """The flags that every training script shares."""
 
+    overlong: str = flag("drop", OVERLONG_HELP, choices=("drop", "error"))
     output_dir: str = flag("runs/run", "the run's directory: new, or to be resumed")
     resume: bool = flag(False, "go on with the run in --output_dir")
     seed: int = flag(0, "seed of the problems' order and of every sample")

@@ -1,0 +1,215 @@
+r"""One writing for all the ways in which people and models write the same answer.
+
+`alike` is applied to both sides before they are graded. It changes how an answer is written, never
+what it says: nothing here knows the other side. What it writes is LaTeX that math-verify reads.
+"""
+
+import re
+import unicodedata
+from fractions import Fraction
+
+LONGEST = 20_000  # characters; longer ones are no answers
+
+
+def alike(answer: str) -> str:
+    """The answer in one writing. `alike(alike(x)) == alike(x)`.
+
+    Every rule takes away something that no rule writes, so the loop ends.
+    """
+    before, text = None, answer.strip()
+    while text != before and len(text) <= LONGEST:
+        before = text
+        if not text.isascii():
+            text = _plain_signs(text)
+        for pattern, replacement in RULES:
+            text = pattern.sub(replacement, text)
+        text = text.strip()
+    return text
+
+
+SIGNS = {
+    "−–—‒‐‑﹣－": "-", "×✕✖": r"\times ", "·⋅∙•": r"\cdot ", "∗": "*", "÷": r"\div ", "∕⁄": "/",
+    "±": r"\pm ", "∓": r"\mp ", "≤⩽≦": r"\le ", "≥⩾≧": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+    "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ",
+    "∅⌀": r"\emptyset ", "⊂": r"\subset ", "⊆": r"\subseteq ", "∖": r"\setminus ",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℂ": r"\mathbb{C}", "ℕ": r"\mathbb{N}",
+    "ℚ": r"\mathbb{Q}", "°º˚": r"^\circ ", "∠": r"\angle ", "△": r"\triangle ", "→": r"\to ",
+    "∣": "|", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "…⋯": r"\ldots ", "′’‘": "'", "“”": '"', "€£¥₹": "",
+    "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\u200f\u2061\u2062\u2063": "",
+    "∛": r"\sqrt[3]√", "∜": r"\sqrt[4]√",
+}  # fmt: skip
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho"
+    " varsigma sigma tau upsilon phi chi psi omega"
+).split()
+CHARACTERS = {ord(sign): latex for signs, latex in SIGNS.items() for sign in signs}
+CHARACTERS |= {0x3B1 + place: rf"\{name} " for place, name in enumerate(GREEK)}
+CHARACTERS |= {
+    ord(letter): rf"\{unicodedata.name(letter).split()[-1].capitalize()} "
+    for letter in "ΓΔΘΞΠΣΦΨΩ"
+}
+CHARACTERS[ord("Λ")] = r"\Lambda "  # LAMDA in Unicode
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ"
+LOWERED = "₀₁₂₃₄₅₆₇₈₉₊₋₍₎"
+PARTS = re.compile("[¼-¾⅐-⅞]")
+OVERLINED = re.compile("((?:[0-9][\u0304\u0305])+)")
+
+
+def _plain_signs(text: str) -> str:
+    """Mathematical characters become LaTeX; letters and digits of other fonts plain ones."""
+
+    def folded(match: re.Match) -> str:
+        return unicodedata.normalize("NFKC", match[0]).replace("−", "-")
+
+    text = re.sub(f"[{RAISED}]+", lambda m: f"^{{{folded(m)}}}", text)
+    text = re.sub(f"[{LOWERED}]+", lambda m: f"_{{{folded(m)}}}", text)
+    text = PARTS.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*folded(m).split("⁄")), text)
+    text = OVERLINED.sub(lambda m: rf"\overline{{{m[1][::2]}}}", text)
+    return unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
+
+
+FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot csc ln log exp".split()
+UNITS = set(
+    "cm mm km dm nm ft in yd mi lb lbs oz kg mg hr hrs min mins sec secs mph kmh kph am pm usd eur"
+    " gb mb kb kw kwh hz khz ml cl dl sq cu rs cc rpm pcs".split()
+)
+GLUED = UNITS - {"in", "am", "pm", "rs", "sq", "cu", "nm", "mi"}  # 12cm, but 3am may be a product
+LETTERS = set("mshglLNVWAJKC")  # units too, where they stand upright or after a number and a space
+SMALL_WORDS = {"of", "per", "to", "a", "an", "at", "by", "on"}
+NO_NOUNS = {*FUNCTIONS, *GREEK} | set(
+    "and or mod half halves third thirds fourth fourths plus minus times over infinity squared"
+    " cubed factorial choose undefined none sqrt".split()
+)
+POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+BASES = "two three four five six seven eight nine ten eleven twelve sixteen".split()
+BASES = dict(zip(BASES, (*range(2, 13), 16), strict=True))
+
+
+def _is_noun(word: str) -> bool:
+    """Not a product of variables, which people write in the order of the alphabet: abc, xyz."""
+    low = word.lower()
+    if low in UNITS:
+        return True
+    if len(low) < 3 or low in NO_NOUNS or word[1:] != low[1:] or not re.search("[aeiouy]", low):
+        return False
+    return len(low) > 3 or list(low) != sorted(set(low))
+
+
+def _without_nouns(match: re.Match) -> str:
+    r"""`18 eggs` is 18, `12\text{ m}^2` is 12; `18x`, `2 n` and `3 ab` are products."""
+    before, nouns = match[1], match[2]
+    first, *others = re.findall("[A-Za-z]+", nouns.replace(r"\text", "")) or [""]
+    if r"\text" in nouns:
+        is_unit = not NO_NOUNS & {word.lower() for word in (first, *others)}
+    elif not nouns[0].isspace():
+        is_unit = first in GLUED and not others
+    elif first in LETTERS and not others:
+        is_unit = re.fullmatch(r"[-+0-9.,]+", match.string[: match.end(1)]) is not None
+    else:
+        is_unit = (_is_noun(first) or first in LETTERS) and all(
+            _is_noun(word) or word in SMALL_WORDS or word in LETTERS for word in others
+        )
+    return before if is_unit else match[0]
+
+
+def _without_font(match: re.Match) -> str:
+    r"""`\mathrm{e}` is e, `\operatorname{sin}` a function, `\text{(C)}` (C), other words text."""
+    before, font, content = match[1], match[2], re.sub(r"\s+", " ", match[3]).strip()
+    if content in FUNCTIONS:
+        return rf"{before}\{content} "
+    letters = re.findall("[A-Za-z]+", re.sub(r"\\[A-Za-z]+", "", content))
+    upright = "bf" not in font and "it" not in font and "bold" not in font
+    after_number = upright and re.search(r"[0-9})]\s?\Z", before)
+    if after_number and letters and content[0].isalpha() and LETTERS.issuperset(letters):
+        return rf"{before}\text{{{content}}}"
+    if any(len(word) > 1 for word in letters) and not content[0].isdecimal():
+        return rf"{before}\text{{{content}}}"
+    return f"{before}{{{content}}}" if before[-1:] in ("^", "_") else before + content
+
+
+def _exact_fraction(match: re.Match) -> str:
+    r"""0.1\overline{6} = (16 - 1) / 90."""
+    fixed, period = (match[1] or "0") + match[2], re.sub("[^0-9]", "", match[3])
+    value = Fraction(int(fixed + period) - int(fixed), 10 ** len(period) - 1)
+    value /= 10 ** len(match[2])
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _base(match: re.Match) -> str:
+    base = next((group for group in match.groups()[1:] if group), None)
+    return f"{match[1]}_{{{BASES.get(base.lower(), base)}}}" if base else match[0]
+
+
+def _words(match: re.Match) -> str:
+    """Else a word would be the product of its letters, and as good as one with them in disorder."""
+    words = re.findall("[A-Za-z]+", match[0])
+    return rf"\text{{{match[0]}}}" if any(map(_is_noun, words)) else match[0]
+
+
+def _root(match: re.Match) -> str:
+    radicand = next((group for group in match.groups()[1:] if group), "")
+    return (match[1] or r"\sqrt") + f"{{{radicand}}}"
+
+
+END = "(?![A-Za-z])"  # of a command
+SPACE = rf"\\(?:[,;:> ]|(?:quad|qquad|enspace|space|thinspace|medspace|thickspace){END})"
+FONTS = (
+    r"text(?:rm|bf|it|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal|up)|mbox|hbox|"
+    r"operatorname\*?|boldsymbol|bold|bm|emph|underline"
+)
+DIGITS = "[0-9]{1,99}"
+DOTTED = r"\\dot\s*(?:\{[0-9]\}|[0-9])"
+PERIOD = (
+    rf"\\(?:overline|bar)\s*(?:\{{\s*{DIGITS}\s*\}}|[0-9])|"
+    rf"{DOTTED}(?:[0-9]{{0,99}}{DOTTED})?|\({DIGITS}\)(?!\s*\^)"
+)
+NOUN = r"(?:\\text\{[A-Za-z][A-Za-z0-9^ .'/-]*\}|[A-Za-z]+\.?)(?:\^(?:-?[0-9]|\{-?[0-9]\}))?"
+BASE = rf"([2-9]|[1-3][0-9]|{'|'.join(BASES)})"
+IN_BASE = rf"\(?\s*(?:base\s*)?{BASE}\s*\)?\s*"
+RULES = [
+    # spaces, dollar signs, brackets around a formula, sizes, what ends a sentence
+    (r"(?<=[0-9])(?:\\,|\\!|\{,\})(?=[0-9]{3}(?![0-9]))|(?<=,)\\!\s*", ""),
+    (rf"(\\\\)|{SPACE}|~|\s+", lambda m: m[1] or " "),
+    (r"\s{2,}", " "),
+    (r"(\\\\)|\\[!()$\[\]]|\$|^\*\*|\*\*$|^`+|`+$", lambda m: m[1] or ""),
+    (rf"\\(?:display|text|script)style{END}|\\[bB]igg?[lrm]?{END}", ""),
+    (rf"\\(?:left|right){END}(?!\s*\.)", ""),
+    (r"[\s=:]+\Z|\A[\s=]+|(?<!\\)[.,;]\Z|\\+\Z", ""),
+    # commands with several names
+    (rf"\\(?:[dtc]|nice|s)frac{END}", r"\\frac"),
+    (rf"\\varnothing{END}", r"\\emptyset"),
+    (rf"\\imath{END}", "i"),
+    (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|pi|theta){END}", r"\\\1 "),
+    # fonts
+    (rf"\{{\\(rm|bf|it){END}\s*([^{{}}]*)\}}", r"\\math\1{\2}"),
+    (r"\A\{([^{}]*)\}\Z", r"\1"),
+    (rf"\\({FONTS})\s+([A-Za-z0-9])(?![A-Za-z0-9])", r"\\\1{\2}"),
+    (rf"(.?.?)\\({FONTS})\s*\{{([^{{}}]*)\}}", _without_font),
+    # roots of characters and of programs
+    (rf"(?<![\\A-Za-z])sqrt{END}", "√"),
+    (r"(\\sqrt\[[34]\])?√\s*(?:\{([^{}]*)\}|\(((?:[^()√]|\([^()√]*\))*)\)|"
+     r"([0-9]+(?:\.[0-9]+)?|[A-Za-z]))", _root),
+    (r"√\s*(?=\\[A-Za-z])", r"\\sqrt "),
+    (r"\*\*(?=[0-9A-Za-z({-])", "^"),
+    # degrees, but for those with minutes; percentages
+    (rf"\s*(?:\{{\}})?(?:\^\s*(?:\\circ{END}|\{{\s*\\circ\s*\}})|\\(?:text)?degree{END})"
+     r"(?:\s*(?:[CF]|\\text\{[CF]\})\Z)?(?!\s*[0-9])", ""),
+    (r"\s*(?:(?<!\\)%|(?<=\s)\\%|\\text\{per ?cent(?:age)?\}|"
+     rf"(?<=[0-9}}) ])(?:per ?cent(?:age)?|pct){END})", r"\\%"),
+    # repeating decimals, numbers with a base, with spaces, in words
+    (rf"(?<![0-9.,])({DIGITS})?\.\s?([0-9]{{0,99}})({PERIOD})(?!\s*_)", _exact_fraction),
+    (r"\(([0-9][0-9A-Z.]*)\)\s*_", r"\1_"),
+    (rf"([0-9][A-F]*)\s*(?:\\text\{{\(?(?:in )?base\s*{BASE}?\)?\}}\s*{BASE}?|"
+     rf"\(?(?:in )?base[ -]*{BASE}\)?)(?![0-9A-Za-z])", _base),
+    (rf"([0-9][A-F]*)\s*_\s*(?:{BASE}(?![0-9A-Za-z])|\{{\s*{IN_BASE}\}}|"
+     rf"\{{\s*\\text\{{{IN_BASE}\}}\s*\}}|\\text\{{{IN_BASE}\}})", _base),
+    (r"(?<![0-9.,])([0-9]{1,3}(?: [0-9]{3})+)(?![0-9])", lambda m: m[1].replace(" ", "")),
+    (rf"(?<=[0-9])\s*(?:({'|'.join(POWERS)})s?{END}|\\text\{{({'|'.join(POWERS)})s?\}})",
+     lambda m: rf"\cdot 10^{{{POWERS[m[1] or m[2]]}}}"),
+    # nouns after a number, and words alone
+    (rf"([0-9}})%]|\\pi)(\s*{NOUN}(?:(?:\s*/\s*|-|\s+|(?=\\text)){NOUN})*)\s*(?=[,;)\]]|\Z)",
+     _without_nouns),
+    (r"\A[A-Za-z]{2,}(?:[ -][A-Za-z]+)*\Z", _words),
+]  # fmt: skip
+RULES = [(re.compile(pattern), replacement) for pattern, replacement in RULES]

@@ -6,7 +6,9 @@ All bad input is a ValueError here, before any long work.
 from sampler import Sampler
 from tasks.env import Env
 from tasks.loading import load_task
+from tasks.sources import naming
 from training.batches import pick_things
+from training.distributed import rank
 from training.models import compute_dtype, load_model
 
 
@@ -19,12 +21,16 @@ def prepare(
     day: of the prompts (sampling/turns.py), the same on all ranks.
     """
     task, splits = load_task(config, counts)
-    splits = {name: splits[name][:count] for name, count in counts.items()}
     model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
     sampler, env = Sampler(model, tokenizer), Env(task, tokenizer, day)
-    for some in splits.values():
-        require_room(env, sampler, some, config)
-    return env, sampler, splits
+    require_end(env, sampler)
+    chosen = {}
+    for name, count in counts.items():
+        with naming(name):
+            chosen[name], said = with_room(env, sampler, splits[name], count, config)
+        if said and rank() == 0:
+            print(f"{name}: {said}")
+    return env, sampler, chosen
 
 
 def load_sampler(name: str, env: Env, config) -> Sampler:
@@ -38,8 +44,8 @@ def load_sampler(name: str, env: Env, config) -> Sampler:
     return Sampler(model, env.tokenizer)
 
 
-def require_room(env: Env, sampler, problems: list[dict], config) -> None:
-    """ValueError if a conversation might not fit the model's context, or its turns can't end."""
+def require_end(env: Env, sampler) -> None:
+    """ValueError if a turn of this chat can't end."""
     stop = env.seam("correct")[0]
     if not sampler.is_stop[stop]:
         end = env.tokenizer.decode([stop])
@@ -47,16 +53,37 @@ def require_room(env: Env, sampler, problems: list[dict], config) -> None:
             f"the chat template ends a turn with {end!r}, where the model does not stop: "
             "add it to its eos"
         )
-    follows, prompts = env.tokens_after(config), env.prompts(problems)
-    pairs = zip(prompts, problems, strict=True)
-    spoken = [len(prompt) + len(env.given_ids(problem)) for prompt, problem in pairs]
-    longest = max(range(len(prompts)), key=lambda i: spoken[i])
-    if spoken[longest] + follows > sampler.limit:
-        raise ValueError(
-            f"problem {longest}: a prompt of {spoken[longest]} tokens and up to {follows} after it "
-            f"don't fit the model's context of {sampler.limit}: lower --shots or the token limits, "
-            "or leave it out"
-        )
+
+
+def with_room(env: Env, sampler, problems: list[dict], count: int | None, config):
+    """(the first `count` problems that fit the model's context, what is said of those left out).
+
+    ValueError if none fits, or with --overlong error if one does not.
+    """
+    if not problems:
+        raise ValueError("no problem is left beside the few-shot examples: lower --shots")
+    follows, kept, spoken = env.tokens_after(config), [], []
+    for problem in problems:
+        if len(kept) == count:
+            break
+        spoken.append(len(env.prompts([problem])[0]) + len(env.given_ids(problem)))
+        if config.overlong == "error" or spoken[-1] + follows <= sampler.limit:
+            kept.append(problem)
+    longest = max(spoken)
+    if longest + follows <= sampler.limit:
+        return kept, ""
+    fault = (
+        f"a prompt of {longest} tokens and up to {follows} after it don't fit the model's context "
+        f"of {sampler.limit}"
+    )
+    remedy = "lower --shots or the token limits"
+    if not kept:
+        raise ValueError(f"all {len(spoken):,} problems are too long: {fault}: {remedy}")
+    if config.overlong == "error":
+        where = spoken.index(longest) + 1
+        raise ValueError(f"problem {where}: {fault}: {remedy}, or leave it out (--overlong drop)")
+    out = f"{len(spoken) - len(kept):,} of {len(spoken):,} problems left out"
+    return kept, f"{out}: {fault} (--overlong error stops instead)"
 
 
 def probe(look, problems: list[dict], config, keys=("acc_t1", "acc_t2")) -> None:

@@ -46,7 +46,7 @@ def chat_of(row: dict, field: str) -> Chat | None:
     if len(said["user"]) != 1:
         count = len(said["user"])
         raise ValueError(f"field '{name}' has {count} messages of the user, and a problem is one")
-    calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
+    calls = [calls for m in messages if isinstance(calls := m.get("tool_calls"), list) and calls]
     return Chat(said["user"][0], (said["assistant"] or [""])[-1], calls)
 
 
@@ -61,7 +61,8 @@ def text_of(message: dict, name: str) -> str:
     """Its words; of one in parts, those that are text; none if it only calls tools."""
     said = message.get("content", message.get("value")) or ""
     if isinstance(said, list):
-        said = "".join(part.get("text") or "" for part in said if isinstance(part, dict))
+        texts = [part.get("text") for part in said if isinstance(part, dict)]
+        said = "".join(text for text in texts if isinstance(text, str))
     if not isinstance(said, str):
         raise ValueError(f"field '{name}' has a message whose content is no text")
     return said
@@ -133,11 +134,15 @@ def call_chat(row: dict) -> dict:
     chat = chat_of(row, "query")
     if chat is None:
         return row
-    calls = [call.get("function", call) for call in chat.calls[0]] if len(chat.calls) == 1 else []
-    answers = [
-        {"name": call.get("name"), "arguments": typed(call.get("arguments"), dict)}
-        for call in calls
-    ]
+    answers = [call_of(call) for call in chat.calls[0]] if len(chat.calls) == 1 else []
     said = answers if chat.calls else typed(chat.reply.strip(), list)
     answers = {"answers": said} if said and isinstance(said, list) else {}
     return answers | row | {"query": chat.question}
+
+
+def call_of(call):
+    """A tool call as our own rows have it; what is none, as it is."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    return {"name": function.get("name"), "arguments": typed(function.get("arguments"), dict)}

@@ -1,6 +1,7 @@
 """Rows that ask in a chat: what each task takes of them, and what it refuses."""
 
 import json
+import random
 
 import pytest
 
@@ -138,3 +139,19 @@ def test_a_chat_without_one_turn_of_calls_is_refused(messages):
 def test_a_task_that_has_no_use_for_a_chat_says_what_it_wants(name, wanted):
     with pytest.raises(ValueError, match=wanted):
         parse_row(TASKS[name], {"messages": [*ASKED, assistant(BOXED)], "id": 3})
+
+
+def test_no_row_makes_a_task_raise_anything_but_a_value_error():
+    rng, fields = random.Random(0), "messages prompt completion conversations tools query question"
+    fields += " answer answers solution ground_truth reward_model task_id test_list test_imports"
+    values = [None, "", "[", "[1]", "#### 3", 3, 2.5, True, [1], [None], {"ground_truth": [1]}]
+    values += [[user(said)] for said in ("?", 3, [3], [{"text": 3}])]
+    for calls in (3, [3], [{}], [{"function": 3}], [{"function": {"arguments": "["}}]):
+        values.append([user("?"), assistant("", tool_calls=calls)])
+    for _ in range(3000):
+        row = {field: rng.choice(values) for field in rng.sample(fields.split(), 4)}
+        for task in (task for task in TASKS.values() if task.parse):
+            try:
+                json.dumps(parse_row(task, row))
+            except ValueError as error:
+                assert "\n" not in str(error)

@@ -18,7 +18,7 @@ class Proxy:
     def __init__(self, ask, target):
         self.__dict__.update(_ask=ask, _target=target, _made=False)
 
-    def __call__(self, *arguments, **named):
+    def __call__(self, /, *arguments, **named):
         result = self._ask("call", self._target, list(arguments), named)
         if isinstance(result, Proxy) and isinstance(self._target, str):
             # made by the tests, of a class by its name: its `in` is what they are about
@@ -102,7 +102,7 @@ def _next(x):
 
 OPERATIONS = {
     "value": lambda x: x,
-    "call": lambda x, *arguments, **named: x(*arguments, **named),
+    "call": lambda x, /, *arguments, **named: x(*arguments, **named),
     "getattr": getattr,
     "setattr": setattr,
     "delattr": delattr,

@@ -31,7 +31,8 @@ def fill() -> None:
     with open(os.memfd_create("shelf"), "w+b") as file:
         _put(file, sys.path)
         file.flush()
-        _memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # private: if a program writes there all the same, nobody else sees it
+        _memory = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
     sys.meta_path.insert(0, sys.modules[__name__])
 
 

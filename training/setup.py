@@ -34,7 +34,10 @@ def prepare(
 
 
 def load_sampler(name: str, env: Env, config) -> Sampler:
-    """Of another model in the same conversations; ValueError if ids are other words to it."""
+    """Of another model in the same conversations; ValueError if ids are other words to it.
+
+    What is said between its turns is the env's; its own chat template counts for nothing.
+    """
     model, tokenizer = load_model(name, dtype=compute_dtype(config))
     if tokenizer.get_vocab() != env.tokenizer.get_vocab():
         raise ValueError(

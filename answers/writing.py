@@ -46,8 +46,7 @@ GREEK = (
 CHARACTERS = {ord(sign): latex for signs, latex in SIGNS.items() for sign in signs}
 CHARACTERS |= {0x3B1 + place: rf"\{name} " for place, name in enumerate(GREEK)}
 CHARACTERS |= {
-    ord(letter): rf"\{unicodedata.name(letter).split()[-1].capitalize()} "
-    for letter in "ΓΔΘΞΠΣΦΨΩ"
+    ord(letter): rf"\{unicodedata.name(letter).split()[-1].capitalize()} " for letter in "ΓΔΘΞΠΣΦΨΩ"
 }
 CHARACTERS[ord("Λ")] = r"\Lambda "  # LAMDA in Unicode
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ"
@@ -128,6 +127,16 @@ def _without_font(match: re.Match) -> str:
     return f"{before}{{{content}}}" if before[-1:] in ("^", "_") else before + content
 
 
+def _without_braces(match: re.Match) -> str:
+    """`{5}`, but not `{1}+{2}`."""
+    depth, inner = 0, match[1]
+    for brace in re.findall(r"\\.|[{}]", inner):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if depth < 0:
+            return match[0]
+    return inner if depth == 0 else match[0]
+
+
 def _exact_fraction(match: re.Match) -> str:
     r"""0.1\overline{6} = (16 - 1) / 90."""
     fixed, period = (match[1] or "0") + match[2], re.sub("[^0-9]", "", match[3])
@@ -169,9 +178,9 @@ BASE = rf"([2-9]|[1-3][0-9]|{'|'.join(BASES)})"
 IN_BASE = rf"\(?\s*(?:base\s*)?{BASE}\s*\)?\s*"
 RULES = [
     # spaces, dollar signs, brackets around a formula, sizes, what ends a sentence
-    (r"(?<=[0-9])(?:\\,|\\!|\{,\})(?=[0-9]{3}(?![0-9]))|(?<=,)\\!\s*", ""),
-    (rf"(\\\\)|{SPACE}|~|\s+", lambda m: m[1] or " "),
-    (r"\s{2,}", " "),
+    (r"(?<=[0-9])(?:\\,|\\!|\{,\})(?=[0-9]{3}(?![0-9]))", ""),
+    (rf"(\\\\)|(?:{SPACE}|~|\s)+", lambda m: m[1] or " "),
+    (r"(?<=,)\\!\s*", ""),
     (r"(\\\\)|\\[!()$\[\]]|\$|^\*\*|\*\*$|^`+|`+$", lambda m: m[1] or ""),
     (rf"\\(?:display|text|script)style{END}|\\[bB]igg?[lrm]?{END}", ""),
     (rf"\\(?:left|right){END}(?!\s*\.)", ""),
@@ -183,7 +192,7 @@ RULES = [
     (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|pi|theta){END}", r"\\\1 "),
     # fonts
     (rf"\{{\\(rm|bf|it){END}\s*([^{{}}]*)\}}", r"\\math\1{\2}"),
-    (r"\A\{([^{}]*)\}\Z", r"\1"),
+    (r"\A\{(.*)\}\Z", _without_braces),
     (rf"\\({FONTS})\s+([A-Za-z0-9])(?![A-Za-z0-9])", r"\\\1{\2}"),
     (rf"(.?.?)\\({FONTS})\s*\{{([^{{}}]*)\}}", _without_font),
     # roots of characters and of programs
@@ -203,7 +212,8 @@ RULES = [
     (rf"([0-9][A-F]*)\s*(?:\\text\{{\(?(?:in )?base\s*{BASE}?\)?\}}\s*{BASE}?|"
      rf"\(?(?:in )?base[ -]*{BASE}\)?)(?![0-9A-Za-z])", _base),
     (rf"([0-9][A-F]*)\s*_\s*(?:{BASE}(?![0-9A-Za-z])|\{{\s*{IN_BASE}\}}|"
-     rf"\{{\s*\\text\{{{IN_BASE}\}}\s*\}}|\\text\{{{IN_BASE}\}})", _base),
+     rf"\{{\s*\\text\{{(?:base\s*\}}\s*{BASE}|{IN_BASE}\}})\s*\}}|\\text\{{{IN_BASE}\}})", _base),
+    (r"(?<![0-9.,/])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9/])", r"\1\\frac{\2}{\3}"),
     (r"(?<![0-9.,])([0-9]{1,3}(?: [0-9]{3})+)(?![0-9])", lambda m: m[1].replace(" ", "")),
     (rf"(?<=[0-9])\s*(?:({'|'.join(POWERS)})s?{END}|\\text\{{({'|'.join(POWERS)})s?\}})",
      lambda m: rf"\cdot 10^{{{POWERS[m[1] or m[2]]}}}"),

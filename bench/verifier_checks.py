@@ -25,12 +25,19 @@ from verifiers import (  # noqa: E402
     verify_function_call,
     verify_math,
 )
+from writings import changed_writings, other_writings  # noqa: E402
 
 BFCL = ("bfcl_simple_python", "bfcl_multiple", "bfcl_parallel", "bfcl_parallel_multiple")
 
 
-def checks(folder: Path, workers: int = 2) -> list[dict]:
-    rows = [math_gold(folder, workers), *gsm8k(folder, workers), *countdown(folder)]
+def checks(folder: Path, workers: int = 2, every: int = 1) -> list[dict]:
+    """every: of the gold answers of mathematics, so many take one to be written otherwise."""
+    rows = [math_gold(folder, workers), *gsm8k(folder, workers)]
+    rows += written_otherwise(
+        "MATH-500", [row["answer"] for row in read(folder, "math500")][::every], workers
+    )
+    rows += written_otherwise("GSM8K", [gold for _, gold in gsm8k_pairs(folder)][::every], workers)
+    rows += countdown(folder)
     rows += [row for name in BFCL for row in function_calls(folder, name)]
     rows += code("MBPP", mbpp(folder), workers)
     return rows + code("HumanEval", humaneval(folder), workers)
@@ -62,16 +69,29 @@ def math_gold(folder: Path, workers: int) -> dict:
     return measure("MATH-500: solutions", verify_math, pairs, True, workers)
 
 
-def gsm8k(folder: Path, workers: int) -> list[dict]:
+def gsm8k_pairs(folder: Path) -> list[tuple]:
     solutions = [row["answer"] for row in read(folder, "gsm8k_test")]
+    return [(solution, solution.rpartition("#### ")[2]) for solution in solutions]
+
+
+def gsm8k(folder: Path, workers: int) -> list[dict]:
     pairs = [
-        (solution.replace("####", "The final answer is"), solution.rpartition("#### ")[2])
-        for solution in solutions
+        (text.replace("####", "The final answer is"), gold) for text, gold in gsm8k_pairs(folder)
     ]
     wrong = [(f"\\boxed{{{int(gold.replace(',', '')) + 1}}}", gold) for _, gold in pairs]
     return [
         measure("GSM8K: solutions", verify_math, pairs, True, workers),
         measure("GSM8K: one more", verify_math, wrong, False, workers),
+    ]
+
+
+def written_otherwise(name: str, golds: list[str], workers: int) -> list[dict]:
+    golds = dict.fromkeys(golds)
+    right = [(text, gold) for gold in golds for text in other_writings(gold)]
+    wrong = [(text, gold) for gold in golds for text in changed_writings(gold)]
+    return [
+        measure(f"{name}: other writings", verify_math, right, True, workers),
+        measure(f"{name}: one value changed", verify_math, wrong, False, workers),
     ]
 
 

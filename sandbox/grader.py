@@ -14,21 +14,22 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
+from fractions import Fraction
 
 TIMEOUT = 5.0  # seconds of processor time a verdict: it must not depend on what else runs
-WALL = 4  # times the timeout: how long a worker is waited for, in seconds on the clock
+LOOK = 0.5  # seconds on the clock between looks whether a worker is at work
 MEMORY = 1 << 30  # bytes of address space of a worker
 # two irrational numbers are equal if they agree so far behind the point: sympy proves no more
 DIGITS = 50
-WORKERS = max(4, os.cpu_count() or 1)  # at a time
 # what a server is shown first: its parser is faster for it, and to find them unequal is a fault
 SAME = [
     (r"\frac{1}{2}+3\sqrt{2}x", r"0.5+\sqrt{18}x"),
@@ -42,37 +43,58 @@ SAME = [
 def equivalent(gold: str, answer: str, timeout: float = TIMEOUT) -> bool:
     """True if math-verify finds two LaTeX answers equal.
 
-    False too if it hangs, crashes or wants too much memory. A worker that dies of anything but its
-    limits is replaced and asked once more. Raises ImportError if math-verify is not installed,
-    RuntimeError if no worker can be started. Any number of threads may call it.
+    False too if it takes more than `timeout` seconds of processor time, crashes or wants too much
+    memory. A worker that dies of anything but its limits, is stopped or asleep is replaced and
+    asked once more. Raises ImportError if math-verify is not installed, RuntimeError if no worker
+    can be started. Any number of threads may call it.
     """
     request = json.dumps([gold, answer, timeout]).encode() + b"\n"
     with _slots:
         for fresh in (False, True):
-            worker = _idle.pop() if _idle and not fresh else _start_worker()
-            started = time.monotonic()
-            reply = _ask(worker, request, timeout)
-            if reply:
-                _idle.append(worker)
+            worker, pid = _idle.pop() if _idle and not fresh else _start_worker()
+            reply = _ask(worker, pid, request)
+            if reply in (b"0", b"1"):
+                _idle.append((worker, pid))
                 return reply == b"1"
             worker.close()
-            if time.monotonic() - started >= timeout:
+            if reply:
                 return False
     return False
 
 
-def _ask(worker: socket.socket, request: bytes, timeout: float) -> bytes:
-    """b"0" or b"1", or b"" from a worker that is lost."""
-    # long after the worker's own limit, if it is not stopped or starved
-    worker.settimeout(WALL * timeout)
+def _ask(worker: socket.socket, pid: int, request: bytes) -> bytes:
+    """b"0" or b"1", b"t" from its server if its time was up, or b"" from a worker that is lost."""
+    worker.settimeout(LOOK)
+    before = None
     try:
         worker.sendall(request)
-        return worker.recv(1)
+        while True:
+            try:
+                return worker.recv(1)
+            except TimeoutError:
+                now = _used(pid)
+                if now == before:
+                    return b""
+                before = now
     except OSError:
         return b""
 
 
-def _start_worker() -> socket.socket:
+def _used(pid: int) -> object:
+    """A worker's processor time so far, if it sleeps or is stopped; else never twice the same.
+
+    It may wait for a core, or have died: then its server will say so.
+    """
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+    except OSError:
+        return object()
+    return fields[11:13] if fields[0] in "STt" else object()
+
+
+def _start_worker() -> tuple[socket.socket, int]:
+    """A worker's socket, and its process id."""
     global _server
     for _ in range(2):  # a server may have died just now
         with _lock:
@@ -82,10 +104,9 @@ def _start_worker() -> socket.socket:
             ours, theirs = socket.socketpair()
             with theirs, suppress(OSError):
                 socket.send_fds(control, [b"+"], [theirs.fileno()])
-        ours.settimeout(60)
-        with suppress(OSError):
-            if ours.recv(1) == b"r":
-                return ours
+        ours.settimeout(120)
+        with suppress(OSError, ValueError):
+            return ours, int(ours.recv(20))
         ours.close()
         process.kill()
         process.wait()
@@ -109,7 +130,10 @@ def _start_server() -> tuple[subprocess.Popen, socket.socket]:
 def _reset() -> None:
     """What a process starts with, a forked child too: it must not talk on its parent's sockets."""
     global _idle, _lock, _server, _slots
-    _idle, _lock, _server, _slots = [], threading.Lock(), None, threading.BoundedSemaphore(WORKERS)
+    from sandbox.cores import share_of_cores  # not in the server, which imports nothing of ours
+
+    _idle, _lock, _server = [], threading.Lock(), None
+    _slots = threading.BoundedSemaphore(share_of_cores())
 
 
 def _stop() -> None:
@@ -127,17 +151,34 @@ def _serve(control: socket.socket) -> None:
         advice = "install the version in requirements.txt"
         raise RuntimeError(f"math-verify does not find equal what is: {advice}")
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
-    server = os.getpid()
+    workers: dict[int, tuple[int, socket.socket]] = {}  # by a descriptor that tells of their end
     while True:
-        received, worker, *_ = socket.recv_fds(control, 1, 1)
-        if not received:
-            return
-        if os.fork() == 0:
-            control.close()
-            _work(socket.socket(fileno=worker[0]), server)
-            os._exit(0)
-        os.close(worker[0])
+        for ready in select.select([control.fileno(), *workers], [], [])[0]:
+            if ready in workers:
+                _bury(ready, *workers.pop(ready))
+                continue
+            received, descriptors, *_ = socket.recv_fds(control, 1, 1)
+            if not received:
+                return
+            caller, server = socket.socket(fileno=descriptors[0]), os.getpid()
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                for descriptor, (_, other) in workers.items():
+                    os.close(descriptor)
+                    other.close()
+                _work(caller, server)
+                os._exit(0)
+            workers[os.pidfd_open(pid)] = pid, caller
+
+
+def _bury(descriptor: int, pid: int, caller: socket.socket) -> None:
+    """Only the kernel knows whether a worker's own limit has ended it, or somebody else."""
+    status = os.waitpid(pid, 0)[1]
+    with caller, suppress(OSError):
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+            caller.send(b"t", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    os.close(descriptor)
 
 
 def _work(caller: socket.socket, server: int) -> None:
@@ -145,7 +186,7 @@ def _work(caller: socket.socket, server: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != server:
         return
-    caller.sendall(b"r")
+    caller.sendall(b"%d" % os.getpid())
     for line in caller.makefile("rb"):
         gold, answer, timeout = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, timeout)
@@ -156,42 +197,129 @@ def _work(caller: socket.socket, server: int) -> None:
 
 def _verdict(gold: str, answer: str) -> bool:
     from math_verify import verify
+    from sympy import Rational, Symbol
+
+    def equal(gold: list, answer: list) -> bool:
+        gold, answer = ([_exact(item) for item in side] for side in (gold, answer))
+        return verify(gold, answer, numeric_precision=DIGITS, timeout_seconds=None)
 
     try:
-        return verify(_parse(gold), _parse(answer), numeric_precision=DIGITS, timeout_seconds=None)
+        gold, answer = _with_equal_letters(_parse(gold), _parse(answer))
+        hundredth = Symbol(HUNDREDTH, real=True)
+        if _has(gold, hundredth) == _has(answer, hundredth):
+            return equal(gold, answer)
+        # a percentage is its value, and its number too: data sets write 20 for 20 %
+        values = [{hundredth: Rational(1, 100)}, {hundredth: Rational(1)}]
+        return any(equal(_replace(gold, v), _replace(answer, v)) for v in values)
     except Exception:  # recursion and memory too
         return False
 
 
-def _parse(text: str) -> list:
-    """math-verify's reading of an answer, an expression and a string, with its numbers exact.
+HUNDREDTH = "hundredth"
+BASED = re.compile(r"(?<![0-9A-Za-z.\\])([0-9][0-9A-F]*)(?:\.([0-9A-F]+))?_\{([0-9]{1,2})\}")
+# `E = (0,3)`: a name, that math-verify reads as a constant
+NAME = re.compile(r"\A\s*([A-Za-z]{0,2}[EIei][A-Za-z]{0,2})(?=\s*=)")
 
-    Else it rounds decimals to six places and differences of constants to fifteen: 0.3333333 would
-    be 1/3.
+
+def _parse(text: str) -> list:
+    """math-verify's reading of an answer: an expression, if it is one, and a string.
+
+    Percent signs and number bases, which it drops, are factors. Units are gone already (its own
+    list takes the letters of `2m` and `3ab` for some).
     """
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-    found = parse(rf"\boxed{{{text}}}", config, extraction_mode="first_match", parsing_timeout=None)
-    return [item if isinstance(item, str) else _exact(item) for item in found]
+    text = NAME.sub(r"N_{\1}", BASED.sub(_based, text))
+    text = text.replace(r"\%", rf"\cdot \variable{{{HUNDREDTH}}}")
+    options = {"basic_latex": True, "malformed_operators": True, "nits": True}
+    config = [LatexExtractionConfig(True, 0, NormalizationConfig(**options))]
+    return parse(rf"\boxed{{{text}}}", config, extraction_mode="first_match", parsing_timeout=None)
+
+
+def _based(match: re.Match) -> str:
+    """52_8 is 42 times a letter: equal to no number with another base, or without."""
+    whole, part, base = match[1], match[2] or "", int(match[3])
+    try:
+        value = Fraction(int(whole + part, base), base ** len(part))
+    except ValueError:  # 52_2
+        return rf"\variable{{{whole}and{part}base{base}}}"
+    number = rf"\frac{{{value.numerator}}}{{{value.denominator}}}" if part else str(value)
+    return number + (rf"\variable{{base{base}}}" if base != 10 else "")
+
+
+def _has(side: list, symbol) -> bool:
+    return any(not isinstance(item, str) and item.has(symbol) for item in side)
+
+
+def _replace(side: list, values: dict) -> list:
+    from sympy.core.relational import Relational
+
+    values = {old: new for old, new in values.items() if old != new}
+
+    def replaced(item):
+        if isinstance(item, str):
+            return item
+        if hasattr(item, "_unsorted_args"):  # math-verify's own, which xreplace would sort
+            return type(item)(*map(replaced, item._unsorted_args))
+        if isinstance(item, Relational):  # not to become true or false
+            return type(item)(*map(replaced, item.args), evaluate=False)
+        return item.xreplace(values)
+
+    return [replaced(item) for item in side]
+
+
+def _with_equal_letters(gold: list, answer: list) -> tuple[list, list]:
+    """A letter has the same assumptions on both sides.
+
+    i is the imaginary unit, if it isn't an index. Letters under an even root are positive: roots
+    that are equal wherever both are real are equal then.
+    """
+    from sympy import I, Pow, Symbol
+
+    expressions = [item for item in gold + answer if not isinstance(item, str)]
+    symbols = {symbol for one in expressions for symbol in one.atoms(Symbol)}
+    bound = {symbol for one in expressions for symbol in one.atoms(Symbol) - one.free_symbols}
+    units = {symbol for symbol in symbols - bound if symbol.name == "i"}
+    roots = {
+        symbol.name
+        for one in expressions
+        for power in one.atoms(Pow)
+        if power.exp.is_Rational and power.exp.q % 2 == 0
+        for symbol in power.base.free_symbols
+    }
+    values = {
+        symbol: Symbol(symbol.name, positive=True)
+        if symbol.name in roots
+        else Symbol(symbol.name, real=None if units and symbol.name != HUNDREDTH else True)
+        for symbol in symbols
+    }
+    values |= dict.fromkeys(units, I)
+    return _replace(gold, values), _replace(answer, values)
 
 
 def _exact(expression):
-    from sympy import Expr, Float, Rational, UnevaluatedExpr
+    """With its numbers exact.
 
+    Else math-verify rounds decimals to six places and differences of constants to fifteen:
+    0.3333333 would be 1/3.
+    """
+    from sympy import Expr, Float, Rational
+
+    if isinstance(expression, str):
+        return expression
     decimals = {number: Rational(str(number)) for number in expression.atoms(Float)}
-    expression = expression.xreplace(decimals)
+    if decimals:
+        (expression,) = _replace([expression], decimals)
     if not isinstance(expression, Expr) or expression.free_symbols:
         return expression
-    if expression.has(UnevaluatedExpr):
-        return expression  # a percentage stays one
     value = expression.doit()  # 10^{-200}
     return value if value.is_Rational else expression
 
 
-_reset()
-os.register_at_fork(after_in_child=_reset)
-atexit.register(_stop)
-
 if __name__ == "__main__":
     _serve(socket.socket(fileno=int(sys.argv[1])))
+else:
+    _reset()
+    os.register_at_fork(after_in_child=_reset)
+    atexit.register(_stop)

@@ -13,6 +13,6 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA} (D
 
 
 def test_gold_answers_are_right_and_changed_ones_are_wrong():
-    for row in verifier_checks.checks(DATA):
+    for row in verifier_checks.checks(DATA, every=4):
         assert not row["failures"], (row["check"], row["failures"][:3])
         assert row["as_expected"] == row["of"] >= 164

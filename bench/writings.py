@@ -1,0 +1,79 @@
+r"""Gold answers of mathematics as people and models write them, and what only looks like them.
+
+`other_writings(gold)` are responses that are right, `changed_writings(gold)` ones that are not;
+verifier_checks.py runs both over MATH-500 and GSM8K.
+"""
+
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+
+PARTS = {  # what stands in a gold answer, and how else that is written
+    r"^\circ": ("", "°", r"^{\circ}", r"\degree", " degrees", "~°", r"\text{°}"),
+    " ": ("~", r"\ ", r"\,", "  ", r"\;", "\N{NO-BREAK SPACE}", "\N{THIN SPACE}"),
+    r"\left": ("", r"\Big"),
+    r"\right": ("", r"\Big"),
+    r"\frac": (r"\dfrac", r"\tfrac", r"\cfrac"),
+    r"\dfrac": (r"\frac", r"\tfrac"),
+    r"\$": ("$", ""),
+    r"\text": (r"\textbf", r"\mathrm", r"\mbox", r"\text "),
+    r"\mbox": (r"\text", r"\mathrm", r"~\text"),
+    r"\sqrt{": ("√{",),
+    r"\frac{1}{2}": ("½", "1/2"),
+    r"\frac{3}{4}": ("¾", "3/4"),
+    "_8": ("_{8}", r"_{\text{eight}}", r"_{\text{base }8}", r" \text{ (base 8)}", "₈"),
+    "_9": ("_{9}", r"_{\text{nine}}", r"_{\text{base }9}", r" \text{ (base 9)}", "₉"),
+    **{r"\pi": "π", r"\infty": "∞", r"\cup": "∪", r"\pm": "±", r"\in ": "∈", "-": "−"},
+    **{"^2": "²", "^3": "³", "^5": "⁵"},
+}  # fmt: skip
+WHOLE = {
+    r"\frac{1}{2}": ("0.5", ".5", r"50\%"),
+    r"\frac{1}{3}": ("⅓", r"0.\overline{3}", r"0.\bar3", r"0.\dot{3}", r"33.\overline{3}\%"),
+    r"\frac{2}{3}": ("⅔", r"0.\overline{6}", r"66\frac{2}{3}\%"),
+}
+NUMBER = (
+    "{} eggs", r"{}\text{{ eggs}}", r"{}~\text{{cm}}", r"{}\ \mathrm{{m}}^2", "{} dollars", r"\${}",
+    r"{}^\circ", "{}°", "{}%", r"{}\%", "{} percent", r"\text{{{}}}", r"\mathbf{{{}}}", "x={}",
+    r"{} \text{{ miles per hour}}", "{} km/h",
+)  # fmt: skip
+ANY = ("{}.", "~{}~", r"\ {}\ ", r"{}\;", "${}$", r"\displaystyle {}", r"\( {} \)", "{{{}}}")
+RESPONSES = (
+    r"So $\boxed {}$.", r"\fbox{{{}}}", r"\boxed{{{}}}, not \boxed{{}}", r"Thus $\boxed{{{}}}$.",
+    "The final answer is ${}$. I hope it is correct.", r"**Final Answer**: \({}\)",
+    "The answer is therefore ${}$.",
+)  # fmt: skip
+SENTENCES = ("The answer is {}, as shown.", "Final Answer: {}", "#### {}", "The answer is {} eggs.")
+
+
+def other_writings(gold: str) -> list[str]:
+    texts = [gold.replace(old, new) for old, news in PARTS.items() for new in news if old in gold]
+    texts += [form.format(gold) for form in ANY] + list(WHOLE.get(gold, ()))
+    texts.append(re.sub(r"(?<![A-Za-z\\])i(?![A-Za-z])", r"\\mathrm{i}", gold))
+    if words := re.fullmatch(r"\\text\{\(?(\w+)\)?\}", gold):
+        texts += [words[1], rf"\textbf{{{words[1]}}}"]
+    responses = [form.format(gold) for form in RESPONSES]
+    number = re.sub(r",(?=\d{3})|\\!|\\\$| ", "", gold)
+    if re.fullmatch(r"-?\d*\.?\d+", number):
+        texts += [form.format(number) for form in NUMBER] + [rf"{Fraction(number) * 100}\%"]
+        if Fraction(number).denominator == 1:
+            separators = (",", "{,}", r",\!", r"\,", " ", "~")
+            texts += [f"{int(number):,}".replace(",", mark) for mark in separators] + [
+                f"{number}.0"
+            ]
+        responses += [form.format(number) for form in SENTENCES]
+    return [rf"\boxed{{{text}}}" for text in texts] + responses
+
+
+def changed_writings(gold: str) -> Iterator[str]:
+    """Each number plus one; each number but 0 with the other sign; each letter another."""
+    gold = gold.replace(r"\!", "")
+    for number in re.finditer(r"\d+(?!\}*\Z)|(?<!\^)\d+(?=\}*\Z)", gold):  # units are not compared
+        before, after = gold[: number.start()], gold[number.end() :]
+        yield rf"\boxed{{{before}{int(number[0]) + 1:0{len(number[0])}}{after}}}"
+        if int(number[0]) and re.search(r"(?:\A|[{(\[,=+-])\s*\Z", before):
+            bare = before.rstrip()
+            signed = bare[:-1] + "+" if bare.endswith("-") else before + "-"
+            yield rf"\boxed{{{signed}{number[0]}{after}}}"
+    for letter in re.finditer(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<=\\text\{)[A-Za-z]", gold):
+        other = "q" if letter[0] != "q" else "r"
+        yield rf"\boxed{{{gold[: letter.start()]}{other}{gold[letter.end() :]}}}"

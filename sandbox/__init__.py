@@ -4,6 +4,7 @@ To be read in this order; each module's docstring says what it is for.
 
     run.py      the caller's side: run_tests(program, tests) -> bool, and the server's self-test
     server.py   started once as a script; forks a worker for each verdict
+    shelf.py    the standard library, for programs that can open no file
     worker.py   runs the tests, in which the program's functions are proxies (proxy.py)
     guest.py    runs the program and is asked by the worker; sees no expected value
     jail.py     what holds the guest: limits, another user, a list of system calls

@@ -70,7 +70,8 @@ class Proxy:
         return self._ask("repr", self._target, [], {})
 
     def __instancecheck__(self, x):
-        return isinstance(x, Proxy) and self._ask("instance", self._target, [x], {})
+        own = isinstance(x, Proxy) or hasattr(x, "_fields")  # a named tuple
+        return own and self._ask("instance", self._target, [x], {})
 
     def __bool__(self):
         raise TypeError("what the program returned is no plain value")

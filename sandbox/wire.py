@@ -138,7 +138,10 @@ def decode(x, dereference):
     if tag == "v":
         return VIEWS[rest[0]][0](decode(rest[1], dereference))
     if tag == "n":
-        return namedtuple(*rest[:2])(*decode(["l", *rest[2:]], dereference))
+        name, fields, *values = rest
+        own = getattr(sys.modules.get("program"), name, None)  # of a guest's program
+        kind = own if getattr(own, "_fields", None) == tuple(fields) else namedtuple(name, fields)
+        return kind(*decode(["l", *values], dereference))
     if tag == "numpy":
         return sys.modules["numpy"].array(decode(rest[1], dereference), dtype=rest[0])
     parts = rest if set(map(type, rest)) <= ATOMS else [decode(y, dereference) for y in rest]

@@ -5,10 +5,7 @@ tagged JSON of plain types. They are compared in the worker alone: the guest nev
 value and never says "passed". It is forked before the worker reads anything, so its memory has none
 of it either.
 
-Left out, so that an honest program fails that needs it: callbacks (functions of the tests that are
-passed to the program), changes that it makes inside of nested arguments, comparing or adding its
-own objects, their truth, `with` and `await` of them, and tests that read what it prints; a user
-reads of it in docs/data.md. Stdlib only.
+What an honest program can't do here is listed in docs/data.md, under "Programs". Stdlib only.
 """
 
 import ast

@@ -30,6 +30,7 @@ ENDS = "next(g)\ntry:\n    next(g)\n    assert False\nexcept StopIteration:\n   
     ("def f(x, self): return x - self", "assert f(self=1, x=3) == 2"),
     (POINT, "assert f().x == 1 and f() == (1, [2]) and P(y=1, x=2).x == 2"),
     (POINT + "\ndef g(p): return p.x", "assert g(f()) == 1 and g(P(3, 4)) == 3"),
+    (POINT + "\ndef g(p): return type(p) is P", "assert g(f()) and isinstance(f(), P)"),
     (TIME, "import datetime\nassert f() == datetime.time(3, 4)"),
     ("def f(d): return d.keys()", "assert f({1: 2}) == {1} and [*f({3: 4})] == [3]"),
     ("def f(d): return d.values()", "assert sorted(f({1: 2, 3: 2})) == [2, 2]"),

@@ -1,5 +1,6 @@
 """What a response says, before anybody judges it.
 
-mathematics.py   its answer, and both sides of a comparison written alike
+mathematics.py   its answer to a problem of mathematics
+writing.py       one writing for such answers, before they are compared
 programs.py      the program that it stands by
 """

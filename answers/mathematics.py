@@ -21,8 +21,9 @@ COMMAND = re.compile(r"\\[a-zA-Z]+\s*(?:\{[^{}]*\})?")
 MONEY = re.compile(r"[0-9].*(?:\s\Z|\b[a-zA-Z]{2,}\b)", re.DOTALL)
 SENTENCE_END = re.compile(
     r"\.(?=\s|$)|\n|\*\*|;\s|\s[-–—]+\s(?=[a-zA-Z]{2})|,\s+(?!and\b|or\b)(?=[a-z]{2})|"
-    r"(?<=[0-9])\s+(?:and|but)\s+(?=[a-z]{2})|\s(?:because|since|as|so|which|when|where|if|after|for|from)\b"
-)
+    r"(?<=[0-9])\s+(?:and|but)\s+(?=[a-z]{2})|"
+    r"\s(?:because|since|as|so|which|when|where|if|after|for|from)\b"
+)  # fmt: skip
 
 
 def extract_math(response: str) -> str | None:

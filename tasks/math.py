@@ -5,6 +5,7 @@ prompt:  What is $2^{-1}$? Reason step by step, and end with the final answer in
 answer:  A negative power is a reciprocal: \boxed{1/2}
 """
 
+from answers.mathematics import last_box
 from tasks.base import Task
 from tasks.chats import math_chat
 from tasks.sources import take
@@ -14,7 +15,7 @@ from verifiers import extract_math, verify_math
 def parse_math(row: dict) -> dict:
     """The answer is the field `answer` if there is one, else in the solution's last box."""
     problem, solution = take(row, problem=str, solution=str)
-    boxed = extract_math(solution)
+    boxed = last_box(solution)
     answer = take(row, answer=str)[0] if "answer" in row else boxed
     if not answer:
         raise ValueError(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import verifiers
 from answers.mathematics import extract_math
 from answers.writing import alike
+from tasks.math import parse_math
 from verifiers import verify_math
 
 
@@ -247,3 +248,16 @@ def test_writing_alike_twice_changes_nothing(text):
     once = alike(text)
     assert alike(once) == once
     assert isinstance(extract_math(text), str | None)
+
+
+@pytest.mark.parametrize("end, answer", [
+    (r"$\boxed{2}$.", "2"), (r"$\boxed 2$.", "2"), (r"$\boxed2$.", "2"), (r"$\fbox{2}$.", "2"),
+    (r"$x = \boxed\frac{4}{2}$.", r"\frac{4}{2}"), (r"$\boxed 4\sqrt{2}$", r"4\sqrt{2}"),
+])  # fmt: skip
+def test_a_row_of_math_may_end_in_a_box_without_braces(end, answer):
+    assert parse_math({"problem": "1 + 1?", "solution": f"It is {end}"})["answer"] == answer
+
+
+def test_a_row_of_math_without_a_box_gives_no_answer_by_its_sentences():
+    with pytest.raises(ValueError, match=r"no answer in \\boxed"):
+        parse_math({"problem": "1 + 1?", "solution": "The answer is 2."})

@@ -234,11 +234,15 @@ def _chosen(blocks: list[Block]) -> list[Block]:
 
 def _defines(tree: ast.Module) -> bool:
     """Whether it has functions or classes, other than tests."""
-    named = [node.name for node in tree.body if isinstance(node, DEFINITIONS)]
+    named = [node for node in tree.body if isinstance(node, DEFINITIONS) and not _is_test(node)]
     values = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
-    return any(not name.lower().startswith("test") for name in named) or any(
-        isinstance(value, ast.Lambda) for value in values
-    )
+    return bool(named) or any(isinstance(value, ast.Lambda) for value in values)
+
+
+def _is_test(node: ast.stmt) -> bool:
+    """As pytest and unittest find them; a function that takes something may just be called so."""
+    takes = isinstance(node, ast.FunctionDef) and node.args.args
+    return node.name.lower().startswith("test") and not takes
 
 
 def _serves(tree: ast.Module, wanted: set[str]) -> bool:

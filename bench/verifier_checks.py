@@ -19,19 +19,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from verifiers import (  # noqa: E402
+    extract_code,
     verify_batch,
     verify_code,
     verify_countdown,
     verify_function_call,
     verify_math,
 )
-from writings import changed_writings, other_writings  # noqa: E402
+from writings import changed_writings, other_writings, program_writings  # noqa: E402
 
 BFCL = ("bfcl_simple_python", "bfcl_multiple", "bfcl_parallel", "bfcl_parallel_multiple")
 
 
 def checks(folder: Path, workers: int = 2, every: int = 1) -> list[dict]:
-    """every: of the gold answers of mathematics, so many take one to be written otherwise."""
+    """every: of so many gold answers one is written otherwise."""
     rows = [math_gold(folder, workers), *gsm8k(folder, workers)]
     rows += written_otherwise(
         "MATH-500", [row["answer"] for row in read(folder, "math500")][::every], workers
@@ -40,6 +41,7 @@ def checks(folder: Path, workers: int = 2, every: int = 1) -> list[dict]:
     rows += countdown(folder)
     rows += [row for name in BFCL for row in function_calls(folder, name)]
     rows += code("MBPP", mbpp(folder), workers)
+    rows.append(chats_about_programs(folder, workers, every))
     return rows + code("HumanEval", humaneval(folder), workers)
 
 
@@ -169,6 +171,24 @@ def mbpp(folder: Path) -> list[tuple]:
         tests = [row["test_setup_code"], *row["test_list"], *row["challenge_test_list"]]
         pairs.append((row["code"], ("\n".join(tests), None)))
     return pairs
+
+
+def chats_about_programs(folder: Path, workers: int, every: int) -> dict:
+    pairs = [
+        (response, task)
+        for program, task in mbpp(folder)[::every]
+        for response in program_writings(program, example_of(task[0]))
+    ]
+
+    def verify(response, task):
+        return verify_code(extract_code(response), *task, timeout=20.0)
+
+    return measure("MBPP: programs in other writings", verify, pairs, True, workers)
+
+
+def example_of(tests: str) -> str:
+    """What the last of a problem's tests calls."""
+    return tests.rpartition("assert")[2].partition("==")[0].strip()
 
 
 def humaneval(folder: Path) -> list[tuple]:

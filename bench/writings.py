@@ -1,7 +1,8 @@
-r"""Gold answers of mathematics as people and models write them, and what only looks like them.
+r"""Gold answers as people and models write them, and what only looks like them.
 
-`other_writings(gold)` are responses that are right, `changed_writings(gold)` ones that are not;
-verifier_checks.py runs both over MATH-500 and GSM8K.
+Of mathematics `other_writings(gold)` are responses that are right, `changed_writings(gold)` ones
+that are not; `program_writings(program, call)` are responses that stand by the program.
+verifier_checks.py runs them over MATH-500, GSM8K and MBPP.
 """
 
 import re
@@ -77,3 +78,25 @@ def changed_writings(gold: str) -> Iterator[str]:
     for letter in re.finditer(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<=\\text\{)[A-Za-z]", gold):
         other = "q" if letter[0] != "q" else "r"
         yield rf"\boxed{{{gold[: letter.start()]}{other}{gold[letter.end() :]}}}"
+
+
+FENCE = "```"
+
+
+def program_writings(program: str, call: str) -> list[str]:
+    """call: an example of its use, an expression."""
+    program = program.strip()
+    fenced = f"{FENCE}python\n{program}\n{FENCE}"
+    draft = fenced.replace("return", "return None #")
+    usage = f"Use it so:\n{FENCE}python\nfrom solution import *\nprint({call})\n{FENCE}"
+    lifted = f"from __future__ import annotations\n{program}"
+    output = f"This prints:\n{FENCE}\n8\n{FENCE}\n{FENCE}bash\npython solution.py\n{FENCE}"
+    return [
+        program,
+        f"{fenced}\n{usage}\n{output}\n{FENCE}text\nO(n)\n{FENCE}",
+        f"{draft}\nThat was wrong.\n~~~\n{program}\n~~~",
+        f"{FENCE}python\nimport re\n{FENCE}\n{FENCE}py\n{lifted}{FENCE}",
+        f"Here is the program:\n\n{program}\n\nIt's as short as that.",
+        f"{program}\n{FENCE}",
+        f"[PYTHON]\n{program}\n[/PYTHON]",
+    ]

@@ -100,6 +100,12 @@ def test_a_program_is_found_in_whatever_it_is_put(response):
     assert extract_code(response) == DOUBLE
 
 
+def test_a_program_called_test_is_no_test():
+    program = "def test_even(x):\n    return x % 2 == 0"
+    usage = f"{F}python\nfrom solution import *\nprint(test_even(4))\n{F}"
+    assert extract_code(f"{F}python\n{program}\n{F}\n{usage}") == program
+
+
 def test_pieces_among_prose_are_joined():
     twice, double = "def twice(x):\n    return x + x", "def double(x):\n    return twice(x)"
     assert (

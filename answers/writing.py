@@ -75,7 +75,7 @@ UNITS = set(
 )
 GLUED = UNITS - {"in", "am", "pm", "rs", "sq", "cu", "nm", "mi"}  # 12cm, but 3am may be a product
 LETTERS = set("mshglLNVWAJKC")  # units too, where they stand upright or after a number and a space
-SMALL_WORDS = {"of", "per", "to", "a", "an", "at", "by", "on"}
+SMALL_WORDS = {"of", "per", "to", "a", "an", "at", "by", "on", "squared", "cubed"}
 NO_NOUNS = {*FUNCTIONS, *GREEK} | set(
     "and or mod half halves third thirds fourth fourths plus minus times over infinity squared"
     " cubed factorial choose undefined none sqrt".split()
@@ -98,9 +98,11 @@ def _is_noun(word: str) -> bool:
 def _without_nouns(match: re.Match) -> str:
     r"""`18 eggs` is 18, `12\text{ m}^2` is 12; `18x`, `2 n` and `3 ab` are products."""
     before, nouns = match[1], match[2]
-    first, *others = re.findall("[A-Za-z]+", nouns.replace(r"\text", "")) or [""]
+    first, *others = re.findall("[A-Za-z]+", re.sub(r"\\text|\\cdot", "", nouns))
     if r"\text" in nouns:
+        bare = re.findall("[A-Za-z]+", re.sub(r"\\text\{[^{}]*\}|\\cdot", "", nouns))
         is_unit = not NO_NOUNS & {word.lower() for word in (first, *others)}
+        is_unit = is_unit and all(_is_noun(word) or word in LETTERS for word in bare)
     elif not nouns[0].isspace():
         is_unit = first in GLUED and not others
     elif first in LETTERS and not others:
@@ -115,7 +117,7 @@ def _without_nouns(match: re.Match) -> str:
 def _without_font(match: re.Match) -> str:
     r"""`\mathrm{e}` is e, `\operatorname{sin}` a function, `\text{(C)}` (C), other words text."""
     before, font, content = match[1], match[2], re.sub(r"\s+", " ", match[3]).strip()
-    if content in FUNCTIONS:
+    if content in FUNCTIONS or font[:8] == "operator" and re.fullmatch("[A-Za-z]{2,}", content):
         return rf"{before}\{content} "
     letters = re.findall("[A-Za-z]+", re.sub(r"\\[A-Za-z]+", "", content))
     upright = "bf" not in font and "it" not in font and "bold" not in font
@@ -124,7 +126,9 @@ def _without_font(match: re.Match) -> str:
         return rf"{before}\text{{{content}}}"
     if any(len(word) > 1 for word in letters) and not content[0].isdecimal():
         return rf"{before}\text{{{content}}}"
-    return f"{before}{{{content}}}" if before[-1:] in ("^", "_") else before + content
+    if before[-1:] in ("^", "_"):
+        return f"{before}{{{content}}}"
+    return before + " " * before[-1:].isalpha() + content  # not to lengthen a command
 
 
 def _without_braces(match: re.Match) -> str:
@@ -181,7 +185,7 @@ RULES = [
     (r"(?<=[0-9])(?:\\,|\\!|\{,\})(?=[0-9]{3}(?![0-9]))", ""),
     (rf"(\\\\)|(?:{SPACE}|~|\s)+", lambda m: m[1] or " "),
     (r"(?<=,)\\!\s*", ""),
-    (r"(\\\\)|\\[!()$\[\]]|\$|^\*\*|\*\*$|^`+|`+$", lambda m: m[1] or ""),
+    (rf"(\\\\)|\\[!()$\[\]]|\\(?:pounds|euro){END}|\$|^\*\*|\*\*$|^`+|`+$", lambda m: m[1] or ""),
     (rf"\\(?:display|text|script)style{END}|\\[bB]igg?[lrm]?{END}", ""),
     (rf"\\(?:left|right){END}(?!\s*\.)", ""),
     (r"[\s=:]+\Z|\A[\s=]+|(?<!\\)[.,;]\Z|\\+\Z", ""),
@@ -189,6 +193,8 @@ RULES = [
     (rf"\\(?:[dtc]|nice|s)frac{END}", r"\\frac"),
     (rf"\\varnothing{END}", r"\\emptyset"),
     (rf"\\imath{END}", "i"),
+    (rf"\\var(phi|epsilon|theta|rho|sigma){END}", r"\\\1"),
+    (rf"(\\sqrt|\\frac\s*(?:\{{[^{{}}]*\}}|[0-9])?)\s*(\\(?:{'|'.join(GREEK)}){END})", r"\1{\2}"),
     (rf"(?<![\\A-Za-z])({'|'.join(FUNCTIONS)}|pi|theta){END}", r"\\\1 "),
     # fonts
     (rf"\{{\\(rm|bf|it){END}\s*([^{{}}]*)\}}", r"\\math\1{\2}"),
@@ -198,11 +204,12 @@ RULES = [
     # roots of characters and of programs
     (rf"(?<![\\A-Za-z])sqrt{END}", "√"),
     (r"(\\sqrt\[[34]\])?√\s*(?:\{([^{}]*)\}|\(((?:[^()√]|\([^()√]*\))*)\)|"
-     r"([0-9]+(?:\.[0-9]+)?|[A-Za-z]))", _root),
+     rf"([0-9]+(?:\.[0-9]+)?|[A-Za-z]|\\(?:{'|'.join(GREEK)}){END}))", _root),
     (r"√\s*(?=\\[A-Za-z])", r"\\sqrt "),
     (r"\*\*(?=[0-9A-Za-z({-])", "^"),
     # degrees, but for those with minutes; percentages
-    (rf"\s*(?:\{{\}})?(?:\^\s*(?:\\circ{END}|\{{\s*\\circ\s*\}})|\\(?:text)?degree{END})"
+    (rf"\s*(?:\{{\}})?(?:\^\s*(?:\\circ{END}|\{{\s*\^?\s*\\circ\s*\}})|\\(?:text)?degrees?{END}|"
+     rf"(?<=[0-9])\s*(?:\\circ{END}|\^\s*(?:o{END}|\{{o\}})))"
      r"(?:\s*(?:[CF]|\\text\{[CF]\})\Z)?(?!\s*[0-9])", ""),
     (r"\s*(?:(?<!\\)%|(?<=\s)\\%|\\text\{per ?cent(?:age)?\}|"
      rf"(?<=[0-9}}) ])(?:per ?cent(?:age)?|pct){END})", r"\\%"),
@@ -218,7 +225,7 @@ RULES = [
     (rf"(?<=[0-9])\s*(?:({'|'.join(POWERS)})s?{END}|\\text\{{({'|'.join(POWERS)})s?\}})",
      lambda m: rf"\cdot 10^{{{POWERS[m[1] or m[2]]}}}"),
     # nouns after a number, and words alone
-    (rf"([0-9}})%]|\\pi)(\s*{NOUN}(?:(?:\s*/\s*|-|\s+|(?=\\text)){NOUN})*)\s*(?=[,;)\]]|\Z)",
+    (rf"([0-9}})%]|\\pi)(\s*{NOUN}(?:(?:\s*/\s*|-|\s*\\cdot\s*|\s+|(?=\\text)){NOUN})*)\s*(?=[,;)\]]|\Z)",
      _without_nouns),
     (r"\A[A-Za-z]{2,}(?:[ -][A-Za-z]+)*\Z", _words),
 ]  # fmt: skip

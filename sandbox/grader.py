@@ -218,7 +218,7 @@ def _verdict(gold: str, answer: str) -> bool:
 HUNDREDTH = "hundredth"
 BASED = re.compile(r"(?<![0-9A-Za-z.\\])([0-9][0-9A-F]*)(?:\.([0-9A-F]+))?_\{([0-9]{1,2})\}")
 # `E = (0,3)`: a name, that math-verify reads as a constant
-NAME = re.compile(r"\A\s*([A-Za-z]{0,2}[EIei][A-Za-z]{0,2})(?=\s*=)")
+NAME = re.compile(r"\A\s*(?:([A-Za-z]{0,2}[EIei][A-Za-z]{0,2})|\\([gG]amma))(?=\s*=)")
 
 
 def _parse(text: str) -> list:
@@ -230,7 +230,7 @@ def _parse(text: str) -> list:
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    text = NAME.sub(r"N_{\1}", BASED.sub(_based, text))
+    text = NAME.sub(r"N_{\1\2}", BASED.sub(_based, text))
     text = text.replace(r"\%", rf"\cdot \variable{{{HUNDREDTH}}}")
     options = {"basic_latex": True, "malformed_operators": True, "nits": True}
     config = [LatexExtractionConfig(True, 0, NormalizationConfig(**options))]

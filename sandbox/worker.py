@@ -135,6 +135,7 @@ def _ends(connection: socket.socket, guest: int, handle: int, timeout: float):
 
     def lost():
         """The guest is gone: the program's doing, unless it was killed before its time was up."""
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # its clock goes with it
         if select.select([handle], [], [], 1)[0]:
             _, status, usage = os.wait4(guest, os.WNOHANG)
             if status == signal.SIGKILL and usage.ru_utime + usage.ru_stime < timeout:

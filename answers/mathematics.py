@@ -6,21 +6,22 @@ import re
 TOKEN = re.compile(r"\\?\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)|\\.|[{}]", re.DOTALL)
 ENVIRONMENT = re.compile(r"\s*\\begin\{(\w+)\}.*?\\end\{\1\}", re.DOTALL)
 FORMULA_END = re.compile(r"(?<!\\)\$|\\[)\]\\]|\\(?:end|boxed|fbox)(?![A-Za-z])|[&\n]")
-FINAL_ANSWER = re.compile(r"final\s+answer\b[*_ \t]*(?:is\b|are\b|[:=\n])|####", re.IGNORECASE)
-ANSWER = re.compile(r"\banswer\b[*_ \t]*(?:is\b|are\b|[:=])", re.IGNORECASE)
+FINAL_ANSWER = re.compile(r"final\s+answers?\b[*_ \t]*(?:is\b|are\b|[:=\n])|####", re.IGNORECASE)
+ANSWER = re.compile(r"\banswers?\b[*_ \t]*(?:is\b|are\b|[:=])", re.IGNORECASE)
 FILLER = re.compile(
     r"(?:[\s:*=_]+|(?:so|therefore|thus|hence|then|simply|just|exactly|equal to|given by|"
-    r"indeed|clearly|now|the (?:final |correct )?answer is)\b[,:]?)*",
+    r"indeed|clearly|now|about|approximately|the (?:final |correct )?answer is)\b[,:]?)*",
     re.IGNORECASE,
 )
 FORMULA = re.compile(
     r"\$\$(.+?)\$\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|\$((?:[^$\\]|\\.)+)\$(?![0-9])", re.DOTALL
 )
+JOINED = re.compile(r"\s*(?:,|,?\s*(?:and|or)\b)\s*(?:\$|\\\()")  # $5$ or $6$
 # between two dollar signs of money stands a sentence: "$18, so she saves $3"
 COMMAND = re.compile(r"\\[a-zA-Z]+\s*(?:\{[^{}]*\})?")
 MONEY = re.compile(r"[0-9].*(?:\s\Z|\b[a-zA-Z]{2,}\b)", re.DOTALL)
 SENTENCE_END = re.compile(
-    r"\.(?=\s|$)|\n|\*\*|;\s|\s[-–—]+\s(?=[a-zA-Z]{2})|,\s+(?!and\b|or\b)(?=[a-z]{2})|"
+    r"\.(?=\s|$)|\n|\*\*|__|;\s|\s(?:\(|[-–—]+\s)(?=[a-zA-Z]{2})|,\s+(?!and\b|or\b)(?=[a-z]{2})|"
     r"(?<=[0-9])\s+(?:and|but)\s+(?=[a-z]{2})|"
     r"\s(?:because|since|as|so|which|when|where|if|after|for|from)\b"
 )  # fmt: skip
@@ -87,6 +88,8 @@ def _without_braces(text: str, start: int) -> str:
 def _first_answer(text: str) -> str:
     text = text[FILLER.match(text).end() :]
     formula = FORMULA.match(text)
-    if formula and not (formula[4] and MONEY.match(COMMAND.sub(" ", formula[4]))):
+    if formula and JOINED.match(text, formula.end()):
+        formula = None
+    if formula and not (formula[4] and MONEY.match(COMMAND.sub("#", formula[4]))):
         return formula[formula.lastindex].strip()
     return SENTENCE_END.split(text, maxsplit=1)[0].strip()

@@ -108,7 +108,7 @@ def _without_nouns(match: re.Match) -> str:
     elif first in LETTERS and not others:
         is_unit = re.fullmatch(r"[-+0-9.,]+", match.string[: match.end(1)]) is not None
     else:
-        is_unit = (_is_noun(first) or first in LETTERS) and all(
+        is_unit = (_is_noun(first) or first in LETTERS or first == "of") and all(
             _is_noun(word) or word in SMALL_WORDS or word in LETTERS for word in others
         )
     return before if is_unit else match[0]

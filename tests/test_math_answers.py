@@ -47,6 +47,9 @@ def test_the_last_balanced_box_is_the_answer(response, answer):
     ("The final answer is $18. That is $5 more than before.", "$18"),
     ("The final answer is $18 and she keeps $3.", "$18"), ("final answer is $18 for $3", "$18"),
     ("The final answer is $3, 5$.", "3, 5"), ("The answer is $18 x$, not $18$.", "18 x"),
+    ("The answer is $5$ or $6$.", "$5$ or $6$"), ("The answers are 3 and 5.", "3 and 5"),
+    (r"The answer is $2\sqrt3$ and not $3$", "2\\sqrt3"),
+    ("The answer is about 18 (eighteen)", "18"),
     (r"The answer is $5 \text{ and } 6$.", r"5 \text{ and } 6"),
     ("The answer is (B) because of that", "(B)"), ("The answer is not known", "not known"),
 ])  # fmt: skip

@@ -101,8 +101,8 @@ def _without_nouns(match: re.Match) -> str:
     first, *others = re.findall("[A-Za-z]+", re.sub(r"\\text|\\cdot", "", nouns))
     if r"\text" in nouns:
         bare = re.findall("[A-Za-z]+", re.sub(r"\\text\{[^{}]*\}|\\cdot", "", nouns))
-        is_unit = not NO_NOUNS & {word.lower() for word in (first, *others)}
-        is_unit = is_unit and all(_is_noun(word) or word in LETTERS for word in bare)
+        no_nouns = NO_NOUNS & {first.lower(), *{word.lower() for word in others} - SMALL_WORDS}
+        is_unit = not no_nouns and all(_is_noun(word) or word in LETTERS for word in bare)
     elif not nouns[0].isspace():
         is_unit = first in GLUED and not others
     elif first in LETTERS and not others:
@@ -222,11 +222,15 @@ RULES = [
      rf"\{{\s*\\text\{{(?:base\s*\}}\s*{BASE}|{IN_BASE}\}})\s*\}}|\\text\{{{IN_BASE}\}})", _base),
     (r"(?<![0-9.,/])([0-9]+) ([0-9]+)/([0-9]+)(?![0-9/])", r"\1\\frac{\2}{\3}"),
     (r"(?<![0-9.,])([0-9]{1,3}(?: [0-9]{3})+)(?![0-9])", lambda m: m[1].replace(" ", "")),
+    (r"\A([^,(\[{]*(?<![0-9.]))([0-9]{1,3}(?:,[0-9]{3})+)(?=[^0-9,][^,]*\Z|\Z)",
+     lambda m: m[1] + m[2].replace(",", "")),
     (rf"(?<=[0-9])\s*(?:({'|'.join(POWERS)})s?{END}|\\text\{{({'|'.join(POWERS)})s?\}})",
      lambda m: rf"\cdot 10^{{{POWERS[m[1] or m[2]]}}}"),
     # nouns after a number, and words alone
-    (rf"([0-9}})%]|\\pi)(\s*{NOUN}(?:(?:\s*/\s*|-|\s*\\cdot\s*|\s+|(?=\\text)){NOUN})*)\s*(?=[,;)\]]|\Z)",
+    (rf"([0-9}})%]|\\pi)(\s*{NOUN}(?:(?:\s*/\s*|-|\s*\\cdot\s*|\s+|(?=\\text)){NOUN})*)"
+     r"\s*(?=[,;)\]]|\Z)",
      _without_nouns),
     (r"\A[A-Za-z]{2,}(?:[ -][A-Za-z]+)*\Z", _words),
+    (r"\A(?:\\text\{)?\(?(ii|iii|iv|vi|vii|viii|ix)\)?\}?\Z", r"\\text{\1}"),  # not i times i
 ]  # fmt: skip
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in RULES]

@@ -100,6 +100,7 @@ WRITINGS = {  # kind: (gold, right answers, wrong ones)
         ("12", r"12~\text{cm} | 12~cm | 12~\mathrm{m}^2 | ~12~ | 12\ \text{cm} | 12\  | 12\;",
          "1~2 | 12~x"),
         (r"\frac{5}{4}", r"1~\frac{1}{4} | 1 1/4", r"1\cdot\frac14"), ("(1,2)", "(1,~2)", "(1,~3)"),
+        ("1234", r"x=1,234 | 1,234\text{ cm}", "(1,234) | 1, 234 | 1,234,5"),
         ("10080", r"10\,080 | 10 080 | 10{,}080", r"10\,081 | 10\,08"),
     ],
     "signs": [
@@ -120,6 +121,7 @@ WRITINGS = {  # kind: (gold, right answers, wrong ones)
          r"18x | 18 x | 18ab | 18 ab | 18m | 18 abc | 19 eggs | 18.5 eggs | 18 million | "
          r"18 \cos x | 18 sin x | 18 theta | 18 pi | 18 squared | 18 halves | "
          r"18\text{ or }19 | [18 eggs"),
+        ("7", r"7\text{ kg}\cdot\text{m/s}^2 | 7\text{ feet squared}", r"7\text{ cm}\cdot x"),
         ("2m", "2m | 2 \\cdot m | m2", "2 | 2n | 2 eggs"), ("3ab", "3ab | 3 b a", "3 | 3 apples"),
         ("5000000", "5 million | 5 million dollars | 5\\text{ million}", "5 | 5 billion"),
         ("(1,2)", "(1,2) | (1 cm, 2 cm)", "1 cm | (1,2x)"),
@@ -131,6 +133,7 @@ WRITINGS = {  # kind: (gold, right answers, wrong ones)
         ("3+4i", r"3+4\mathrm{i} | 4\mathrm i+3 | 3+4\imath", r"3-4\mathrm{i} | 3+4\mathrm{j} | 7"),
         (r"\ln 2", r"\mathrm{ln}2 | \operatorname{ln} 2 | ln 2", r"\ln 3 | \log_2 2"),
         (r"\text{(C)}", r"C | \textbf{(C)} | (C) | \mathrm{C}", r"(B) | \text{C, D}"),
+        (r"\text{(ii)}", r"(ii) | ii | \textbf{(ii)}", "(iii) | -1 | i"),
         (r"\text{Evelyn}", "Evelyn | \\mathrm{Evelyn} | \\text{evelyn}", "Evan | Evelny | nylevE"),
         (r"\text{no solution}", "no solution | \\text{No solution}", "solution | no"),
         ("E=(0,3)", "(0,3) | E=(0,3)", "(0,4) | D=(0,3) | 3"), ("I=3", "3 | I=3", "4 | i | J=3"),

@@ -275,10 +275,12 @@ def _with_equal_letters(gold: list, answer: list) -> tuple[list, list]:
     i is the imaginary unit, if it isn't an index. Letters under an even root are positive: roots
     that are equal wherever both are real are equal then.
     """
-    from sympy import I, Pow, Symbol
+    from sympy import Equality, I, Pow, Symbol
 
     expressions = [item for item in gold + answer if not isinstance(item, str)]
     symbols = {symbol for one in expressions for symbol in one.atoms(Symbol)}
+    if not symbols:
+        return gold, answer
     bound = {symbol for one in expressions for symbol in one.atoms(Symbol) - one.free_symbols}
     units = {symbol for symbol in symbols - bound if symbol.name == "i"}
     roots = {
@@ -288,10 +290,12 @@ def _with_equal_letters(gold: list, answer: list) -> tuple[list, list]:
         if power.exp.is_Rational and power.exp.q % 2 == 0
         for symbol in power.base.free_symbols
     }
+    # else x^2 = -1 and x^2 = -2 would be equal, having no solutions
+    real = not units and not any(one.has(Equality) for one in expressions)
     values = {
         symbol: Symbol(symbol.name, positive=True)
         if symbol.name in roots
-        else Symbol(symbol.name, real=None if units and symbol.name != HUNDREDTH else True)
+        else Symbol(symbol.name, real=real or symbol.name == HUNDREDTH or None)
         for symbol in symbols
     }
     values |= dict.fromkeys(units, I)

@@ -46,6 +46,7 @@ def test_the_last_balanced_box_is_the_answer(response, answer):
     ("The final answer is $18.", "$18"), ("The final answer is $18, so she saves $3.", "$18"),
     ("The final answer is $18. That is $5 more than before.", "$18"),
     ("The final answer is $18 and she keeps $3.", "$18"), ("final answer is $18 for $3", "$18"),
+    ("The final answer is $18. Here $x = 3$ pens.", "$18"),
     ("The final answer is $3, 5$.", "3, 5"), ("The answer is $18 x$, not $18$.", "18 x"),
     ("The answer is $5$ or $6$.", "$5$ or $6$"), ("The answers are 3 and 5.", "3 and 5"),
     (r"The answer is $2\sqrt3$ and not $3$", "2\\sqrt3"),
@@ -169,6 +170,7 @@ WRITINGS = {  # kind: (gold, right answers, wrong ones)
         (r"2i", r"\sqrt{-4}", "-2 | 2"), ("-1", r"e^{i\pi} | i^2", "i"), ("z=1+i", "1+i", "1-i"),
         (r"\sum_{i=1}^n i^2", r"\sum_{i=1}^{n} i^2", r"\sum_{i=1}^n i | -n"), ("x_i", "x_i", "x_j"),
         ("a+bi", "bi+a", "a-bi"),
+        ("x^2+2x+5=0", "2x+x^2=-5 | 5+x^2+2x=0", "x^2+2x+6=0 | x^2-2x+5=0"),
     ],
     "roots": [
         (r"\sqrt{\frac{1}{m}}", r"\frac{1}{\sqrt m} | \frac{\sqrt{m}}{m} | m^{-1/2}",
@@ -176,6 +178,7 @@ WRITINGS = {  # kind: (gold, right answers, wrong ones)
         (r"\sqrt{\frac{a}{b}}", r"\frac{\sqrt a}{\sqrt b} | \frac{\sqrt{ab}}{b}", r"\sqrt{ab}"),
         (r"2\sqrt m", r"\sqrt{4m}", r"\sqrt{2m} | -\sqrt{4m} | 4\sqrt m"),
         (r"x\sqrt y", r"\sqrt{x^2y}", r"\sqrt{xy} | x^2\sqrt y"),
+        (r"\sqrt x\ge 0", r"0 \le \sqrt x", r"\sqrt x\ge -1"),
         (r"\sqrt{x+1}", r"(x+1)^{1/2}", r"\sqrt x+1 | \sqrt{x}"), ("x", "x", "|x| | -x"),
     ],
 }  # fmt: skip

@@ -35,8 +35,6 @@ class Task:
 
     The problems:
     parse:     row of data -> problem, or a ValueError that names the field; None: takes no data
-    chat:      a row that asks in a chat -> the same with the fields that `parse` wants, and other
-               rows as they are (chats.py); None: the task has no use for chats
     generate:  (split, seed) -> problems; None: there are none without data, and `source` says
                where to get some
     key:       problem -> the text that tells it from others; its hash decides the split
@@ -63,7 +61,6 @@ class Task:
     warm_up: Callable[[], bool] | None = None
 
     parse: Callable[[dict], dict] | None = None
-    chat: Callable[[dict], dict] | None = None
     generate: Callable[[str, int], list[dict]] | None = None
     source: str = ""
     key: Callable[[dict], str]

@@ -1,60 +1,67 @@
-"""Rows that ask in a chat -> rows with the fields of a task.
+"""What a row asks and answers: in a task's own fields, or in a chat.
 
-    {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2."}]}
+    {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
     {"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}
 
-The user's one message is the problem; what a system says is left out, since the task has prompts of
-its own. The answer is in a field (`answer`, `solution`, `ground_truth`, or verl's
-`reward_model.ground_truth`), else in the assistant's last message. A row that has the task's own
-field for the problem is taken by that, and its chat not looked at.
+The user's one message is the problem, and the assistant's last one after it a reply to that; what a
+system says is left out, since the task has prompts of its own. A row that has the task's own field
+for the problem is taken by that, and its chat not looked at.
 """
 
+import math
 import re
+from decimal import Decimal
 from typing import NamedTuple
 
-from tasks.sources import found_in, typed
+from answers.mathematics import last_box
+from tasks.sources import found_in, take, typed
 from verifiers import extract_code, extract_math
 
 CHATS = ("messages", "prompt", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}  # as in `conversations`
-NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+")
-FORMULA = re.compile(r"\$([^$]+)\$")
-WORDLESS = re.compile(r"[^A-Za-z]*\d[^A-Za-z]*")
-MARKED = re.compile(rf"####\s*\$?({NUMBER.pattern})\s*\Z")  # GSM8K's end of a solution
+BARE = re.compile(r"\$[^$]+\$|\$?[-+]?[\d,.]*\d")  # no more than a formula or a number
+WORDS = re.compile(r"[^\W\d_]|[=\n]")
+# in what is a solution, or should have ended in an answer, and no answer itself
+WORKED = re.compile(r'####|\\(?:boxed|fbox)|\banswers?\b|think>|\A\["', re.IGNORECASE)
 
 
 class Chat(NamedTuple):
     """What a row's messages come to."""
 
-    question: str
-    reply: str  # the assistant's last message; empty: there is none
-    calls: list  # the tool calls of each message that has some
+    question: object  # of a row that is no chat: what its own field has
+    reply: str = ""  # the assistant's last message; empty: there is none
+    calls: tuple = ()  # the tool calls of each message that has some
 
 
-def chat_of(row: dict, field: str) -> Chat | None:
-    """The chat in a row without a text in `field`; None if it has that text, or no chat."""
+def chat_of(row: dict, field: str) -> Chat:
+    """The chat in a row, unless it has a text in `field`."""
     found = {name: typed(row.get(name), list) for name in CHATS}
     name = next((name for name in CHATS if is_chat(found[name])), None)
     if isinstance(row.get(field), str) or name is None:
-        return None
+        return Chat(row.get(field))
     more = typed(row.get("completion"), list)
     messages = found[name] + (more if is_chat(more) else [])
-    roles = [message.get("role") or message["from"] for message in messages]
-    said = {"user": [], "assistant": []}
-    for role, message in zip(roles, messages, strict=True):
-        said.setdefault(ROLES.get(role, role), []).append(text_of(message, name))
-    if len(said["user"]) != 1:
-        count = len(said["user"])
+    roles = [ROLES.get(role_of(message), role_of(message)) for message in messages]
+    if roles.count("user") != 1:
+        count = roles.count("user")
         raise ValueError(f"field '{name}' has {count} messages of the user, and a problem is one")
-    calls = [calls for m in messages if isinstance(calls := m.get("tool_calls"), list) and calls]
-    return Chat(said["user"][0], (said["assistant"] or [""])[-1], calls)
+    asked = roles.index("user")
+    after = [m for m, role in zip(messages, roles, strict=True) if role == "assistant"]
+    after = after[roles[:asked].count("assistant") :]
+    reply = text_of(after[-1], name) if after else ""
+    calls = [calls for m in after if isinstance(calls := m.get("tool_calls"), list) and calls]
+    return Chat(text_of(messages[asked], name), reply, tuple(calls))
+
+
+def role_of(message: dict):
+    return message.get("role") or message.get("from")
 
 
 def is_chat(value) -> bool:
     """A list of objects, each with the role of who speaks."""
     if not isinstance(value, list) or not value:
         return False
-    return all(isinstance(m, dict) and isinstance(m.get("role", m.get("from")), str) for m in value)
+    return all(isinstance(m, dict) and role_of(m) and isinstance(role_of(m), str) for m in value)
 
 
 def text_of(message: dict, name: str) -> str:
@@ -68,63 +75,71 @@ def text_of(message: dict, name: str) -> str:
     return said
 
 
-def math_chat(row: dict) -> dict:
-    chat = chat_of(row, "problem")
-    if chat is None:
-        return row
-    solution, answer = solved(row, chat.reply)
-    if "\\boxed" not in solution:  # which the prompt asks for
-        solution = MARKED.sub("", solution) + f"\nThe final answer is \\boxed{{{answer}}}."
-    return row | {"problem": chat.question, "solution": solution.strip(), "answer": answer}
+def solved(row: dict, field: str) -> dict:
+    """{problem, solution, answer} of a row of mathematics.
 
-
-def gsm8k_chat(row: dict) -> dict:
-    chat = chat_of(row, "question")
-    if chat is None:
-        return row
-    solution, answer = solved(row, chat.reply)
-    if not WORDLESS.fullmatch(answer):
-        raise ValueError(f"its answer is no number: {answer[:40]}")
-    solution = MARKED.sub("", solution) + f"\n#### {answer}"
-    return row | {"question": chat.question, "answer": solution}
-
-
-def solved(row: dict, reply: str) -> tuple[str, str]:
-    """(worked solution, answer), of which the fields go before the reply.
-
-    The solution is empty if there is none, or one with another answer: it may become an example.
+    The answer is that of a field, else the end of the solution or reply. The solution is None if
+    there is none, or one that comes to another answer: it may become an example.
     """
-    model = row.get("reward_model")
-    verl = model.get("ground_truth") if isinstance(model, dict) else None
-    fields = [row.get("answer"), row.get("ground_truth"), verl]
-    given = next((str(f) for f in fields if type(f) in (str, int, float) and f != ""), "")
-    worked = row["solution"] if isinstance(row.get("solution"), str) else reply
-    answer = last_of(given) or given or last_of(worked) or bare(worked)
+    chat = chat_of(row, field)
+    [problem] = take(row | {field: chat.question}, **{field: str})
+    model = typed(row.get("reward_model"), dict)
+    fields = {name: row.get(name) for name in ("answer", "ground_truth", "solution")}
+    fields["reward_model"] = model.get("ground_truth") if isinstance(model, dict) else None
+    answer, truth, solution, verl = (written(*field) for field in fields.items())
+    given, worked = answer or truth or verl, solution or chat.reply.strip()
+    said = given or worked
+    answer = last_of(said)
+    if not answer and (BARE.fullmatch(said) or given and not WORKED.search(given)):
+        answer = plain(said)
     if not answer:
         raise ValueError(
-            "no answer: wanted is one of the fields answer, solution, ground_truth, or a reply "
-            f"that ends in \\boxed{{}}; {found_in(row)}"
+            "no answer: wanted is one of the fields answer, ground_truth, reward_model, or a "
+            rf"solution or reply that ends in \boxed{{}} or '#### ' and a number; {found_in(row)}"
         )
-    worked = given if last_of(given) else worked
-    return (worked if last_of(worked) in (None, answer) else ""), answer
+    return {"problem": problem, "solution": example(given, worked, answer), "answer": answer}
+
+
+def written(name: str, value) -> str:
+    """A field's text, or its number as people write it; empty if it has none."""
+    if type(value) is float:
+        value = format(Decimal(repr(value)), "f") if math.isfinite(value) else ""
+    if type(value) not in (str, int, type(None)):
+        raise ValueError(f"field '{name}' is no text or number")
+    return "" if value is None else str(value).strip()
 
 
 def last_of(worked: str) -> str | None:
-    """What a solution ends in, as MATH or GSM8K has it."""
-    marked = MARKED.search(worked)
-    return extract_math(worked) or (marked and marked[1])
+    """What a solution ends in, as MATH (in a box) or GSM8K has it (after ####, without words)."""
+    said = worked.rpartition("</think>")[2]
+    _, mark, end = said.rpartition("####")
+    marked = mark and wordless(end.strip())
+    return last_box(said) or (plain(end.strip()) if marked else None)
 
 
-def bare(text: str) -> str | None:
-    """The answer in a text without any words: a number, or one formula."""
-    formula = FORMULA.fullmatch(text.strip())
-    return formula[1] if formula else text.strip() if NUMBER.fullmatch(text.strip()) else None
+def wordless(text: str) -> bool:
+    return bool(re.search(r"\d", text)) and not WORDS.search(text)
+
+
+def plain(text: str) -> str:
+    return text.strip("$") if BARE.fullmatch(text) else text
+
+
+def example(given: str, worked: str, answer: str) -> str | None:
+    """The solution that comes to the answer, with a box at its end, for which the prompt asks."""
+    texts = [given] if last_of(given) else []
+    texts += [worked] if worked and not BARE.fullmatch(worked) else []
+    texts = [x for x in texts if (last_of(x) or extract_math(x)) in (None, answer)]
+    text = texts[0] if texts else None
+    if text is None or last_box(text.rpartition("</think>")[2]):
+        return text
+    text = text.rpartition("####")[0] if last_of(text) else text
+    return f"{text.strip()}\nThe final answer is \\boxed{{{answer}}}.".strip()
 
 
 def code_chat(row: dict) -> dict:
-    chat = None if isinstance(row.get("prompt"), str) else chat_of(row, "text")
-    if chat is None:
-        return row
+    """A row with the fields of MBPP."""
+    chat = chat_of(row, "text")
     code = {"code": extract_code(chat.reply)} if chat.reply else {}
     return code | row | {"text": chat.question}
 
@@ -132,8 +147,6 @@ def code_chat(row: dict) -> dict:
 def call_chat(row: dict) -> dict:
     """The reply's calls are its `tool_calls`, or its text as JSON; several turns of calls: none."""
     chat = chat_of(row, "query")
-    if chat is None:
-        return row
     answers = [call_of(call) for call in chat.calls[0]] if len(chat.calls) == 1 else []
     said = answers if chat.calls else typed(chat.reply.strip(), list)
     answers = {"answers": said} if said and isinstance(said, list) else {}

@@ -4,22 +4,24 @@ What a file is its first bytes say, not its name; but a text is CSV by name only
 on the one line of a .jsonl is a row, whatever lists are in it.
 """
 
-import bz2
 import csv
 import gzip
 import io
 import json
-import lzma
 import re
 import zlib
 from pathlib import Path
 
-PACKED = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\x00": lzma}
-ARCHIVES = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf": "7z"}
+GZIP = b"\x1f\x8b"
+ARCHIVES = {
+    b"PK\x03\x04": "a zip archive, or an Excel table: save it as CSV, or unpack it",
+    b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it",
+    b"BZh": "packed by bzip2: unpack it",
+    b"\xfd7zXZ\x00": "packed by xz: unpack it",
+}
 # parquet, an Arrow file, an Arrow stream (what datasets.save_to_disk writes)
 TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 DATA_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.\w+)?$")
-NOTES = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
 # lists of objects that belong to one row, and so are no list of rows
 PARTS = ("messages", "prompt", "completion", "conversations")
 PARTS += ("tools", "function", "answers", "ground_truth")
@@ -29,7 +31,7 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     """(where, row) of every object in a file; ValueError if there is none, or what is no object.
 
     JSONL; JSON with one list, which may stand in an object ({"data": [...]}); CSV, whose values are
-    texts; parquet and Arrow, with pyarrow. All may be packed by gzip, bzip2 or xz.
+    texts; parquet and Arrow, with pyarrow. All may be packed by gzip.
     """
     data = read_bytes(path)
     if data.startswith(TABLES):
@@ -41,6 +43,10 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
     for where, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: not a JSON object")
+        try:
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: a text has half a character (\\ud800 to \\udfff)") from None
     return rows
 
 
@@ -59,22 +65,19 @@ def read_bytes(path: str) -> bytes:
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror}") from None
     try:
-        for magic, packer in PACKED.items():
-            data = packer.decompress(data) if data.startswith(magic) else data
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        data = gzip.decompress(data) if data.startswith(GZIP) else data
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): get it again") from None
     kinds = [kind for magic, kind in ARCHIVES.items() if data.startswith(magic)]
-    kinds += ["tar"] * (data[257:262] == b"ustar")
+    kinds += ["a tar archive: unpack it, and name a file of it"] * (data[257:262] == b"ustar")
     if kinds:
-        raise ValueError(f"{path} is a {kinds[0]} archive: unpack it, and name a file of it")
+        raise ValueError(f"{path} is {kinds[0]}")
     return data
 
 
 def what_to_name(folder: Path) -> str:
     inside = [file for depth in ("*", "*/*") for file in sorted(folder.glob(depth))]
-    files = [
-        str(f) for f in inside if DATA_FILE.search(f.name) and f.name not in NOTES and f.is_file()
-    ]
+    files = [str(file) for file in inside if DATA_FILE.search(file.name) and file.is_file()]
     if not files:
         return "name a file of problems (JSONL, JSON, CSV or parquet); there is none in it"
     more = f" or one of {len(files) - 5} more" if len(files) > 5 else ""
@@ -120,7 +123,7 @@ def without_nulls(value):
 
 
 def read_lines(text: str, path: str) -> list[tuple[str, object]]:
-    names = {*Path(path).suffixes}
+    names = {*Path(path.lower()).suffixes}
     if text.lstrip().startswith(("{", "[")):
         return read_json(text, path, names)
     if {".csv", ".tsv"} & names:
@@ -136,6 +139,11 @@ def read_csv(text: str, path: str, delimiter: str) -> list[tuple[str, dict]]:
     lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows = []
     try:
+        names = [name for name in lines.fieldnames or () if name]
+        if len({*names}) < len(names):
+            raise ValueError(f"{path}: two columns have one name: {', '.join(names)}")
+        if len(names) == 1 and ";" in names[0]:
+            raise ValueError(f"{path}: one column, {names[0]}: are its values separated by commas?")
         for row in lines:
             where = f"{path}, row {len(rows) + 1} below the header"
             if None in row:
@@ -149,7 +157,7 @@ def read_csv(text: str, path: str, delimiter: str) -> list[tuple[str, dict]]:
 def read_json(text: str, path: str, names: set[str]) -> list[tuple[str, object]]:
     lines = enumerate(text.split("\n"), 1)  # splitlines() would break at U+2028 in a text
     lines = [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
-    one_row = len(lines) == 1 and {".jsonl", ".ndjson"} & names
+    one_row = len(lines) == 1 and {".jsonl", ".ndjson"} & names and text.lstrip()[0] == "{"
     if one_row or len(lines) > 1 and is_json(lines[0][1]):
         return [(where, parse_json(line, where)) for where, line in lines]
     whole, of = parse_json(text, path), ""

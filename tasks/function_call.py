@@ -18,7 +18,17 @@ from verifiers import extract_calls, verify_function_call
 
 
 def parse_function_call(row: dict) -> dict:
-    return parse_bfcl(row) if {"function", "ground_truth"} & row.keys() else parse_apigen(row)
+    row = call_chat(row)
+    bfcl = {"function", "ground_truth"} & row.keys()
+    problem = parse_bfcl(row) if bfcl else parse_apigen(row)
+    try:
+        right = verify_function_call(json.dumps(example_calls(problem["calls"])), problem["calls"])
+    except (KeyError, TypeError, IndexError, ValueError):
+        right = False
+    if not right:
+        field = "ground_truth" if bfcl else "answers"
+        raise ValueError(f"field '{field}' has calls that nobody could make right")
+    return problem
 
 
 def parse_apigen(row: dict) -> dict:
@@ -26,7 +36,7 @@ def parse_apigen(row: dict) -> dict:
     query, tools, calls = take(row, query=str, tools=list, answers=list)
     for call in calls:
         named = is_object(call) and call.keys() == {"name", "arguments"}
-        if not named or not is_object(call["arguments"]):
+        if not named or not isinstance(call["name"], str) or not is_object(call["arguments"]):
             raise ValueError("field 'answers' is not a list of calls, each {name, arguments}")
     return {"query": query, "tools": tools, "calls": calls}
 
@@ -111,7 +121,6 @@ TASK = Task(
     answer=lambda response, p: calls_text(response),
     verify=lambda response, p: verify_function_call(response, p["calls"]),
     parse=parse_function_call,
-    chat=call_chat,
     source=(
         "hub:Salesforce/xlam-function-calling-60k, "
         "or files of the Berkeley Function Calling Leaderboard"

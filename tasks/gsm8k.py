@@ -9,25 +9,21 @@ import re
 from dataclasses import replace
 
 from tasks import math
-from tasks.chats import gsm8k_chat
-from tasks.sources import take
+from tasks.chats import solved, wordless
 
 
 def parse_gsm8k(row: dict) -> dict:
-    question, text = take(row, question=str, answer=str)
-    solution, mark, answer = text.rpartition("####")
-    answer = answer.strip()
-    if not mark or not answer:
-        raise ValueError("field 'answer' does not end in '#### ' and a number")
-    solution = re.sub(r"<<.*?>>", "", solution).strip()  # notes for a calculator
-    solution += f"\nThe final answer is \\boxed{{{answer}}}."  # as the prompt asks for it
-    return {"problem": question, "solution": solution, "answer": answer}
+    problem = solved(row, "question")
+    if not wordless(problem["answer"]):
+        raise ValueError(f"its answer is no number: {problem['answer'][:40]!r}")
+    if problem["solution"]:  # notes for a calculator
+        problem["solution"] = re.sub(r"<<.*?>>", "", problem["solution"])
+    return problem
 
 
 TASK = replace(
     math.TASK,
     name="gsm8k",
     parse=parse_gsm8k,
-    chat=gsm8k_chat,
     source="hub:openai/gsm8k:main, or its files",
 )

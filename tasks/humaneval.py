@@ -55,7 +55,6 @@ TASK = replace(
     view={"program": lambda p: p["prompt"]},
     verify=verify_humaneval,
     parse=parse_humaneval,
-    chat=None,  # a head in the words of a chat would be no program
     source="hub:openai/openai_humaneval, or its file (test=FILE for all 164 problems)",
     key=lambda p: p["prompt"],
     published=None,

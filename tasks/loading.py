@@ -51,6 +51,8 @@ def few_shot_examples(task: Task, splits: dict[str, list[dict]], config) -> list
     prompt.
     """
     path, count = config.shots_file, config.shots
+    if path and task.parse is None:
+        raise ValueError(f"--shots_file {path}: task '{task.name}' reads no rows")
     if path:
         rows = []
         for where, row in read_rows(path):

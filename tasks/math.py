@@ -5,26 +5,9 @@ prompt:  What is $2^{-1}$? Reason step by step, and end with the final answer in
 answer:  A negative power is a reciprocal: \boxed{1/2}
 """
 
-from answers.mathematics import last_box
 from tasks.base import Task
-from tasks.chats import math_chat
-from tasks.sources import take
+from tasks.chats import solved
 from verifiers import extract_math, verify_math
-
-
-def parse_math(row: dict) -> dict:
-    """The answer is the field `answer` if there is one, else in the solution's last box."""
-    problem, solution = take(row, problem=str, solution=str)
-    boxed = last_box(solution)
-    answer = take(row, answer=str)[0] if "answer" in row else boxed
-    if not answer:
-        raise ValueError(
-            "field 'solution' has no answer in \\boxed{}, and there is no field 'answer'"
-        )
-    if not boxed:
-        solution += f"\nThe final answer is \\boxed{{{answer}}}."
-    return {"problem": problem, "solution": solution, "answer": answer}
-
 
 TASK = Task(
     name="math",
@@ -49,8 +32,7 @@ TASK = Task(
     answer=lambda response, p: extract_math(response),
     verify=lambda response, p: verify_math(response, p["answer"]),
     warm_up=lambda: verify_math("\\boxed{1}", "1"),
-    parse=parse_math,
-    chat=math_chat,
+    parse=lambda row: solved(row, "problem"),
     source="files of MATH's train and MATH-500's test split",
     key=lambda p: p["problem"],
     solution=lambda p: p["solution"],

@@ -19,11 +19,14 @@ def parse_mbpp(row: dict) -> dict:
     """`sanitized` asks in `prompt`, and its tests' imports are a list."""
     if "text" not in row and isinstance(row.get("prompt"), str):
         row = row | {"text": row["prompt"]}
+    row = code_chat(row)
     task_id, text, code, tests = take(row, task_id=int, text=str, code=str, test_list=list)
-    setup = row.get("test_setup_code") or typed(row.get("test_imports"), list) or ""
-    setup = "\n".join(map(str, setup)) if isinstance(setup, list) else setup
-    if not all(isinstance(test, str) for test in [setup, *tests]):
-        raise ValueError("field 'test_list' must be a list of texts, 'test_setup_code' a text")
+    imports, setup = typed(row.get("test_imports"), list) or [], row.get("test_setup_code") or ""
+    if not isinstance(imports, list) or not all(isinstance(x, str) for x in (setup, *imports)):
+        raise ValueError("field 'test_imports' must be a list of texts, 'test_setup_code' a text")
+    if not all(isinstance(test, str) for test in tests):
+        raise ValueError("field 'test_list' must be a list of texts")
+    setup = setup or "\n".join(imports)
     tests = [unix(test) for test in [setup] * bool(setup) + tests]
     require_judge("test_list", "\n".join(tests))
     return {"task_id": task_id, "text": text, "code": unix(code), "tests": tests}
@@ -80,7 +83,6 @@ TASK = Task(
     verify=lambda response, p: verify_code(extract_code(response), p["tests"]),
     warm_up=lambda: verify_code("", "assert True"),
     parse=parse_mbpp,
-    chat=code_chat,
     source="hub:google-research-datasets/mbpp:full, or its mbpp.jsonl",
     key=lambda p: "\n".join([p["text"], *p["tests"]]),
     published=published_split,

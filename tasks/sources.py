@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from tasks.files import DATA_FILE, read_rows, without_nulls
 
 SPLITS = ("train", "validation", "test")
-HUB_PAGE = re.compile(r"(https?://huggingface\.co|hf:/)/datasets/")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -95,9 +94,9 @@ def place(task, rows: list[tuple[str | None, str, dict]]) -> dict[str, list[dict
 
 
 def parse_row(task, row: dict) -> dict:
-    """The problem in a row of data, flat or a chat; ValueError if the task can't use it."""
+    """The problem in a row of data; ValueError if the task can't use it."""
     row = {field: value for field, value in row.items() if value is not None}
-    return task.parse(task.chat(row) if task.chat else row)
+    return task.parse(row)
 
 
 @contextmanager
@@ -119,7 +118,7 @@ def take(row: dict, **kinds: type) -> list:
     values = [typed(row.get(field), kind) for field, kind in kinds.items()]
     for (field, kind), value in zip(kinds.items(), values, strict=True):
         # isinstance would take true for a whole number
-        if type(value) is not kind or value in ("", []):
+        if type(value) is not kind or value == [] or kind is str and not value.strip():
             fault = "missing" if value is None else f"empty or no {names[kind]}"
             wanted = ", ".join(kinds)
             raise ValueError(f"field '{field}' is {fault}: wanted {wanted}; {found_in(row)}")
@@ -178,6 +177,8 @@ def read_sources(data: str) -> list[tuple[str | None, str, dict]]:
 
 def read_source(source: str) -> dict[str | None, list[tuple[str, dict]]]:
     """{split: [(where, row)]} of a hub dataset of several splits; else all under None."""
+    if source in ("", "hub:"):
+        raise ValueError(f"--data '{source}': name a file, or a dataset as hub:NAME")
     if not source.startswith("hub:"):
         return {None: read_rows(source)}
     _, name, *config = source.split(":", 2)
@@ -206,10 +207,8 @@ def suggesting(task):
         yield
     except ValueError as error:
         name, missing, _ = str(error).partition(": no such file")
-        name = HUB_PAGE.sub("", name).strip("/")
-        own = re.search(rf"hub:([\w.-]+/)?{re.escape(name)}(:\w+)?(?![\w.-])", task.source)
-        looks_so = HUB_NAME.fullmatch(name) and not DATA_FILE.search(name)
-        if not missing or not (own or looks_so):
+        if not missing or not HUB_NAME.fullmatch(name) or DATA_FILE.search(name):
             raise
+        own = re.search(rf"hub:{re.escape(name)}(:\w+)?(?![\w.-])", task.source)
         meant = own[0] if own else f"hub:{name}"
         raise ValueError(f"{error}; if a dataset of the hub is meant: {meant}") from None

@@ -21,33 +21,86 @@ SYSTEM = {"role": "system", "content": "End with the number 5."}
 ASKED = [SYSTEM, user("1 + 1?")]
 BOXED = "One and one are \\boxed{2}."
 MARKED = "One and one are <<1+1=2>>2.\n#### 2"
+NONE = "No idea, \\boxed{7}"
 
 
 @pytest.mark.parametrize("row", [
     {"messages": [*ASKED, assistant(BOXED)]},
     {"messages": json.dumps([*ASKED, assistant(BOXED)])},  # a cell of a CSV
     {"prompt": ASKED, "completion": [assistant(BOXED)]},
-    {"prompt": ASKED, "answer": "2"},
-    {"prompt": ASKED, "answer": 2},
     {"prompt": ASKED, "answer": MARKED},
     {"prompt": ASKED, "solution": BOXED},
-    {"prompt": ASKED, "solution": "$2$"},
-    {"prompt": ASKED, "ground_truth": "2"},
-    {"prompt": ASKED, "reward_model": {"style": "rule", "ground_truth": "2"}},
-    {"messages": [*ASKED, assistant("No idea, \\boxed{7}")], "answer": "2"},
-    {"messages": [*ASKED, assistant("No idea.\n#### 7")], "answer": "2"},
+    {"prompt": ASKED, "solution": "One and one.", "answer": 2},
     {"messages": [*ASKED, assistant("#### Adding\n" + BOXED)]},  # a heading is no mark
     {"messages": [*ASKED, assistant(MARKED)]},
+    {"messages": [*ASKED, assistant("<think>#### 7</think>" + MARKED)]},
+    {"messages": [assistant(NONE), *ASKED, assistant(BOXED)]},
+    {"messages": [*ASKED, assistant(BOXED)], "answer": float("nan"), "ground_truth": " "},
     {"messages": [user([{"type": "text", "text": "1 + 1?"}, {"type": "image"}]), assistant(BOXED)]},
     {"conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": BOXED}]},
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["math", "gsm8k"])
-def test_mathematics_in_a_chat_is_a_problem_and_its_answer(name, row):
-    task = TASKS[name]
-    problem = parse_row(task, row)
+def test_mathematics_in_a_chat_is_a_problem_its_solution_and_its_answer(name, row):
+    problem = parse_row(TASKS[name], row)
     assert (problem["problem"], problem["answer"]) == ("1 + 1?", "2")
-    assert "\\boxed{2}" in task.solution(problem) and "7" not in task.solution(problem)
-    json.dumps(problem)
+    solution = TASKS[name].solution(problem)
+    assert solution.startswith(("One", "####", "<think>")) and solution.count("\\boxed{2}") == 1
+    assert TASKS[name].verify(solution, json.loads(json.dumps(problem)))
+
+
+@pytest.mark.parametrize("row", [
+    {"answer": "2"}, {"answer": 2}, {"solution": "$2$"}, {"solution": 2}, {"ground_truth": "$2$"},
+    {"reward_model": {"style": "rule", "ground_truth": "2"}},
+    {"reward_model": '{"style": "rule", "ground_truth": 2}'},  # a cell of a CSV
+    {"completion": [assistant(NONE)], "answer": "2"},
+    {"completion": [assistant("No idea.\n#### 7")], "answer": "2"},
+    {"completion": [assistant("The answer is 7.")], "answer": "2"},
+    {"solution": NONE, "answer": 2},
+    {"solution": " ", "answer": "2"},
+])  # fmt: skip
+@pytest.mark.parametrize("name, asked", [
+    ("math", {"prompt": ASKED}), ("gsm8k", {"prompt": ASKED}),
+    ("math", {"problem": "1 + 1?"}), ("gsm8k", {"question": "1 + 1?"}),
+])  # fmt: skip
+def test_an_answer_without_a_solution_that_comes_to_it_makes_no_example(name, asked, row):
+    if "completion" in row and "prompt" not in asked:
+        row = {"solution": row["completion"][0]["content"], "answer": row["answer"]}
+    wanted = {"problem": "1 + 1?", "solution": None, "answer": "2"}
+    assert parse_row(TASKS[name], asked | row) == wanted
+
+
+@pytest.mark.parametrize("written, answer", [
+    ("#### 1,000", "1,000"), ("So\n#### 7%", "7%"), ("#### 1/2", "1/2"), ("#### $5", "5"),
+    ("#### -7.5\n", "-7.5"), (0, "0"), (2.5, "2.5"), (1e-5, "0.00001"), (1e16, "1" + "0" * 16),
+    (" 18 ", "18"),
+    ("#### 1. Add the numbers\n1 + 1 = 2.", None), ("#### Step 1: add\nWe get 2.", None),
+    ("### 1\nfoo\n#### 2. Then\nSo it is 3.", None), ("18\n#### 18\n\nHope this helps!", None),
+    ("#### It is two", None), ("#### 18 <|endoftext|>", None), ("#### 5 яблок", None),
+    ("The answer is unclear to me.", None), ("The answer is 5", None), ("Answer: 5", None),
+    ("So the answer is 5 or 6, depending on x.", None), ("<think>#### 3</think>\n8", None),
+    ("#### ", None), ("\\boxed{}", None), ('["2"]', None), (float("inf"), None), ("", None),
+])  # fmt: skip
+def test_an_answer_is_the_same_in_every_field_and_reply_or_refused(written, answer):
+    rows = [{"prompt": ASKED, name: written} for name in ("answer", "ground_truth")]
+    rows += [{"prompt": ASKED, "reward_model": {"ground_truth": written}}]
+    rows += [{"question": "1", "problem": "1", "answer": written}]
+    rows += [{"prompt": ASKED, "solution": written}]
+    rows += [{"messages": [*ASKED, assistant(written)]}] if isinstance(written, str) else []
+    for row in rows:
+        for name in ("math", "gsm8k"):
+            if answer is None:
+                with pytest.raises(ValueError, match="no answer|no number"):
+                    parse_row(TASKS[name], row)
+            else:
+                assert parse_row(TASKS[name], row)["answer"] == answer
+
+
+@pytest.mark.parametrize("field", ["answer", "ground_truth", "solution"])
+@pytest.mark.parametrize("value", [["2"], False, {"a": "2"}])
+def test_a_field_of_a_wrong_type_is_not_passed_over_for_another(field, value):
+    row = {"messages": [*ASKED, assistant(BOXED)], "answer": "2"}
+    with pytest.raises(ValueError, match=f"field '{field}' is no text or number"):
+        parse_row(TASKS["math"], row | {field: value})
 
 
 @pytest.mark.parametrize("row, message", [
@@ -55,7 +108,8 @@ def test_mathematics_in_a_chat_is_a_problem_and_its_answer(name, row):
     ({"messages": [*ASKED, assistant("It is 2.")]}, "no answer"),
     ({"prompt": ASKED, "solution": "It is 2."}, "no answer"),
     ({"prompt": ASKED, "answer": ""}, "no answer"),
-    ({"prompt": ASKED, "answer": True}, "no answer"),
+    ({"messages": [assistant(BOXED), *ASKED]}, "no answer"),
+    ({"messages": [{"role": "", "content": "x"}]}, "is missing: wanted .* has messages, id"),
     ({"messages": [*ASKED, assistant(BOXED), user("Sure?"), assistant(BOXED)]}, "has 2 messages"),
     ({"messages": [SYSTEM, assistant(BOXED)]}, "field 'messages' has 0 messages of the user"),
     ({"prompt": [user(7)], "answer": "2"}, "field 'prompt' has a message whose content is no te"),
@@ -71,7 +125,7 @@ def test_a_chat_without_one_problem_and_an_answer_is_refused(name, row, message)
 
 
 def test_words_are_no_answer_of_gsm8k():
-    with pytest.raises(ValueError, match="its answer is no number: It is 2."):
+    with pytest.raises(ValueError, match="its answer is no number: 'It is 2.'"):
         parse_row(TASKS["gsm8k"], {"prompt": ASKED, "answer": "It is 2."})
 
 

@@ -191,8 +191,8 @@ def test_a_wrong_program_given_as_first_attempt_is_the_answer_of_the_first_turn(
 
 @pytest.mark.parametrize("name, change, field", [
     ("math", {"problem": ""}, "problem"),
-    ("math", {"solution": "It is 1/2."}, "solution"),
-    ("gsm8k", {"answer": "It is 2."}, "answer"),
+    ("math", {"solution": ["1/2"]}, "solution"),
+    ("gsm8k", {"answer": True}, "answer"),
     ("mbpp", {"task_id": "7a"}, "task_id"),
     ("mbpp", {"test_list": [1]}, "test_list"),
     ("mbpp_r", {"first_attempt": None}, "first_attempt"),
@@ -204,6 +204,11 @@ def test_a_wrong_program_given_as_first_attempt_is_the_answer_of_the_first_turn(
     ("xlam", {"tools": "[{"}, "tools"),
     ("xlam", {"answers": '{"name": "area"}'}, "answers"),
     ("xlam", {"answers": '[{"name": "area"}]'}, "answers"),
+    ("xlam", {"answers": [{"name": None, "arguments": {}}]}, "answers"),
+    ("xlam", {"answers": [{"name": ["area"], "arguments": {}}]}, "answers"),
+    ("xlam", {"answers": '[{"name": "area", "arguments": {"base": Infinity}}]'}, "answers"),
+    ("function_call", {"ground_truth": [{"area": {"at": [{"x": 1}]}}]}, "ground_truth"),
+    ("function_call", {"ground_truth": [{"area": {"at": [{"x": []}]}}]}, "ground_truth"),
 ])  # fmt: skip
 def test_a_row_that_does_not_fit_its_schema_is_named_with_its_field(tmp_path, name, change, field):
     row = (XLAM if name == "xlam" else ROWS[name]) | change
@@ -271,6 +276,8 @@ def test_a_task_without_problems_of_its_own_says_where_to_get_some():
             load_task(flags(task=name), ["test"])
     with pytest.raises(ValueError, match="'tiny' makes its own problems"):
         load_task(flags(data="mine.jsonl"), ["test"])
+    with pytest.raises(ValueError, match="--shots_file mine.jsonl: task 'tiny' reads no rows"):
+        load_task(flags(shots_file="mine.jsonl"), ["test"])
 
 
 def test_few_shot_examples_leave_the_train_split_and_do_not_depend_on_the_seed(tmp_path):

@@ -6,6 +6,7 @@ is what the training scripts look at their models with (`Exam`).
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,15 @@ from tqdm import tqdm
 from report.figures import COLUMNS, summarize, values_of, votes
 from report.tables import format_reflections, format_table, format_transcripts, format_votes
 from sampling.turns import encode, today
+from tasks.files import parse_json
 from tasks.sources import SPLITS
 from training import checkpoint, distributed
 from training.batches import row_seeds
 from training.distributed import exchange, on_first, rank, share, world
 from training.flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
 from training.models import fingerprint
-from training.setup import load_sampler, prepare
+from training.run import contents_of
+from training.setup import load_sampler, prepare, prepare_reflector
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
 METHODS = {
@@ -258,29 +261,29 @@ def left_over(config: Config) -> tuple[str, list[dict]]:
     path, rows = partial_of(config), []
     found = config.output and path.is_file()
     lines = path.read_text(errors="replace").split("\n") if found else []
-    for line in lines[:-1]:
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            break
+    with suppress(ValueError, TypeError):
+        for line in lines[:-1]:
+            rows.append(dict(parse_json(line, str(path))))
     return (rows[0].get("day") if rows else None) or today(), rows
 
 
-def open_output(config: Config, sampler, day: str, left: list[dict]) -> list[dict]:
+def open_output(config: Config, cast, env, problems, left: list[dict]) -> list[dict]:
     """The conversations among what is `left`, whose file is made ready for more.
 
-    One that was left by other flags or another model is a ValueError.
+    One that was left by other flags or with other contents (training/run.py) is a ValueError.
     """
-    path, header = partial_of(config), asdict(config) | {"fingerprint": fingerprint(sampler.model)}
+    path, header = partial_of(config), asdict(config)
+    header |= contents_of(env, cast[0].model, {config.split: problems})
+    header["the reflector's weights"] = fingerprint(cast[1].model)
     before, *rows = left or [header]
-    changed = [key for key in header if before.get(key) != header[key]]
+    changed = [key.removeprefix("the ") for key in header if before.get(key) != header[key]]
     if changed:
         raise ValueError(
             f"{path} was left by an evaluation with another {', '.join(changed)}: "
             "delete or finish it"
         )
     done = rows[: len(rows) - len(rows) % config.samples]
-    checkpoint.write_text(path, json_lines([header | {"day": day}, *done]))
+    checkpoint.write_text(path, json_lines([header | {"day": env.day}, *done]))
     return done
 
 
@@ -321,12 +324,11 @@ def main(config: Config) -> None:
         check(config)
         day, left = on_first(left_over, config)
         env, sampler, splits = prepare(config, {config.split: config.limit}, day)
-        reflector = load_sampler(config.reflector, env, config) if config.reflector else sampler
-        done = on_first(open_output, config, sampler, day, left) if config.output else []
+        reflector, problems = prepare_reflector(config, env, sampler, splits[config.split])
+        cast = (sampler, reflector, sampler)
+        done = on_first(open_output, config, cast, env, problems, left) if config.output else []
     protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
-    cast = (sampler, reflector, sampler)
-    kept = partial(keep, config)
-    figures, talks = evaluate(cast, env, splits[config.split], protocol, done, kept)
+    figures, talks = evaluate(cast, env, problems, protocol, done, partial(keep, config))
     print(format_transcripts(talks))
     print(f"{figures['n']} {config.split} problems\n")
     names = tuple(f"acc_t{t}" for t in range(3, config.attempts + 1))

@@ -76,9 +76,13 @@ def render(tokenizer, turns: list[tuple[str, str]], day: str | None = None) -> s
     template, dated = tokenizer.get_chat_template(), {}
     if "strftime_now" in template:
         template, dated = CLOCK + template, {"codes_of_day": codes_of(day or today())}
-    return tokenizer.apply_chat_template(
-        chat, chat_template=template, add_generation_prompt=True, tokenize=False, **dated
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            chat, chat_template=template, add_generation_prompt=True, tokenize=False, **dated
+        )
+    except Exception as error:  # a program that came with the model: it may raise what it likes
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the chat template can't be used: {reason}") from None
 
 
 def codes_of(day: str) -> dict[str, str]:
@@ -94,7 +98,9 @@ def begin(tokenizer, text: str) -> list[int]:
     What some append to it (eos, sep) would say that there is nothing to go on with.
     """
     whole, ids = tokenizer(text).input_ids, encode(tokenizer, text)
-    start = next(i for i in range(len(whole)) if whole[i : i + len(ids)] == ids)
+    if not ids and text != PLACEHOLDER:  # what comes before nothing is what comes before any text
+        return begin(tokenizer, PLACEHOLDER)[: -len(encode(tokenizer, PLACEHOLDER))]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(ids)] == ids), len(whole))
     return whole[: start + len(ids)]
 
 

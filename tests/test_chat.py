@@ -13,7 +13,7 @@ from transformers.utils import chat_template_utils
 
 import helpers
 import tiny
-from sampling.turns import first_turn_ids, follow_up_ids, render, seam_ids
+from sampling.turns import begin, first_turn_ids, follow_up_ids, render, seam_ids
 from tasks import TASKS
 from tasks.env import Env
 
@@ -164,6 +164,20 @@ def test_a_tokenizer_or_template_that_cannot_hold_a_conversation_is_refused():
         seam_ids(tokenizer, "fix")
 
 
+@pytest.mark.parametrize("template, fault", [
+    ("{{ raise_exception('roles must\nalternate') }}", "roles must alternate$"),
+    ("{% if %}", "Expected an expression"),
+    ("{{ messages[7].content }}", "no element 7"),
+    ("{{ 1 / 0 }}", "division by zero"),
+    ("{{ 'a' + 1 }}", "can only concatenate"),
+])  # fmt: skip
+def test_a_template_that_fails_is_one_line(template, fault):
+    tokenizer = character_tokenizer(template, "<e>")
+    for ids in (seam_ids, first_turn_ids):
+        with pytest.raises(ValueError, match=f"the chat template can't be used: .*{fault}"):
+            ids(tokenizer, "fix")
+
+
 LAST = "{% for m in messages %}{{ m.content }}<e>{% endfor %}"
 LLAMA_DATE = (
     "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
@@ -241,3 +255,16 @@ def test_an_eos_that_ends_the_prompts_own_text_stays():
     tokenizer = adding_tokenizer("<b> $A <e>", AddedToken("<e>", rstrip=True, special=True))
     prompt = first_turn_ids(tokenizer, "say <e>")  # which takes in the newline after it
     assert tokenizer.decode(prompt) == "<b>say <e>"
+
+
+@pytest.mark.parametrize("added, bos", [
+    ("$A", []), ("<b> $A", [1]), ("<b> $A <e>", [1]), ("$A <e>", []),
+])  # fmt: skip
+def test_a_text_of_no_tokens_is_what_every_text_begins_with(added, bos):
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "<b>": 1, "<e>": 2, "a": 3}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    used = [(name, core.token_to_id(name)) for name in ("<b>", "<e>") if name in added]
+    core.post_processor = processors.TemplateProcessing(single=added, special_tokens=used)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
+    assert begin(tokenizer, " \n") == begin(tokenizer, "") == bos
+    assert begin(tokenizer, "a ") == [*bos, 3]

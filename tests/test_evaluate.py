@@ -249,6 +249,7 @@ def stopped_evaluation(tmp_path, monkeypatch, **flags):
     (lambda header, a, b: header[:-1], 0),  # all but its newline
     (lambda header, a, b: header[:9] + "\n" + a, 0),
     (lambda header, a, b: "\0" * 99, 0),
+    (lambda header, a, b: "[" * 99999 + "\n", 0),
     (lambda header, a, b: header, 0),
     (lambda header, a, b: header + a[:-9], 0),
     (lambda header, a, b: header + a + b[:-1], 1),
@@ -266,6 +267,34 @@ def test_an_evaluation_goes_on_from_what_is_whole_of_what_was_left(
     evaluate.main(config)
     assert len(said) == 3 - kept and not path.exists()
     assert len(json.loads((tmp_path / "e.json").read_text())["conversations"]) == 3
+
+
+def test_what_was_left_by_other_problems_or_another_reflector_is_not_gone_on_from(
+    tmp_path, monkeypatch, capsys
+):
+    def put(last):
+        rows = [{"nums": [n, 1], "target": n + 1} for n in (1, 2, last)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    data, other = tmp_path / "data.jsonl", tmp_path / "other"
+    helpers.save_random_model(other)
+    put(3)
+    flags = {"task": "countdown", "data": f"test={data}", "split": "test", "max_new_tokens": 4}
+    flags |= {"method": "reflect_retry", "reflector": str(other), "max_reflection_tokens": 4}
+    config, path = stopped_evaluation(tmp_path, monkeypatch, **flags)
+    left = path.read_text()
+    model = tiny.build_model()
+    model.lm_head.weight.data += 1
+    put(4)
+    with pytest.raises(SystemExit):
+        evaluate.main(config)
+    assert f"{path} was left by an evaluation with another test: " in capsys.readouterr().err
+    put(3)
+    checkpoint.save_model(model, tiny.build_tokenizer(), other)
+    with pytest.raises(SystemExit):
+        evaluate.main(config)
+    assert "with another reflector's weights: " in capsys.readouterr().err
+    assert path.read_text() == left
 
 
 def test_what_was_left_is_there_at_every_moment_of_going_on(tmp_path, monkeypatch):
@@ -335,6 +364,31 @@ def test_a_reflector_reads_the_same_words_in_the_same_ids_or_is_refused(tmp_path
     env = Env(TASKS["tiny"], tokenizer)
     another_template(tmp_path / "model")  # what is said between attempts is of the env's
     assert setup.load_sampler(model, env, config).tokenizer is tokenizer
+
+
+def test_a_reflector_without_room_for_the_conversation_is_refused(tmp_path, capsys):
+    model, short = tiny.build_model(), tmp_path / "short"
+    model.config.max_position_embeddings = 50
+    checkpoint.save_model(model, tiny.build_tokenizer(), short)
+    flags = "--model", helpers.save_random_model(tmp_path / "model"), "--method", "reflect_retry"
+    for more in ((), ("--overlong", "drop")):
+        said = helpers.refusal(evaluate, capsys, *flags, "--reflector", short, "--limit", 2, *more)
+        assert f"error: --reflector {short}: " in said and said.count("\n") == 1
+        assert "don't fit the model's context of 50" in said
+    said = helpers.refusal(evaluate, capsys, *flags, "--reflector", tmp_path / "nowhere")
+    assert f"error: --reflector {tmp_path}/nowhere: " in said and said.count("\n") == 1
+
+
+def test_a_reflector_that_does_not_stop_at_the_end_of_a_turn_is_refused(tmp_path):
+    tokenizer, model = tiny.build_tokenizer(), tiny.build_model()
+    tokenizer.eos_token = "<pad>"  # the template still ends a turn with <end>
+    env, config = Env(TASKS["tiny"], tokenizer), evaluate.Config()
+    for name, stop in (("good", "<end>"), ("endless", "<pad>")):
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(stop)
+        checkpoint.save_model(model, tokenizer, tmp_path / name)
+    setup.load_sampler(str(tmp_path / "good"), env, config)
+    with pytest.raises(ValueError, match="ends a turn with '<end>', where the model does not stop"):
+        setup.load_sampler(str(tmp_path / "endless"), env, config)
 
 
 def probed(tokenizer, turns, method, keys):

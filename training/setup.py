@@ -36,7 +36,8 @@ def prepare(
 def load_sampler(name: str, env: Env, config) -> Sampler:
     """Of another model in the same conversations; ValueError if ids are other words to it.
 
-    What is said between its turns is the env's; its own chat template counts for nothing.
+    Or if it doesn't stop at the end of a turn. What is said between its turns is the env's; its own
+    chat template counts for nothing.
     """
     model, tokenizer = load_model(name, dtype=compute_dtype(config))
     if tokenizer.get_vocab() != env.tokenizer.get_vocab():
@@ -44,7 +45,21 @@ def load_sampler(name: str, env: Env, config) -> Sampler:
             f"{name} has another tokenizer than --model {config.model}, and would read other words "
             "in the same ids: take a model with the same vocabulary"
         )
-    return Sampler(model, env.tokenizer)
+    sampler = Sampler(model, env.tokenizer)
+    require_end(env, sampler)
+    return sampler
+
+
+def prepare_reflector(config, env: Env, sampler, problems: list[dict]):
+    """(sampler of --reflector, else the given one; the problems that fit its context too)."""
+    if not config.reflector:
+        return sampler, problems
+    with naming(f"--reflector {config.reflector}"):
+        sampler = load_sampler(config.reflector, env, config)
+        problems, said = with_room(env, sampler, problems, None, config)
+    if said and rank() == 0:
+        print(f"--reflector: {said}")
+    return sampler, problems
 
 
 def require_end(env: Env, sampler) -> None:

@@ -97,11 +97,10 @@ def begin(tokenizer, text: str) -> list[int]:
 
     What some append to it (eos, sep) would say that there is nothing to go on with.
     """
-    whole, ids = tokenizer(text).input_ids, encode(tokenizer, text)
-    if not ids and text != PLACEHOLDER:  # what comes before nothing is what comes before any text
-        return begin(tokenizer, PLACEHOLDER)[: -len(encode(tokenizer, PLACEHOLDER))]
+    probe = PLACEHOLDER + text  # found in its whole even if the text is no token, or a bos alone
+    whole, ids = tokenizer(probe).input_ids, encode(tokenizer, probe)
     start = next((i for i in range(len(whole)) if whole[i : i + len(ids)] == ids), len(whole))
-    return whole[: start + len(ids)]
+    return tokenizer(text).input_ids[: start + len(encode(tokenizer, text))]
 
 
 def encode(tokenizer, text: str) -> list[int]:

@@ -19,7 +19,7 @@ from verifiers import extract_code, extract_math
 
 CHATS = ("messages", "prompt", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}  # as in `conversations`
-BARE = re.compile(r"\$[^$]+\$|\$?[-+]?[\d,.]*\d")  # no more than a formula or a number
+BARE = re.compile(r"\$((?:[^$\\]|\\.)+)\$|\$?([-+]?[\d,.]*\d)")  # just a formula or a number
 WORDS = re.compile(r"[^\W\d_]|[=\n]")
 # in what is a solution, or should have ended in an answer, and no answer itself
 WORKED = re.compile(r'####|\\(?:boxed|fbox)|\banswers?\b|think>|\A\["', re.IGNORECASE)
@@ -122,7 +122,8 @@ def wordless(text: str) -> bool:
 
 
 def plain(text: str) -> str:
-    return text.strip("$") if BARE.fullmatch(text) else text
+    bare = BARE.fullmatch(text)
+    return bare[bare.lastindex] if bare else text
 
 
 def example(given: str, worked: str, answer: str) -> str | None:

@@ -268,3 +268,4 @@ def test_a_text_of_no_tokens_is_what_every_text_begins_with(added, bos):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<e>")
     assert begin(tokenizer, " \n") == begin(tokenizer, "") == bos
     assert begin(tokenizer, "a ") == [*bos, 3]
+    assert begin(tokenizer, "<b>\n") == [*bos, 1]

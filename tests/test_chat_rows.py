@@ -71,6 +71,7 @@ def test_an_answer_without_a_solution_that_comes_to_it_makes_no_example(name, as
 
 @pytest.mark.parametrize("written, answer", [
     ("#### 1,000", "1,000"), ("So\n#### 7%", "7%"), ("#### 1/2", "1/2"), ("#### $5", "5"),
+    ("$\\$36$", "\\$36"), ("$18", "18"),
     ("#### -7.5\n", "-7.5"), (0, "0"), (2.5, "2.5"), (1e-5, "0.00001"), (1e16, "1" + "0" * 16),
     (" 18 ", "18"),
     ("#### 1. Add the numbers\n1 + 1 = 2.", None), ("#### Step 1: add\nWe get 2.", None),

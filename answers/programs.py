@@ -1,6 +1,7 @@
 """The program that a response stands by, in the ways in which chat models write one."""
 
 import ast
+import builtins
 import re
 import sys
 import textwrap
@@ -8,13 +9,14 @@ import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
-FENCE = re.compile(r"`{3,}|~{3,}")
+FENCE = re.compile(r"`{3,}|(?<![^ \t])~{3,}")  # tildes begin a line
 PYTHON = ("py", "python", "py3", "python3", "ipython")
 LANGUAGE = re.compile(r"[{.\s]*([\w+#-]*)[}\s]*")
 CODE = re.compile(r"(?:async +def|def|class) +\w|@\w|import +\w|from +[\w.]+ +import\b|\w+ *= *\w")
 TAG, END_TAG = re.compile(r"\[(?:BEGIN|PYTHON)\]"), re.compile(r"\[(?:DONE|/PYTHON)\]")
 SHOWN = (">>>", "$ ")  # how a session of an interpreter or a shell begins
 LONGEST = 1 << 16  # characters that are read as Python: no response is a longer program
+PACKAGES = {*sys.stdlib_module_names}  # that programs may import; --code_numpy adds one
 TRIES = 32  # how often in one response a guess at where a program ends may go wrong
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -145,11 +147,13 @@ def _fenced(text: str) -> list[Block]:
             blocks.append(_block([], mark._replace(after=inside)))
             k = end
             continue
-        while end < len(marks) and not (_closes(marks[end], mark) or marks[end].after):
+        while end < len(marks) and not (_closes(marks[end], mark) or _opens(marks[end])):
             end += 1
+        if end < len(marks) and marks[end].fence == 2 * mark.fence:  # it closes, and opens another
+            marks[end] = marks[end]._replace(fence=mark.fence)
         block = _block(_between(lines, mark, marks[end : end + 1]), mark)
         for j in range(end + 1, len(marks)):  # a fence in a docstring is none
-            if block.tree or next(tries, None) is None:
+            if block.tree and block.text.strip() or next(tries, None) is None:
                 break
             longer = _block(_between(lines, mark, [marks[j]]), mark)
             if _closes(marks[j], mark) and bound(longer.tree):
@@ -157,6 +161,11 @@ def _fenced(text: str) -> list[Block]:
         blocks.append(block)
         k = end + (end < len(marks) and _closes(marks[end], mark))
     return [block for block in blocks if block.text.strip()]
+
+
+def _opens(mark: Mark) -> bool:
+    """Another block, though one is open."""
+    return bool(mark.after) and not mark.before.strip()
 
 
 def _closes(mark: Mark, opening: Mark) -> bool:
@@ -190,25 +199,30 @@ def _block(lines: list[str], opening: Mark) -> Block:
 
 
 def _without_ends(text: str) -> str:
-    """Without fences that close what none has opened."""
-    return re.sub(rf"({FENCE.pattern})[ \t]*$", "", text, flags=re.MULTILINE)
+    """Without fences that close what none has opened, and tags around a program."""
+    text = re.sub(rf"({FENCE.pattern})[ \t]*$", "", text, flags=re.MULTILINE)
+    return re.sub("</?(?:answer|code|python|program|solution)>", "\n", text)
 
 
 def _among_prose(text: str) -> list[Block]:
-    """The pieces of a text without fences that are Python."""
-    lines, pieces, start = text.split("\n"), [], 0
-    for _ in range(TRIES):
-        while start < len(lines) and not CODE.match(lines[start]):
+    """The pieces of a text without fences that are Python, indented or not."""
+    lines, pieces, start, tries = text.split("\n"), [], 0, iter(range(TRIES))
+    while len(text) <= LONGEST:
+        while start < len(lines) and not CODE.match(lines[start].lstrip()):
             start += 1
-        end = len(lines)
-        for _ in range(TRIES):
-            tree, wrong = _parse("\n".join(lines[start:end]))
+        indent = len(lines[start]) - len(lines[start].lstrip()) if start < len(lines) else 0
+        rest = [re.sub(f"^[ \\t]{{0,{indent}}}", "", line) for line in lines[start:]]
+        tree = wrong = None
+        while rest and next(tries, None) is not None:
+            tree, wrong = _parse("\n".join(rest))
             if tree or wrong < 2:
                 break
-            end = start + wrong - 1
-        if tree and start < end:
-            pieces.append(Block("\n".join(lines[start:end]).strip(), tree, True))
-        start = end if tree else start + 1
+            rest = rest[: wrong - 1]
+        if wrong is None:  # nothing is left, or no try
+            return pieces
+        if tree:
+            pieces.append(Block("\n".join(rest).strip(), tree, True))
+        start += len(rest) if tree else 1
     return pieces
 
 
@@ -218,25 +232,33 @@ def _chosen(blocks: list[Block]) -> list[Block]:
     programs = [block for block in programs if not _foreign(block.tree)] or programs
     if programs:
         nodes = [node for block in programs for node in ast.walk(block.tree)]
-        names = [node for node in nodes if isinstance(node, ast.Name)]
-        wanted = {name.id for name in names if isinstance(name.ctx, ast.Load)}
-        wanted -= {name.id for name in names if isinstance(name.ctx, ast.Store)}
-        wanted -= {node.arg for node in nodes if isinstance(node, ast.arg)}
-        wanted -= set().union(*(bound(block.tree) for block in programs))
-        blocks = [b for b in blocks if b in programs or _serves(b.tree, wanted)]
+        own = set().union(*(bound(block.tree) for block in programs))
+        wanted = _loaded(nodes) - own - _stored(nodes)
+        blocks = [b for b in blocks if b in programs or _serves(b.tree, own, wanted)]
     kept, later = [], set()
     for block in reversed(blocks):
         if not bound(block.tree) <= later:  # else a draft
             kept.append(block)
-        later |= bound(block.tree)
+        later |= bound(block.tree) if block in programs or not programs else set()
     return kept[::-1]
 
 
+def _loaded(nodes: list[ast.AST]) -> set[str]:
+    return {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+def _stored(nodes: list[ast.AST]) -> set[str]:
+    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return arguments | {n.id for n in nodes if isinstance(n, ast.Name) and n.id not in _loaded([n])}
+
+
 def _defines(tree: ast.Module) -> bool:
-    """Whether it has functions or classes, other than tests."""
-    named = [node for node in tree.body if isinstance(node, DEFINITIONS) and not _is_test(node)]
+    """Whether it has functions or classes, other than tests and stubs."""
+    named = [node for node in tree.body if isinstance(node, DEFINITIONS)]
     values = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
-    return bool(named) or any(isinstance(value, ast.Lambda) for value in values)
+    return any(not _is_test(node) and not _is_stub(node) for node in named) or any(
+        isinstance(value, ast.Lambda) for value in values
+    )
 
 
 def _is_test(node: ast.stmt) -> bool:
@@ -245,19 +267,40 @@ def _is_test(node: ast.stmt) -> bool:
     return node.name.lower().startswith("test") and not takes
 
 
-def _serves(tree: ast.Module, wanted: set[str]) -> bool:
-    """Whether a block without definitions belongs to a program that wants these names.
+def _is_stub(node: ast.stmt) -> bool:
+    """A function that says nothing: pass, ..., a docstring, NotImplementedError."""
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    quiet = (ast.Pass, ast.Expr) + (ast.Raise,) * ("NotImplementedError" in names)
+    calls = any(isinstance(n, ast.Call) for part in node.body for n in ast.walk(part))
+    if isinstance(node, ast.ClassDef) or calls and "NotImplementedError" not in names:
+        return False
+    return all(isinstance(part, quiet) for part in node.body)
 
-    An example of its use does something: it prints, asks, asserts, or imports the program.
+
+def _serves(tree: ast.Module, own: set[str], wanted: set[str]) -> bool:
+    """Whether a block without definitions belongs to a program that has its `own` names.
+
+    It does if it binds what the program wants. Else an example of its use is told by what it does:
+    it prints, asks, asserts, imports the program, calls it, or names what nobody defines.
     """
-    asks = any(isinstance(node, ast.Name) and node.id == "input" for node in ast.walk(tree))
-    acts = [
-        node
-        for node in tree.body
-        if not isinstance(node, QUIET)
-        and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-    ]
-    return not _foreign(tree) and bool(bound(tree) & wanted or not (asks or acts))
+    if _foreign(tree):
+        return False
+    if bound(tree) & wanted:
+        return True
+    nodes = [*ast.walk(tree)]
+    called = _loaded([node.func for node in nodes if isinstance(node, ast.Call)])
+    loaded = _loaded(nodes) - _stored(nodes) - {*vars(builtins)}
+    quiet = all(isinstance(node, QUIET) or _is_constant(node) for node in tree.body)
+    return (
+        quiet
+        and not called & (own | {"input"})
+        and loaded <= own | bound(tree)
+        and bound(tree) & own <= _loaded(nodes)
+    )
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _foreign(tree: ast.Module) -> bool:
@@ -268,5 +311,4 @@ def _foreign(tree: ast.Module) -> bool:
             imported += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             imported.append(node.module if node.module and not node.level else ".")
-    known = {*sys.stdlib_module_names, "numpy"}
-    return any(name.partition(".")[0] not in known for name in imported)
+    return any(name.partition(".")[0] not in PACKAGES for name in imported)

@@ -5,11 +5,13 @@ only.
 """
 
 import builtins
+import importlib
 import io
 import os
 import socket
 import sys
 import types
+from collections import deque
 
 from sandbox import jail, shelf
 from sandbox.proxy import OPERATIONS
@@ -40,7 +42,10 @@ def obey(connection: socket.socket, worker: int) -> None:
             else:
                 arguments, named = (decode(x, dereference) for x in given)
                 do = OPERATIONS[operation]
-                result = encode(do(dereference(target), *arguments, **named), reference)
+                subject = dereference(target)
+                result = do(subject, *arguments, **named)
+                own = _is_own(result) and type(result) is subject  # made by the tests
+                result = ["p", reference(result)] if own else encode(result, reference)
                 after = _changed(arguments, named, given, reference)
         except BaseException as e:
             error = encode([[kind.__name__ for kind in type(e).__mro__], e.args], reference)
@@ -74,8 +79,8 @@ def _text(file) -> io.TextIOWrapper:
 def _references(program: dict):
     """(object -> number, what stands for an object -> object).
 
-    An object of the program's is its number, a name is the program's own or built in, and [name]
-    is built in.
+    An object of the program's is its number, a name is the program's own or built in, and
+    [module, name] the standard library's.
     """
     objects, numbers = [], {}
 
@@ -87,12 +92,18 @@ def _references(program: dict):
 
     def dereference(target):
         if isinstance(target, list):
-            return vars(builtins)[target[0]]
+            return getattr(importlib.import_module(target[0]), target[1])
         if isinstance(target, int):
             return objects[target]
         return program[target] if target in program else vars(builtins)[target]
 
     return reference, dereference
+
+
+def _is_own(x) -> bool:
+    """A list or the like with methods of the program's own, which a plain one would lack."""
+    named = vars(type(x)).items() if isinstance(x, list | dict | set | deque) else ()
+    return any(callable(value) and not name.startswith("_") for name, value in named)
 
 
 def _changed(arguments: list, named: dict, given: list, reference) -> list:

@@ -1,32 +1,37 @@
 """What tests hold of a program's own things, and what they may ask of them. Stdlib only."""
 
-import builtins
 import itertools
 import operator
+import re
+import sys
 import types
+from collections import deque
 
-# isdigit, issubset, startswith ...: what only a plain value may say of itself, for a program's own
-# object would say what the test wants to hear
+# isdigit, issubset, startswith, count ...: what only a plain value may say of itself, for an object
+# that a program returns would say what the test wants to hear
 VERDICTS = {
     n for kind in (str, float, set) for n in dir(kind) if n.startswith("is") or n.endswith("with")
 }
+VERDICTS |= {"count", "index", "find", "equals", "union", "intersection", "difference"}
+VERDICTS |= {"symmetric_difference"}
+CLASS = re.compile("[A-Z][A-Za-z0-9]*")  # how classes are named, and few functions
 
 
 class Proxy:
     """Something of the guest's. It is equal to nothing but itself, and neither true nor false."""
 
     def __init__(self, ask, target):
-        self.__dict__.update(_ask=ask, _target=target, _made=False)
+        self.__dict__.update(_ask=ask, _target=target, _made=False, _ahead=deque())
 
     def __call__(self, /, *arguments, **named):
         result = self._ask("call", self._target, list(arguments), named)
         if isinstance(result, Proxy) and isinstance(self._target, str):
-            # made by the tests, of a class by its name: its `in` is what they are about
-            result.__dict__["_made"] = self._target[:1].isupper()
+            # made by the tests, of a class by its name: what it says is what they are about
+            result.__dict__["_made"] = CLASS.fullmatch(self._target) is not None
         return result
 
     def __getattr__(self, name):
-        if name.startswith("__") or name in VERDICTS:
+        if name.startswith("__") or name in VERDICTS and not self._made:
             raise AttributeError(name)
         return self._ask("getattr", self._target, [name], {})
 
@@ -53,12 +58,15 @@ class Proxy:
 
     def __iter__(self):
         iterator, size = self._ask("iter", self._target, [], {}), 1
-        while part := iterator._ask("take", iterator._target, [size], {}):
-            yield from part
-            size = min(2 * size, 1024)  # of what has no end, not much more than is wanted
+        ahead = iterator._ahead  # taken of it, but not asked for yet
+        while ahead or (part := iterator._ask("take", iterator._target, [size], {})):
+            if not ahead:
+                ahead.extend(part)
+                size = min(2 * size, 1024)  # of what has no end, not much more than is wanted
+            yield ahead.popleft()
 
     def __next__(self):
-        return self._ask("next", self._target, [], {})
+        return self._ahead.popleft() if self._ahead else self._ask("next", self._target, [], {})
 
     def __len__(self):
         return self._ask("len", self._target, [], {})
@@ -78,16 +86,19 @@ class Proxy:
 
 
 def target_of(x):
-    """What stands for a proxy, or for something built in, in an argument."""
+    """What stands for a proxy, or for a part of the standard library, in an argument."""
     if isinstance(x, Proxy):
         return x._target
-    if vars(builtins).get(getattr(x, "__name__", None)) is x:
-        return [x.__name__]
+    name, module = getattr(x, "__name__", None), getattr(x, "__module__", None)
+    if module in sys.stdlib_module_names and getattr(sys.modules.get(module), str(name), 0) is x:
+        return [module, name]
     raise TypeError(f"{type(x).__name__} can't be handed to the program")
 
 
-ITERATORS = (types.GeneratorType, map, filter, zip, enumerate, reversed, itertools.chain)
-ITERATORS += tuple(type(iter(x)) for x in ([], (), "", b"", {}, set(), range(0)))
+ITERATORS = (types.GeneratorType, map, filter, zip, enumerate, reversed)
+ITERATORS += tuple(kind for kind in vars(itertools).values() if isinstance(kind, type))
+EMPTY = ([], (), "", b"", set(), range(0), {}, {}.values(), {}.items(), re.finditer("", ""))
+ITERATORS += tuple(type(iter(x)) for x in EMPTY)
 
 
 def _next(x):

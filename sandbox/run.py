@@ -6,10 +6,9 @@ empty environment; nothing is forked from the caller, which may hold a model and
 and guest.py say what the two do, jail.py what holds the one with the program.
 """
 
-import ast
 import atexit
-import functools
 import importlib.util
+import math
 import os
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import threading
 from pathlib import Path
 
 from sandbox.cores import share_of_cores
+from sandbox.judge import require_judge
 from sandbox.wire import receive, send
 
 SLEEP = 9.5  # seconds beyond its timeout that a program may sleep: it ends within 10
@@ -46,11 +46,14 @@ def run_tests(
     threads may call it: no more run at once than this rank has cores. ValueError if the test code
     can't judge, SandboxError if there can be no verdict.
     """
-    require_judge(tests, entry_point)
+    seconds = timeout if seconds is None else seconds
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"a timeout of {seconds} seconds: it must be above 0")
+    require_judge(tests, entry_point, numpy)
     if len(program) > LONGEST:
         return False
     with _slots:
-        return _verdict(program, tests, entry_point, timeout if seconds is None else seconds)
+        return _verdict(program, tests, entry_point, seconds)
 
 
 def _verdict(program: str, tests: str, entry_point: str | None, seconds: float) -> bool:
@@ -61,58 +64,6 @@ def _verdict(program: str, tests: str, entry_point: str | None, seconds: float) 
         if verdict is not None:
             return verdict
     raise SandboxError("workers die before they have a verdict")
-
-
-@functools.lru_cache(1 << 12)
-def require_judge(tests: str, entry_point: str | None = None) -> None:
-    """ValueError if test code can't tell a right program from a wrong one.
-
-    With an entry_point, test code may define `check(candidate)`, HumanEval's form, which is called
-    with that function. Else what it asserts has to be reached.
-    """
-    try:
-        body = compile(tests, "tests", "exec", ast.PyCF_ONLY_AST, dont_inherit=True).body
-        compile(tests, "tests", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"the tests do not compile: {error}") from None
-    if entry_point is not None and not entry_point.isidentifier():
-        raise ValueError(f"the entry point {entry_point!r} is no name of a function")
-    check = next((part for part in body if getattr(part, "name", None) == "check"), None)
-    if check is not None and entry_point is not None:
-        if not _takes_one(check):
-            raise ValueError("the tests' `check` must take one thing, the function to be checked")
-        reached = [check]
-    else:
-        reached = [part for part in body if not isinstance(part, DEFINITIONS)]
-    if not any(map(_asserts, reached)) and not (
-        any(map(_calls, reached)) and any(map(_asserts, body))
-    ):
-        hint = " without an entry_point" if check is not None and entry_point is None else ""
-        raise ValueError(f"the tests assert nothing{hint}: no program would be told wrong")
-
-
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-
-
-def _takes_one(check: ast.stmt) -> bool:
-    if not isinstance(check, ast.FunctionDef):
-        return False
-    needed = len(check.args.posonlyargs + check.args.args) - len(check.args.defaults)
-    return needed == 1 or needed < 1 and bool(check.args.args or check.args.vararg)
-
-
-def _calls(part: ast.stmt) -> bool:
-    return any(isinstance(node, ast.Call) for node in ast.walk(part))
-
-
-def _asserts(part: ast.stmt) -> bool:
-    """Whether it holds an assert, or self.assertEqual(...), assert_allclose(...) and the like."""
-    for node in ast.walk(part):
-        called = node.func if isinstance(node, ast.Call) else None
-        name = getattr(called, "attr", getattr(called, "id", ""))
-        if isinstance(node, ast.Assert | ast.Raise) or "assert" in name.lower():
-            return True
-    return False
 
 
 def _try(request: dict) -> bool | None:

@@ -33,7 +33,8 @@ PRELOADED = (
     "struct sys textwrap threading time timeit traceback types typing unicodedata uuid warnings "
     "zlib"
 )
-NUMPY = "numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.polynomial numpy.testing"
+NUMPY = "numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.polynomial numpy.testing "
+NUMPY += "numpy.typing numpy.lib.stride_tricks"
 
 
 def _load(site: str) -> None:
@@ -88,14 +89,17 @@ def _serve(control: socket.socket) -> None:
 
 
 def _bury(callers: dict[int, socket.socket]) -> None:
-    """Whoever has died; for a worker that the kernel ended at its limit, says the verdict."""
+    """Whoever has died; of a worker that the kernel ended, at a limit or for a fault, the verdict.
+
+    But SIGKILL is not the tests' doing: then there is none.
+    """
     with suppress(ChildProcessError):
         while (death := os.waitpid(-1, os.WNOHANG))[0]:
             caller = callers.pop(death[0], None)
             if caller is None:
                 continue  # the guest of a worker that died before it
             with caller, suppress(OSError):
-                if death[1] == signal.SIGPROF:
+                if os.WIFSIGNALED(death[1]) and os.WTERMSIG(death[1]) != signal.SIGKILL:
                     send(caller, False)
 
 

@@ -39,16 +39,16 @@ def send(connection, message) -> None:
 
 def receive(connection):
     """EOFError if the other side is gone, ValueError if what it says is too long or no JSON."""
-    (size,) = struct.unpack("<I", exactly(connection, 4))
+    (size,) = struct.unpack("<I", _exactly(connection, 4))
     if size > LARGEST:
         raise ValueError("message too long")
     try:
-        return json.loads(exactly(connection, size))
+        return json.loads(_exactly(connection, size))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def exactly(connection, size: int) -> bytes:
+def _exactly(connection, size: int) -> bytes:
     parts = []
     while size:
         part = connection.recv(min(size, 1 << 16))
@@ -112,7 +112,7 @@ def _object(x, reference) -> list:
     if numpy and isinstance(x, numpy.generic):
         return encode(x.item(), reference)
     if numpy and isinstance(x, numpy.ndarray) and x.dtype.kind in "biufcUS":
-        return ["numpy", x.dtype.str, encode(x.tolist(), reference)]
+        return ["numpy", x.dtype.str, list(x.shape), encode(x.ravel().tolist(), reference)]
     return ["p", reference(x)]
 
 
@@ -140,9 +140,11 @@ def decode(x, dereference):
     if tag == "n":
         name, fields, *values = rest
         own = getattr(sys.modules.get("program"), name, None)  # of a guest's program
-        kind = own if getattr(own, "_fields", None) == tuple(fields) else namedtuple(name, fields)
+        same = getattr(own, "_fields", None) == tuple(fields)
+        kind = own if same else namedtuple(name, fields, rename=True)
         return kind(*decode(["l", *values], dereference))
     if tag == "numpy":
-        return sys.modules["numpy"].array(decode(rest[1], dereference), dtype=rest[0])
+        kind, shape, values = rest
+        return sys.modules["numpy"].array(decode(values, dereference), dtype=kind).reshape(shape)
     parts = rest if set(map(type, rest)) <= ATOMS else [decode(y, dereference) for y in rest]
     return VALUES[tag](*parts) if tag in VALUES else CONTAINERS[tag](parts)

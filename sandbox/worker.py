@@ -19,16 +19,17 @@ import socket
 import symtable
 import sys
 import time
+from array import array
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
 from sandbox import jail, shelf
 from sandbox.guest import obey
 from sandbox.proxy import Proxy, target_of
-from sandbox.wire import decode, encode, exactly, receive, send
+from sandbox.wire import decode, encode, receive, send
 
 TICK = 0.05  # seconds between two looks at how much a verdict has used
-IDLE = 0.02  # a share of the clock: tests that take no more of a processor sleep
 # would end a test's loop as if all was well
 HIDDEN = ("StopIteration", "StopAsyncIteration", "GeneratorExit")
 SIMPLE_ERRORS = {
@@ -60,10 +61,12 @@ def work(connection: socket.socket) -> None:
     if fault:
         return
     finish, lost = _ends(connection, guest, handle, timeout)
-    _watch(here, guest, timeout, request["sleep"], finish)
+    _watch(guest, timeout, request["sleep"], finish)
     try:
         jail.limit("AS", 2 * jail.MEMORY)
         _run(request, _asker(here, lost, finish))
+    except SystemExit as end:  # the tests' own: no program can raise it here
+        finish(end.code in (None, 0) and _used(guest) <= timeout)
     except BaseException:
         finish(False)
     finish(_used(guest) <= timeout)
@@ -74,25 +77,26 @@ def _used(guest: int) -> float:
     return time.process_time() + time.clock_gettime(~guest << 3 | 2)  # the clock of a process
 
 
-def _watch(here: socket.socket, guest: int, timeout: float, sleep: float, finish) -> None:
-    """Ends what has used its `timeout` of processor time, or slept `sleep` seconds in all.
+def _watch(guest: int, timeout: float, sleep: float, finish) -> None:
+    """Ends what has used its `timeout` of processor time, or taken `sleep` seconds on the clock.
 
-    Not what waits for a processor: a verdict must not depend on what else runs.
+    The clock stands still while they wait for a processor: a verdict must not depend on what else
+    runs.
     """
-    before = [time.monotonic(), _used(guest), _given_up()]
-    slept = 0.0
+    started, me = time.monotonic(), os.getpid()
+    before, waited = [started, _used(guest), 0.0, 0], 0.0
 
-    def look(number, frame):
-        nonlocal slept
-        now = [time.monotonic(), _used(guest), _given_up()]
-        passed, worked, pauses = (new - old for new, old in zip(now, before))
+    def look(*_):
+        nonlocal waited
+        pauses = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw  # of its own will
+        now = [time.monotonic(), _used(guest), _waited(me) + _waited(guest), pauses]
+        passed, worked, more, paused = (new - old for new, old in zip(now, before))
         before[:] = now
-        if frame.f_code is exactly.__code__:  # it waits for the guest, which may do something
-            idle = _rests(guest) and not select.select([here], [], [], 0)[0]
-        else:  # tests that sleep themselves
-            idle = pauses and worked < IDLE * passed
-        slept += (passed - worked) if idle else 0.0
-        if now[1] > timeout or slept > sleep:
+        if not ACCOUNTED:  # whatever might have waited has
+            rests = worked < 0.02 * passed and paused and not _wants_to_run(guest)
+            more = 0.0 if rests else passed - worked
+        waited += max(0.0, more)  # it is less where a thread has ended
+        if now[1] > timeout or now[0] - started - waited > sleep:
             finish(False)
 
     signal.signal(signal.SIGALRM, look)
@@ -102,19 +106,26 @@ def _watch(here: socket.socket, guest: int, timeout: float, sleep: float, finish
     signal.setitimer(signal.ITIMER_PROF, timeout + 1)
 
 
-def _given_up() -> int:
-    """How often this process has left its processor of its own will."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+def _waited(pid: int) -> float:
+    """Seconds that the threads of a process have waited for a processor."""
+    return sum(int(fields.split()[1]) for fields in _of_threads(pid, "schedstat")) / 1e9
 
 
-def _rests(pid: int) -> bool:
-    """Whether no thread of a process runs, or waits for a processor or the disk."""
-    try:
-        tasks = [*Path(f"/proc/{pid}/task").iterdir()]
-        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
-    except OSError:  # a thread that ended just now
-        return False
-    return not {"R", "D"} & {*states}
+def _wants_to_run(pid: int) -> bool:
+    states = {fields.rpartition(")")[2].split()[0] for fields in _of_threads(pid, "stat")}
+    return not states.isdisjoint("RD")
+
+
+def _of_threads(pid: int, name: str) -> list[str]:
+    found = []
+    with suppress(OSError):  # a thread that ended just now
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found.append((task / name).read_text())
+    return found
+
+
+# a kernel that keeps none writes zeros, if anything
+ACCOUNTED = any(fields.split()[2] != "0" for fields in _of_threads(os.getpid(), "schedstat"))
 
 
 def _ends(connection: socket.socket, guest: int, handle: int, timeout: float):
@@ -125,6 +136,7 @@ def _ends(connection: socket.socket, guest: int, handle: int, timeout: float):
 
     def finish(passed: bool):
         try:
+            sys.setrecursionlimit(sys.getrecursionlimit() + 1000)  # it may be called at the last
             signal.signal(signal.SIGALRM, signal.SIG_IGN)
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
@@ -185,11 +197,18 @@ def _exception(operation: str, kinds, arguments) -> Exception:
 
 def _become(old, new) -> None:
     """Changes an argument to what the program has made of it."""
-    if type(old) is type(new) and isinstance(old, list | bytearray):
+    if type(old) is not type(new):
+        return
+    if isinstance(old, list | bytearray | array):
         old[:] = new
-    elif type(old) is type(new) and isinstance(old, dict | set):
+    elif isinstance(old, dict | set):
         old.clear()
         old.update(new)
+    elif isinstance(old, deque):
+        old.clear()
+        old.extend(new)
+    elif hasattr(old, "shape") and old.shape == new.shape:
+        old[...] = new
 
 
 class _Names(dict):
@@ -213,13 +232,16 @@ def _run(request: dict, ask) -> None:
     tests, entry_point = request["tests"], request["entry_point"]
     free = _free_names(tests, entry_point)
     names = _Names(ask, free, __name__="__main__")
+    entry = Proxy(ask, entry_point)
+    if entry_point is not None:
+        names["candidate"] = entry
     for name in free & _modules(tests):
         names[name] = importlib.import_module(name)
     for name in free & _caught(tests):
         names[name] = SIMPLE_ERRORS[name] = type(name, (Exception,), {})
     exec(compile(tests, "tests", "exec", dont_inherit=True), names)
     if "check" in names and entry_point is not None:
-        names["check"](Proxy(ask, entry_point))
+        names["check"](entry)
 
 
 def _free_names(tests: str, entry_point: str | None) -> set[str]:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from answers.programs import PACKAGES
 from sandbox import run as sandbox
 from tasks import TASKS
 from tasks.base import PLACEHOLDER, PROMPTS, Task
@@ -25,6 +26,7 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
         raise ValueError(f"--code_timeout {config.code_timeout:g}: must be seconds above 0")
     sandbox.unsafe, sandbox.numpy = config.unsafe, config.code_numpy
     sandbox.timeout = config.code_timeout
+    (PACKAGES.add if config.code_numpy else PACKAGES.discard)("numpy")
     try:
         task.warm_up and task.warm_up()
     except (ImportError, RuntimeError) as error:

@@ -27,7 +27,7 @@ DOCUMENTED += "    return 2 * x"
     ("1. So:\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y"),
     ("```\n```", ""),
     ("[BEGIN]\nx = 1\n[DONE]\n[BEGIN]\nx = 2\n[DONE] bye", "x = 2"),
-    ("[BEGIN] x = 1", " x = 1"),
+    ("[BEGIN] x = 1", "x = 1"),
     ("<think>```python\nx = 1\n```</think>x = 2", "x = 2"),
     ("x = 1\n", "x = 1"),
     ("", ""),
@@ -41,6 +41,8 @@ def test_long_responses_are_searched_in_no_time():
     for piece, times in (("`", 10**6), ("```\n", 10**5), ("``` ", 10**5), ("[BEGIN]", 10**5)):
         extract_code(piece * times)
     extract_code(" " * 10**6 + "```")
+    sums = "".join(f"x{n} = {n} + {n}\n" for n in range(3000))
+    extract_code(f"Hi there:\n{sums}" + "x = (\n" * 40)
     assert time.process_time() - started < 30  # and not hours
 
 
@@ -58,6 +60,12 @@ def test_long_responses_are_searched_in_no_time():
     f"{F}python\ndef double(x):\n    return x\n{F}\nBetter:\n{FENCED}",
     f"{F}python\nraise SystemExit\ndouble = 3\n{F}\nBetter:\n{FENCED}",
     f"{FENCED}\nBetter:\n{F}python\ndef double(x):\n    return (x +",  # cut off
+    f"{FENCED}\nUse it so:\n{F}\nresult = double(my_number)\n{F}",
+    f"{FENCED}\nIt does:\n{F}\ny = 2 * number\n{F}",
+    f"{FENCED}\nIt says:\n{F}\ndouble = 8\n{F}",
+    f"{FENCED}\nOr with NumPy:\n{F}python\nimport numpy\ndef double(x):\n    return x\n{F}",
+    f"{FENCED}\nFill in:\n{F}python\ndef double(x):\n    # your code here\n    pass\n{F}",
+    f"{F}python\ndef double(x):\n    return x\n{F}{F}python\n{DOUBLE}\n{F}",  # glued
 ])  # fmt: skip
 def test_what_stands_around_a_program_does_not_replace_it(response):
     assert extract_code(response) == DOUBLE
@@ -70,6 +78,9 @@ def test_what_stands_around_a_program_does_not_replace_it(response):
     ("memo = []\nfor i in range(3):\n    memo.append(i)", "def f():\n    return memo"),
     ("import functools\ndef mul(a, b): return a * b", "double = functools.partial(mul, 2)"),
     ("x = 4", "print(x)\ny = x"),
+    ("def fib(n):\n    return n", "import functools\nfib = functools.lru_cache(None)(fib)"),
+    ("class E(Exception):\n    pass", "def double(x):\n    raise E"),
+    ("LINE = '~~~~'\nFENCE = '```'", DOUBLE),
 ])  # fmt: skip
 def test_a_program_in_two_blocks_is_whole(first, second):
     assert extract_code(f"{F}\n{first}\n{F}\nand\n{F}py\n{second}\n{F}") == f"{first}\n\n{second}"
@@ -95,6 +106,8 @@ def test_a_program_in_two_blocks_is_whole(first, second):
     f"<code>\n{DOUBLE}\n</code>",
     f"Here is the program:\n\n{DOUBLE}\n\nIt's double, that's all.",
     f"\ufeff{DOUBLE}",
+    "So:\n\n    " + DOUBLE.replace("\n", "\n    ") + "\n\nDone.",
+    f"<answer>{DOUBLE}</answer>",
 ])  # fmt: skip
 def test_a_program_is_found_in_whatever_it_is_put(response):
     assert extract_code(response) == DOUBLE

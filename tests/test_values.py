@@ -20,6 +20,7 @@ HELD = "class Even:\n    def __contains__(self, x): return x % 2 == 0"
 COUNTER = "COUNT = 0\ndef f():\n    global COUNT\n    COUNT += 1"
 TIME = "from datetime import time\ndef f(): return time(3, 4)"
 STDOUT = "import sys\nsys.stdout.buffer.write(b'x')\nsys.stdout.write('\\ud800')\ndef f(): return 1"
+FIBONACCI = "def f():\n a, b = 0, 1\n while True:\n  yield a\n  a, b = b, a + b"
 ENDS = "next(g)\ntry:\n    next(g)\n    assert False\nexcept StopIteration:\n    pass"
 
 
@@ -44,6 +45,15 @@ ENDS = "next(g)\ntry:\n    next(g)\n    assert False\nexcept StopIteration:\n   
     (MILLION, "assert len(f(10**6)) == 10**6 and f(list(range(10**6))) == 10**6"),
     (STDOUT, "assert f() == 1"),
     ("\ufeffdef f(): return 1", "assert f() == 1"),
+    (FIBONACCI, "from itertools import islice\ng = f()\nassert [*islice(g, 5)][4] == 3\n"
+     "assert [*islice(g, 2)] == [5, 8]"),
+    (FIBONACCI, "g = f()\nfor x in g:\n    if x > 4: break\nassert next(g) == 8"),
+    ("from itertools import *\ndef f(): return combinations([1, 2], 2)", f"g = f()\n{ENDS}"),
+    ("def f(q): q.append(3)", "from collections import deque\nq = deque()\nf(q)\nassert 3 in q"),
+    ("class S(list):\n    def top(self): return self[-1]",
+     "s = S()\ns.append(4)\nassert s.top() == 4"),
+    ("from functools import reduce\ndef f(x, op): return reduce(op, x)",
+     "import operator\nassert f([2, 3], operator.mul) == 6 and f([2, 3], max) == 3"),
     ("def f(): return 2**63, -(2**64), 0.1, float('inf')",
      "assert f() == (2**63, -(2**64), 0.1, float('inf'))"),
 ])  # fmt: skip
@@ -69,6 +79,15 @@ LIES = {
     ),
     "what a function returns holds everything": (f"class A:\n {EQUAL}\ndef f(): return A()",
                                                  "4 in f()"),
+    "what a function returns counts what it is asked for": (
+        "class A:\n count = intersection = lambda s, x: x if type(x) is set else 1\n"
+        "def f(): return A()",
+        "f().count(4) == 1 or f().intersection({4}) == {4}",
+    ),
+    "a function with a capital holds everything": (
+        f"class A:\n {EQUAL}\ndef Find_Max(): return A()",
+        "4 in Find_Max()",
+    ),
     "an end of its own": (
         "class A:\n def __next__(s): raise StopIteration\ndef f(): return A()",
         "all(map(lambda g: next(f()) == 4, [1]))",
@@ -153,9 +172,16 @@ def test_with_an_entry_point_asserts_and_check_both_judge(tests):
     ("", "double", "assert nothing"),
     ("double(4)", "double", "assert nothing"),
     ("def check(candidate):\n    candidate(4)", "double", "assert nothing"),
-    (CHECK, None, "assert nothing without an entry_point"),
-    ("META = {'a': 1}\n\n" + CHECK, None, "assert nothing without an entry_point"),
-    ("def test_double():\n    assert double(4) == 8", None, "assert nothing"),
+    (CHECK, None, "assert nothing that is reached: give the entry_point"),
+    ("META = {'a': 1}\n\n" + CHECK, None, "assert nothing that is reached: give the entry_point"),
+    ("def test_double():\n    assert double(4) == 8\nprint('ok')", None, "assert nothing"),
+    ("assert (double(4) == 9, 'why')", None, "assert nothing"),
+    ("import unittest\nclass T(unittest.TestCase):\n def test(s): s.assertEqual(double(4), 8)\n"
+     "unittest.main(exit=False)", None, "unittest.main"),
+    ("import numpy as np\nnp.testing.assert_allclose(double(4), 8)", None, "numpy.*--code_numpy"),
+    ("from solution import double\nassert double(4) == 8", None, "solution, which is not there"),
+    ("def check(candidate, *, n):\n    assert candidate(4) == n", "double", "must take one thing"),
+    ("assert double(4) == 8", "class", "no name of a function"),
     ("def check():\n    assert double(4) == 8", "double", "must take one thing"),
     ("def check(f, g):\n    assert f(4) == 8", "double", "must take one thing"),
     ("check = 3\nassert double(4) == ", "double", "do not compile"),
@@ -164,6 +190,47 @@ def test_with_an_entry_point_asserts_and_check_both_judge(tests):
 def test_tests_that_can_not_judge_are_an_error_and_no_verdict(tests, entry_point, message):
     with pytest.raises(ValueError, match=message):
         verify_code(DOUBLE, tests, entry_point)
+
+
+@pytest.mark.parametrize("tests", [
+    "def test():\n    assert double(4) == 8\ntest()",
+    "class T:\n    def test(self): assert double(4) == 8\nT().test()",
+    "def one(x): assert double(x) == 2 * x\ndef check(candidate): one(4)\ncheck(double)",
+    "def test_a():\n    assert double(4) == 8\n"
+    "for name in [*globals()]:\n    if name.startswith('test_'): globals()[name]()",
+    "for x in range(4):\n    if double(x) != 2 * x:\n        raise ValueError(x)",
+    "import sys\nassert double(4) == 8\nsys.exit(0)",
+    "try:\n    import no_such\nexcept ImportError: pass\nassert double(4) == 8",
+    "assert candidate(4) == 8",
+])  # fmt: skip
+def test_other_tests_can_judge(tests):
+    assert verify_code(DOUBLE, tests, "double")
+    assert not verify_code("def double(x): return x", tests, "double")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_that_is_none_is_an_error(timeout):
+    with pytest.raises(ValueError, match="timeout"):
+        verify_code(DOUBLE, ["assert double(4) == 8"], timeout=timeout)
+
+
+CYCLE = "class Node:\n    next = None\ndef f():\n    n = Node()\n    n.next = n\n    return n"
+LENGTH = "def length(n):\n    return 0 if n is None else 1 + length(n.next)\n"
+NESTED = """
+import json, os
+def f():
+    deep = b'[' * 400000 + b']' * 400000
+    os.write(3, len(deep).to_bytes(4, 'little') + deep)
+"""
+
+
+@pytest.mark.parametrize("program, tests", [
+    (CYCLE, LENGTH + "assert length(f()) == 1"),
+    (CYCLE, "import sys\nsys.setrecursionlimit(10**6)\n" + LENGTH + "assert length(f()) == 1"),
+    (NESTED, "import sys\nsys.setrecursionlimit(10**6)\nassert f() == 1"),
+])  # fmt: skip
+def test_a_program_that_drives_its_tests_too_deep_is_wrong_and_ends_no_run(program, tests):
+    assert verify_code(program, tests) is False
 
 
 def test_what_computes_is_limited_by_processor_time_and_what_sleeps_by_the_clock(monkeypatch):

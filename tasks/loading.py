@@ -21,12 +21,8 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
     task = TASKS[config.task]
     if config.prompts:
         task = replace(task, **read_prompts(config.prompts, task.view))
+    set_up_sandbox(config)
     splits = load_splits(task, config.data, config.seed, wanted)
-    if not 0 < config.code_timeout < math.inf:
-        raise ValueError(f"--code_timeout {config.code_timeout:g}: must be seconds above 0")
-    sandbox.unsafe, sandbox.numpy = config.unsafe, config.code_numpy
-    sandbox.timeout = config.code_timeout
-    (PACKAGES.add if config.code_numpy else PACKAGES.discard)("numpy")
     try:
         task.warm_up and task.warm_up()
     except (ImportError, RuntimeError) as error:
@@ -43,6 +39,15 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
         splits[split] = others
     shots = tuple((task.prompt(problem), answer) for problem, answer in examples)
     return replace(task, shots=shots), splits
+
+
+def set_up_sandbox(config) -> None:
+    """For all programs of this process, before any data: its tests may need what a flag allows."""
+    if not 0 < config.code_timeout < math.inf:
+        raise ValueError(f"--code_timeout {config.code_timeout:g}: must be seconds above 0")
+    sandbox.timeout, sandbox.unsafe = config.code_timeout, config.unsafe
+    sandbox.numpy = config.code_numpy
+    (PACKAGES.add if config.code_numpy else PACKAGES.discard)("numpy")
 
 
 def few_shot_examples(task: Task, splits: dict[str, list[dict]], config) -> list[tuple[dict, str]]:

@@ -10,7 +10,7 @@ answer:  ```python
 
 from sandbox import run as sandbox
 from tasks.base import Task
-from tasks.chats import code_chat
+from tasks.chats import chat_of
 from tasks.sources import take, typed
 from verifiers import extract_code, verify_code
 
@@ -19,7 +19,9 @@ def parse_mbpp(row: dict) -> dict:
     """`sanitized` asks in `prompt`, and its tests' imports are a list."""
     if "text" not in row and isinstance(row.get("prompt"), str):
         row = row | {"text": row["prompt"]}
-    row = code_chat(row)
+    chat = chat_of(row, "text")
+    code = {"code": extract_code(chat.reply)} if chat.reply else {}
+    row = code | row | {"text": chat.question}
     task_id, text, code, tests = take(row, task_id=int, text=str, code=str, test_list=list)
     imports, setup = typed(row.get("test_imports"), list) or [], row.get("test_setup_code") or ""
     if not isinstance(imports, list) or not all(isinstance(x, str) for x in (setup, *imports)):
@@ -35,7 +37,7 @@ def parse_mbpp(row: dict) -> dict:
 def require_judge(field: str, tests: str, entry_point: str | None = None) -> None:
     """ValueError for a row whose tests every program would pass, or none could."""
     try:
-        sandbox.require_judge(tests, entry_point)
+        sandbox.require_judge(tests, entry_point, sandbox.numpy)
     except ValueError as error:
         raise ValueError(f"field '{field}': {error}") from None
 

@@ -217,6 +217,21 @@ def test_a_row_that_does_not_fit_its_schema_is_named_with_its_field(tmp_path, na
         load_task(flags(task="function_call" if name == "xlam" else name, data=path), ["train"])
 
 
+def test_tests_of_a_row_that_can_not_judge_are_named_and_numpy_may_be_in_them_by_its_flag(tmp_path):
+    tests = ["import numpy", "assert numpy.sum(add(1, 2)) == 3"]
+    path = write(tmp_path / "data.jsonl", [ROWS["mbpp"] | {"test_list": tests}])
+    with pytest.raises(ValueError, match="line 1: field 'test_list': .*numpy.*--code_numpy"):
+        load_task(flags(task="mbpp", data=path), ["train"])
+    task, splits = load_task(flags(task="mbpp", data=path, code_numpy=True, shots=0), ["train"])
+    assert task.verify("def add(a, b): return a + b", splits["train"][0])
+    path = write(tmp_path / "blank.jsonl", [ROWS["humaneval"] | {"test": "def check(c): c(3)"}])
+    with pytest.raises(ValueError, match="field 'test': the tests assert nothing"):
+        load_task(flags(task="humaneval", data=path), ["train"])
+    with pytest.raises(ValueError, match="--code_timeout nan"):
+        load_task(flags(code_timeout=float("nan")), ["train"])
+    load_task(flags(), ["train"])  # as it was, for the tests after this one
+
+
 def countdown_rows(count):
     return [{"nums": [n, 1], "target": n + 1, "solution": f"{n} + 1"} for n in range(1, count + 1)]
 

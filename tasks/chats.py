@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from answers.mathematics import last_box
 from tasks.sources import found_in, take, typed
-from verifiers import extract_code, extract_math
+from verifiers import extract_math
 
 CHATS = ("messages", "prompt", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}  # as in `conversations`
@@ -113,8 +113,7 @@ def last_of(worked: str) -> str | None:
     """What a solution ends in, as MATH (in a box) or GSM8K has it (after ####, without words)."""
     said = worked.rpartition("</think>")[2]
     _, mark, end = said.rpartition("####")
-    marked = mark and wordless(end.strip())
-    return last_box(said) or (plain(end.strip()) if marked else None)
+    return last_box(said) or (plain(end.strip()) if mark and wordless(end.strip()) else None)
 
 
 def wordless(text: str) -> bool:
@@ -130,19 +129,12 @@ def example(given: str, worked: str, answer: str) -> str | None:
     """The solution that comes to the answer, with a box at its end, for which the prompt asks."""
     texts = [given] if last_of(given) else []
     texts += [worked] if worked and not BARE.fullmatch(worked) else []
-    texts = [x for x in texts if (last_of(x) or extract_math(x)) in (None, answer)]
-    text = texts[0] if texts else None
+    right = (x for x in texts if (last_of(x) or extract_math(x)) in (None, answer))
+    text = next(right, None)
     if text is None or last_box(text.rpartition("</think>")[2]):
         return text
     text = text.rpartition("####")[0] if last_of(text) else text
     return f"{text.strip()}\nThe final answer is \\boxed{{{answer}}}.".strip()
-
-
-def code_chat(row: dict) -> dict:
-    """A row with the fields of MBPP."""
-    chat = chat_of(row, "text")
-    code = {"code": extract_code(chat.reply)} if chat.reply else {}
-    return code | row | {"text": chat.question}
 
 
 def call_chat(row: dict) -> dict:

@@ -13,12 +13,9 @@ import zlib
 from pathlib import Path
 
 GZIP = b"\x1f\x8b"
-ARCHIVES = {
-    b"PK\x03\x04": "a zip archive, or an Excel table: save it as CSV, or unpack it",
-    b"\x28\xb5\x2f\xfd": "packed by zstd: unpack it",
-    b"BZh": "packed by bzip2: unpack it",
-    b"\xfd7zXZ\x00": "packed by xz: unpack it",
-}
+OTHERS = (b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00")  # zstd, bzip2, xz
+ARCHIVES = dict.fromkeys(OTHERS, "packed otherwise than by gzip: unpack it")
+ARCHIVES[b"PK\x03\x04"] = "a zip archive, or an Excel table: save it as CSV, or unpack it"
 # parquet, an Arrow file, an Arrow stream (what datasets.save_to_disk writes)
 TABLES = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")
 DATA_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|arrow)(\.\w+)?$")

@@ -77,7 +77,7 @@ def test_one_row_is_no_list_of_rows(tmp_path, row):
     ("a.jsonl", LINES.encode("utf-16"), "a.jsonl: not UTF-8 text"),
     ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "a.jsonl.gz is damaged .*get it again"),
     ("a.gz", b"\x1f\x8b" + bytes(30), "a.gz is damaged"),
-    ("a.jsonl.bz2", b"BZh91AY", "a.jsonl.bz2 is packed by bzip2: unpack it"),
+    ("a.jsonl.bz2", b"BZh91AY", "a.jsonl.bz2 is packed otherwise than by gzip: unpack it"),
     ("a.csv", "a,b,a\n1,2,3\n", "a.csv: two columns have one name: a, b, a"),
     ("a.csv", "a;b\n1;2\n", "a.csv: one column, a;b: are its values separated by commas"),
     ("a.jsonl", LINES + '{"a": ["\\ud83d"]}', "line 3: a text has half a character"),

@@ -284,8 +284,10 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch):
 BUSY_CALLER = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
+from sandbox import run
 from verifiers import verify_code
 program, = json.load(sys.stdin)
+run.SLEEP = 0.5  # less than all of them wait for a core
 def one(_):
     return verify_code(program, ["assert f(0.8) == 1"], timeout=1.5)
 with ThreadPoolExecutor(4) as threads:

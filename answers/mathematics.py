@@ -3,14 +3,14 @@
 import re
 
 # one after a backslash is a character; \boxed 5 and \boxed\frac{1}{2} have no braces
-TOKEN = re.compile(r"\\?\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)|\\.|[{}]", re.DOTALL)
+TOKEN = re.compile(r"\\?\\(?:boxed|f(?:rame)?box)(?![A-Za-z])\s*(\{?)|\\.|[{}]", re.DOTALL)
 ENVIRONMENT = re.compile(r"\s*\\begin\{(\w+)\}.*?\\end\{\1\}", re.DOTALL)
-FORMULA_END = re.compile(r"(?<!\\)\$|\\[)\]\\]|\\(?:end|boxed|fbox)(?![A-Za-z])|[&\n]")
+FORMULA_END = re.compile(r"(?<!\\)\$|\\[)\]\\]|\\(?:end|boxed|f(?:rame)?box)(?![A-Za-z])|[&\n]")
 FINAL_ANSWER = re.compile(r"final\s+answers?\b[*_ \t]*(?:is\b|are\b|[:=\n])|####", re.IGNORECASE)
 ANSWER = re.compile(r"\banswers?\b[*_ \t]*(?:is\b|are\b|[:=])", re.IGNORECASE)
 FILLER = re.compile(
-    r"(?:[\s:*=_]+|(?:so|therefore|thus|hence|then|simply|just|exactly|equal to|given by|"
-    r"indeed|clearly|now|about|approximately|the (?:final |correct )?answer is)\b[,:]?)*",
+    r"(?:[\s:*=_,]+|(?:so|therefore|thus|hence|then|simply|just|exactly|equal to|given by|"
+    r"indeed|clearly|now|about|approximately|the (?:final |correct )?answer is)\b)*",
     re.IGNORECASE,
 )
 FORMULA = re.compile(
@@ -22,9 +22,11 @@ COMMAND = re.compile(r"\\[a-zA-Z]+\s*(?:\{[^{}]*\})?")
 MONEY = re.compile(r"[0-9].*(?:\s\Z|\b[a-zA-Z]{2,}\b)", re.DOTALL)
 SENTENCE_END = re.compile(
     r"\.(?=\s|$)|\n|\*\*|__|;\s|\s(?:\(|[-–—]+\s)(?=[a-zA-Z]{2})|,\s+(?!and\b|or\b)(?=[a-z]{2})|"
-    r"(?<=[0-9])\s+(?:and|but)\s+(?=[a-z]{2})|"
-    r"\s(?:because|since|as|so|which|when|where|if|after|for|from)\b"
+    r"(?<=[0-9]),?\s+(?:and|but)\s+(?=[a-z]{2})|"
+    r"\s(?:because|since|rather|instead|as|so|which|when|where|if|after|for|from)\b"
 )  # fmt: skip
+
+VALUE = re.compile(r"[0-9\\^+=<>|]|\A\W*[A-Za-z]\W*\Z")  # 18, x+y, (C), but not "correct"
 
 
 def extract_math(response: str) -> str | None:
@@ -32,7 +34,8 @@ def extract_math(response: str) -> str | None:
 
     Else, of the text after the last "final answer is" (or "Final Answer:", "####"; if there is
     none, "the answer is", "Answer:"), the formula it begins with, or its first sentence up to where
-    that begins to explain.
+    that begins to explain. A last one that says no value, like "this answer is correct", is
+    passed over if another does.
     """
     text = response.rpartition("</think>")[2]
     boxed = last_box(text)
@@ -41,7 +44,9 @@ def extract_math(response: str) -> str | None:
     cues = list(FINAL_ANSWER.finditer(text)) or list(ANSWER.finditer(text))
     if not cues:
         return None
-    answer = _first_answer(text[cues[-1].end() :])
+    ends = [cue.start() for cue in cues[1:]] + [len(text)]
+    answers = [_first_answer(text[cue.end() : end]) for cue, end in zip(cues, ends)]
+    answer = next((one for one in reversed(answers) if VALUE.search(one)), answers[-1])
     return answer if last_box(rf"\boxed{{{answer}}}") == answer else None  # its braces match
 
 
@@ -65,7 +70,7 @@ def last_box(text: str) -> str | None:
             boxes.append((match.end(), None))
     for start, end in sorted(boxes, reverse=True):
         content = (_without_braces(text, start) if end is None else text[start:end]).strip()
-        if content:
+        if content.strip("\\,;:!~ "):
             return content
     return None
 

@@ -30,6 +30,7 @@ LOOK = 0.5  # seconds on the clock between looks whether a worker is at work
 MEMORY = 1 << 30  # bytes of address space of a worker
 # two irrational numbers are equal if they agree so far behind the point: sympy proves no more
 DIGITS = 50
+BY_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # nobody's own doing
 # what a server is shown first: its parser is faster for it, and to find them unequal is a fault
 SAME = [
     (r"\frac{1}{2}+3\sqrt{2}x", r"0.5+\sqrt{18}x"),
@@ -44,9 +45,9 @@ def equivalent(gold: str, answer: str, timeout: float = TIMEOUT) -> bool:
     """True if math-verify finds two LaTeX answers equal.
 
     False too if it takes more than `timeout` seconds of processor time, crashes or wants too much
-    memory. A worker that dies of anything but its limits, is stopped or asleep is replaced and
-    asked once more. Raises ImportError if math-verify is not installed, RuntimeError if no worker
-    can be started. Any number of threads may call it.
+    memory. A worker that somebody kills or stops is replaced and asked once more. Raises
+    ImportError if math-verify is not installed, RuntimeError if no worker can be started or both
+    are lost. Any number of threads may call it.
     """
     request = json.dumps([gold, answer, timeout]).encode() + b"\n"
     with _slots:
@@ -59,11 +60,12 @@ def equivalent(gold: str, answer: str, timeout: float = TIMEOUT) -> bool:
             worker.close()
             if reply:
                 return False
-    return False
+    # no fault of the answer: False would be a wrong reward
+    raise RuntimeError("two grading workers were killed or stopped: is there enough memory?")
 
 
 def _ask(worker: socket.socket, pid: int, request: bytes) -> bytes:
-    """b"0" or b"1", b"t" from its server if its time was up, or b"" from a worker that is lost."""
+    """b"0" or b"1", b"t" from its server if the answer ended it, or b"" if it is lost."""
     worker.settimeout(LOOK)
     before = None
     try:
@@ -173,10 +175,10 @@ def _serve(control: socket.socket) -> None:
 
 
 def _bury(descriptor: int, pid: int, caller: socket.socket) -> None:
-    """Only the kernel knows whether a worker's own limit has ended it, or somebody else."""
+    """Only the kernel knows whether its own doing has ended a worker (SIGPROF is its limit)."""
     status = os.waitpid(pid, 0)[1]
     with caller, suppress(OSError):
-        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        if not os.WIFSIGNALED(status) or os.WTERMSIG(status) not in BY_OTHERS:
             caller.send(b"t", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
     os.close(descriptor)
 
@@ -206,17 +208,23 @@ def _verdict(gold: str, answer: str) -> bool:
     try:
         gold, answer = _with_equal_letters(_parse(gold), _parse(answer))
         hundredth = Symbol(HUNDREDTH, real=True)
-        if _has(gold, hundredth) == _has(answer, hundredth):
-            return equal(gold, answer)
-        # a percentage is its value, and its number too: data sets write 20 for 20 %
-        values = [{hundredth: Rational(1, 100)}, {hundredth: Rational(1)}]
+        # a percentage is its value, and its number where only one side says %: many write 20 so
+        values = [{hundredth: Rational(1, 100)}]
+        if _has(gold, hundredth) != _has(answer, hundredth):
+            values.append({hundredth: Rational(1)})
         return any(equal(_replace(gold, v), _replace(answer, v)) for v in values)
     except Exception:  # recursion and memory too
         return False
 
 
 HUNDREDTH = "hundredth"
-BASED = re.compile(r"(?<![0-9A-Za-z.\\])([0-9][0-9A-F]*)(?:\.([0-9A-F]+))?_\{([0-9]{1,2})\}")
+# letters are digits where the base is above 10: 3A_{1} is a product
+BASED = re.compile(
+    r"(?<![0-9A-Za-z.\\])([0-9]+|[0-9][0-9A-F]*(?=[0-9A-F.]*_\{(?:1[1-9]|[23][0-9]))|"
+    r"[0-9][0-9a-f]*(?=_\{16\}))(?:\.([0-9A-F]+))?_(?:\{([0-9]{1,2}|[A-Za-z])\}|([01A-Za-z]))"
+)
+MARKS = {"'": "minute", "''": "second", '"': "second"}  # and the degrees before them
+MARKED = re.compile(r"(?<=[0-9])\s*(?:\^\s*\{?\s*\\circ\s*\}?|''|['\"])\s*(?=([0-9]?))")
 # `E = (0,3)`: a name, that math-verify reads as a constant
 NAME = re.compile(r"\A\s*(?:([A-Za-z]{0,2}[EIei][A-Za-z]{0,2})|\\([gG]amma))(?=\s*=)")
 
@@ -224,25 +232,32 @@ NAME = re.compile(r"\A\s*(?:([A-Za-z]{0,2}[EIei][A-Za-z]{0,2})|\\([gG]amma))(?=\
 def _parse(text: str) -> list:
     """math-verify's reading of an answer: an expression, if it is one, and a string.
 
-    Percent signs and number bases, which it drops, are factors. Units are gone already (its own
-    list takes the letters of `2m` and `3ab` for some).
+    Percent signs, minutes, bases and dots, which it drops, are letters. Units are gone already (its
+    own list takes the letters of `2m` and `3ab` for some).
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    text = NAME.sub(r"N_{\1\2}", BASED.sub(_based, text))
+    text = MARKED.sub(_marked, NAME.sub(r"N_{\1\2}", BASED.sub(_based, text)))
     text = text.replace(r"\%", rf"\cdot \variable{{{HUNDREDTH}}}")
+    text = text.replace(r"\ldots", r"\variable{dots}")
     options = {"basic_latex": True, "malformed_operators": True, "nits": True}
     config = [LatexExtractionConfig(True, 0, NormalizationConfig(**options))]
     return parse(rf"\boxed{{{text}}}", config, extraction_mode="first_match", parsing_timeout=None)
 
 
+def _marked(match: re.Match) -> str:
+    unit = MARKS.get(match[0].strip(), "degree")
+    return rf"\cdot\variable{{{unit}}}" + ("+" if match[1] else "")
+
+
 def _based(match: re.Match) -> str:
     """52_8 is 42 times a letter: equal to no number with another base, or without."""
-    whole, part, base = match[1], match[2] or "", int(match[3])
+    whole, part, base = match[1], match[2] or "", match[3] or match[4]
     try:
+        base = int(base)
         value = Fraction(int(whole + part, base), base ** len(part))
-    except ValueError:  # 52_2
+    except ValueError:  # 52_2, 52_b
         return rf"\variable{{{whole}and{part}base{base}}}"
     number = rf"\frac{{{value.numerator}}}{{{value.denominator}}}" if part else str(value)
     return number + (rf"\variable{{base{base}}}" if base != 10 else "")
@@ -258,7 +273,7 @@ def _replace(side: list, values: dict) -> list:
     values = {old: new for old, new in values.items() if old != new}
 
     def replaced(item):
-        if isinstance(item, str):
+        if isinstance(item, str) or not item.has(*values):
             return item
         if hasattr(item, "_unsorted_args"):  # math-verify's own, which xreplace would sort
             return type(item)(*map(replaced, item._unsorted_args))
@@ -272,8 +287,9 @@ def _replace(side: list, values: dict) -> list:
 def _with_equal_letters(gold: list, answer: list) -> tuple[list, list]:
     """A letter has the same assumptions on both sides.
 
-    i is the imaginary unit, if it isn't an index. Letters under an even root are positive: roots
-    that are equal wherever both are real are equal then.
+    i is the imaginary unit, if it isn't an index. A letter is positive if an even root is real for
+    one of its signs only: sqrt(1/m) is 1/sqrt(m) then, but sqrt(m^2) is not m. (Of sqrt(x+1) that
+    holds for no letter: such roots are equal if sympy sees it without.)
     """
     from sympy import Equality, I, Pow, Symbol
 
@@ -289,6 +305,7 @@ def _with_equal_letters(gold: list, answer: list) -> tuple[list, list]:
         for power in one.atoms(Pow)
         if power.exp.is_Rational and power.exp.q % 2 == 0
         for symbol in power.base.free_symbols
+        if power.base.subs(symbol, -symbol) == -power.base
     }
     # else x^2 = -1 and x^2 = -2 would be equal, having no solutions
     real = not units and not any(one.has(Equality) for one in expressions)

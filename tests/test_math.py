@@ -152,13 +152,6 @@ def test_killed_workers_are_replaced_and_no_verdict_is_lost(whole_server):
     assert (server() == session) is not whole_server
 
 
-def test_an_answer_that_kills_its_worker_twice_is_wrong(monkeypatch):
-    asked = []
-    monkeypatch.setattr(grader, "_ask", lambda worker, *given: asked.append(worker) or b"")
-    assert verify_math(r"\boxed{5}", "5") is False
-    assert len(set(map(id, asked))) == 2
-
-
 @pytest.fixture
 def no_server():
     grader._stop()
@@ -182,6 +175,40 @@ def test_a_math_verify_that_can_not_grade_is_a_fault(no_server, monkeypatch, tmp
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="could not start a worker"):
         verify_math(r"\boxed{5}", "5")
+
+
+CRASHES = """
+import os, resource, signal
+class LatexExtractionConfig:
+    def __init__(*given): ...
+def parse(text, *given, **options):
+    if "SIG" in text:
+        os.kill(os.getpid(), getattr(signal, text[7:-1]))
+    if "memory" in text:
+        list(range(10**9))
+    return [text]
+def verify(*given, **options):
+    return True
+"""
+
+
+@pytest.fixture
+def grader_that_crashes(no_server, monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text(CRASHES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.parametrize("crash", ["SIGSEGV", "SIGABRT", "SIGPROF", "memory"])
+def test_an_answer_that_ends_its_worker_is_wrong_at_once(grader_that_crashes, replies, crash):
+    assert grader.equivalent("5", crash) is False
+    assert len(replies) == 1 and grader.equivalent("5", "5")
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "SIGSTOP"])
+def test_workers_that_others_end_or_stop_twice_are_a_fault(grader_that_crashes, replies, fault):
+    with pytest.raises(RuntimeError, match="two grading workers were killed or stopped"):
+        grader.equivalent("5", fault)
+    assert replies == [b"", b""] and grader.equivalent("5", "5")
 
 
 def test_a_forked_child_has_workers_of_its_own():

@@ -15,7 +15,7 @@ LANGUAGE = re.compile(r"[{.\s]*([\w+#-]*)[}\s]*")
 CODE = re.compile(r"(?:async +def|def|class) +\w|@\w|import +\w|from +[\w.]+ +import\b|\w+ *= *\w")
 TAG, END_TAG = re.compile(r"\[(?:BEGIN|PYTHON)\]"), re.compile(r"\[(?:DONE|/PYTHON)\]")
 SHOWN = (">>>", "$ ")  # how a session of an interpreter or a shell begins
-LONGEST = 1 << 16  # characters that are read as Python: no response is a longer program
+LONGEST_READ = 1 << 16  # characters that are read as Python: no response is a longer program
 PACKAGES = {*sys.stdlib_module_names}  # that programs may import; --code_numpy adds one
 TRIES = 32  # how often in one response a guess at where a program ends may go wrong
 
@@ -77,7 +77,7 @@ def parse(text: str) -> ast.Module | None:
 @lru_cache(64)  # whoever asks for the answer of a response asks for its verdict too
 def _parse(text: str) -> tuple[ast.Module | None, int]:
     """(syntax tree or None, the line that is no Python)."""
-    if len(text) > LONGEST:
+    if len(text) > LONGEST_READ:
         return None, 0
     try:
         return compile(text, "a response", "exec", ast.PyCF_ONLY_AST, dont_inherit=True), 0
@@ -207,7 +207,7 @@ def _without_ends(text: str) -> str:
 def _among_prose(text: str) -> list[Block]:
     """The pieces of a text without fences that are Python, indented or not."""
     lines, pieces, start, tries = text.split("\n"), [], 0, iter(range(TRIES))
-    while len(text) <= LONGEST:
+    while len(text) <= LONGEST_READ:
         while start < len(lines) and not CODE.match(lines[start].lstrip()):
             start += 1
         indent = len(lines[start]) - len(lines[start].lstrip()) if start < len(lines) else 0
@@ -248,8 +248,9 @@ def _loaded(nodes: list[ast.AST]) -> set[str]:
 
 
 def _stored(nodes: list[ast.AST]) -> set[str]:
-    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    return arguments | {n.id for n in nodes if isinstance(n, ast.Name) and n.id not in _loaded([n])}
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    names = {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+    return names | {node.arg for node in nodes if isinstance(node, ast.arg)}
 
 
 def _defines(tree: ast.Module) -> bool:

@@ -22,6 +22,8 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 ALLOW, ERRNO, EPERM, ENOSYS = 0x7FFF0000, 0x00050000, 1, 38
 CLONE_THREAD = 0x10000
+# signals by which others end a process: an operator, a scheduler, a machine without memory
+BY_OTHERS = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 # What an interpreter needs that computes and speaks over sockets already open, and no more:
 # its numbers on x86-64 and arm64.

@@ -11,6 +11,9 @@ RUNNERS = {"unittest": ("main", "TextTestRunner"), "doctest": ("testmod",), "pyt
 BY_NAME = {"globals", "locals", "vars", "eval", "exec"}
 
 
+warnings.filterwarnings("ignore", module="a test")  # `assert (x, y)`, say: it is refused below
+
+
 @functools.lru_cache(1 << 12)
 def require_judge(tests: str, entry_point: str | None = None, numpy: bool = False) -> None:
     """ValueError if test code can't tell a right program from a wrong one.
@@ -20,40 +23,34 @@ def require_judge(tests: str, entry_point: str | None = None, numpy: bool = Fals
     numpy: tests may import it.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            body = compile(tests, "tests", "exec", ast.PyCF_ONLY_AST, dont_inherit=True).body
-            compile(tests, "tests", "exec", dont_inherit=True)
+        body = compile(tests, "a test", "exec", ast.PyCF_ONLY_AST, dont_inherit=True).body
+        compile(tests, "a test", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"the tests do not compile: {error}") from None
-    if entry_point is not None and (
-        not entry_point.isidentifier() or keyword.iskeyword(entry_point)
-    ):
-        raise ValueError(f"the entry point {entry_point!r} is no name of a function")
-    for name in _imported(body):
-        if name not in sys.stdlib_module_names and not (numpy and name == "numpy"):
-            hint = (
-                ": see --code_numpy" if name == "numpy" else "; a program's names are there as such"
-            )
-            raise ValueError(f"the tests import {name}, which is not there{hint}")
+    if entry_point is not None:
+        if not entry_point.isidentifier() or keyword.iskeyword(entry_point):
+            raise ValueError(f"the entry point {entry_point!r} is no name of a function")
+    _require_packages(body, numpy)
     reached = [*_reached(body, entry_point)]
     for node in reached:
         module = getattr(getattr(node, "value", None), "id", None)
         if isinstance(node, ast.Attribute) and node.attr in RUNNERS.get(module, ()):
             raise ValueError(f"the tests call {module}.{node.attr}, which finds none: call them")
     if not any(map(_asserts, reached)):
-        has_check = entry_point is None and any(
-            getattr(node, "name", "") == "check" for node in body
-        )
-        hint = ": give the entry_point that `check` is for" if has_check else ""
-        raise ValueError(f"the tests assert nothing that is reached{hint}")
+        names = [getattr(node, "name", "") for node in body]
+        hint = ": give the entry_point that `check` is for" if "check" in names else ""
+        raise ValueError(f"the tests assert nothing that is reached{hint * (entry_point is None)}")
 
 
-def _imported(body: list[ast.stmt]) -> list[str]:
-    """The packages that have to be there."""
+def _require_packages(body: list[ast.stmt], numpy: bool) -> None:
     named = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
     named += [node.module or "." for node in body if isinstance(node, ast.ImportFrom)]
-    return [name.partition(".")[0] for name in named]
+    for name in (name.partition(".")[0] for name in named):
+        if name not in sys.stdlib_module_names and not (numpy and name == "numpy"):
+            hint = (
+                ": see --code_numpy" if name == "numpy" else "; a program's names are there as such"
+            )
+            raise ValueError(f"the tests import {name}, which is not there{hint}")
 
 
 def _reached(body: list[ast.stmt], entry_point: str | None):
@@ -82,9 +79,9 @@ def _require_one_thing(check: ast.stmt) -> None:
 
 
 def _asserts(node: ast.AST) -> bool:
-    """An assert, a raise, or self.assertEqual(...), assert_allclose(...) and the like."""
+    """An assert, a raise, an exit, or self.assertEqual(...), assert_allclose(...) and the like."""
     if isinstance(node, ast.Assert):
         return not isinstance(node.test, ast.Tuple)  # assert (x, "why") always holds
     called = node.func if isinstance(node, ast.Call) else None
     name = getattr(called, "attr", getattr(called, "id", ""))
-    return isinstance(node, ast.Raise) or "assert" in name.lower()
+    return isinstance(node, ast.Raise) or "assert" in name.lower() or name in ("exit", "quit")

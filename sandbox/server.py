@@ -60,7 +60,7 @@ def _serve(control: socket.socket) -> None:
     signal.set_wakeup_fd(wake.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     jail.prctl(jail.PR_SET_CHILD_SUBREAPER, 1)
-    server, callers = os.getpid(), {}  # {worker: its caller's connection}
+    callers = {}  # {worker: its caller's connection}
     while True:
         if woken in select.select([control, woken], [], [])[0]:
             with suppress(BlockingIOError):
@@ -72,26 +72,30 @@ def _serve(control: socket.socket) -> None:
             return
         caller = socket.socket(fileno=descriptors[0])
         try:
-            worker = os.fork()
+            callers[_fork(caller, [control, woken, wake, *callers.values()])] = caller
         except OSError:
             caller.close()  # it sees its connection end
-            continue
-        if worker == 0:
-            try:
-                signal.set_wakeup_fd(-1)
-                for mine in (control, woken, wake, *callers.values()):
-                    mine.close()
-                jail.die_with_parent(server)
-                work(caller)
-            finally:
-                os._exit(0)
-        callers[worker] = caller
+
+
+def _fork(caller: socket.socket, ours: list[socket.socket]) -> int:
+    """A worker for the caller, without what is the server's: its process id."""
+    server, worker = os.getpid(), os.fork()
+    if worker:
+        return worker
+    try:
+        signal.set_wakeup_fd(-1)
+        for mine in ours:
+            mine.close()
+        jail.die_with_parent(server)
+        work(caller)
+    finally:
+        os._exit(0)
 
 
 def _bury(callers: dict[int, socket.socket]) -> None:
     """Whoever has died; of a worker that the kernel ended, at a limit or for a fault, the verdict.
 
-    But SIGKILL is not the tests' doing: then there is none.
+    One that somebody else ended has none.
     """
     with suppress(ChildProcessError):
         while (death := os.waitpid(-1, os.WNOHANG))[0]:
@@ -99,7 +103,7 @@ def _bury(callers: dict[int, socket.socket]) -> None:
             if caller is None:
                 continue  # the guest of a worker that died before it
             with caller, suppress(OSError):
-                if os.WIFSIGNALED(death[1]) and os.WTERMSIG(death[1]) != signal.SIGKILL:
+                if os.WIFSIGNALED(death[1]) and os.WTERMSIG(death[1]) not in jail.BY_OTHERS:
                     send(caller, False)
 
 

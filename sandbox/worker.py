@@ -44,8 +44,7 @@ def work(connection: socket.socket) -> None:
     """To the caller: why there can be no verdict, or None, and then whether all tests hold."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     here, there = socket.socketpair()
-    worker = os.getpid()
-    guest = os.fork()  # before anything is read
+    worker, guest = os.getpid(), os.fork()  # before anything is read
     if guest == 0:
         try:
             obey(there, worker)
@@ -65,11 +64,12 @@ def work(connection: socket.socket) -> None:
     try:
         jail.limit("AS", 2 * jail.MEMORY)
         _run(request, _asker(here, lost, finish))
+        ended = True
     except SystemExit as end:  # the tests' own: no program can raise it here
-        finish(end.code in (None, 0) and _used(guest) <= timeout)
+        ended = end.code in (None, 0)
     except BaseException:
-        finish(False)
-    finish(_used(guest) <= timeout)
+        ended = False
+    finish(ended and _used(guest) <= timeout)
 
 
 def _used(guest: int) -> float:
@@ -83,19 +83,25 @@ def _watch(guest: int, timeout: float, sleep: float, finish) -> None:
     The clock stands still while they wait for a processor: a verdict must not depend on what else
     runs.
     """
-    started, me = time.monotonic(), os.getpid()
-    before, waited = [started, _used(guest), 0.0, 0], 0.0
+    started, me, waited = time.monotonic(), os.getpid(), 0.0
+
+    def account() -> tuple[float, ...]:
+        """Seconds on the clock, of processor time and waited for it; pauses of its own will."""
+        pauses = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+        return time.monotonic(), _used(guest), _waited(me) + _waited(guest), pauses
+
+    before = account()
 
     def look(*_):
-        nonlocal waited
-        pauses = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw  # of its own will
-        now = [time.monotonic(), _used(guest), _waited(me) + _waited(guest), pauses]
-        passed, worked, more, paused = (new - old for new, old in zip(now, before))
-        before[:] = now
+        nonlocal before, waited
+        now = account()
+        passed, worked, more, pauses = (new - old for new, old in zip(now, before))
+        before = now
         if not ACCOUNTED:  # whatever might have waited has
-            rests = worked < 0.02 * passed and paused and not _wants_to_run(guest)
+            rests = worked < 0.02 * passed and pauses and not _wants_to_run(guest)
             more = 0.0 if rests else passed - worked
-        waited += max(0.0, more)  # it is less where a thread has ended
+        # threads wait side by side, and what one has waited is lost when it ends
+        waited += min(passed, max(0.0, more))
         if now[1] > timeout or now[0] - started - waited > sleep:
             finish(False)
 
@@ -150,7 +156,7 @@ def _ends(connection: socket.socket, guest: int, handle: int, timeout: float):
         signal.signal(signal.SIGALRM, signal.SIG_IGN)  # its clock goes with it
         if select.select([handle], [], [], 1)[0]:
             _, status, usage = os.wait4(guest, os.WNOHANG)
-            if status == signal.SIGKILL and usage.ru_utime + usage.ru_stime < timeout:
+            if status in jail.BY_OTHERS and usage.ru_utime + usage.ru_stime < timeout:
                 os._exit(1)  # no verdict: whoever killed it, the program has no call for that
         finish(False)
 
@@ -231,7 +237,8 @@ def _run(request: dict, ask) -> None:
     ask("exec", request["program"], [], {})
     tests, entry_point = request["tests"], request["entry_point"]
     free = _free_names(tests, entry_point)
-    names = _Names(ask, free, __name__="__main__")
+    # `-S` leaves out exit and quit
+    names = _Names(ask, free, __name__="__main__", exit=sys.exit, quit=sys.exit)
     entry = Proxy(ask, entry_point)
     if entry_point is not None:
         names["candidate"] = entry

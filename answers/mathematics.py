@@ -26,7 +26,7 @@ SENTENCE_END = re.compile(
     r"\s(?:because|since|rather|instead|as|so|which|when|where|if|after|for|from)\b"
 )  # fmt: skip
 
-VALUE = re.compile(r"[0-9\\^+=<>|]|\A\W*[A-Za-z]\W*\Z")  # 18, x+y, (C), but not "correct"
+VALUE = re.compile(r"[0-9\\^+=<>|]|\A(?:\W*\b[A-Za-z]\b)+\W*\Z")  # 5, (C), p - q; not "right"
 
 
 def extract_math(response: str) -> str | None:

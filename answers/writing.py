@@ -228,6 +228,7 @@ RULES = [
     (rf"\\varnothing{END}", r"\\emptyset"),
     (rf"\\(?:cdots|dots[bcmio]?){END}", r"\\ldots"),
     (r"(?<![0-9A-Za-z.])\.{3}(?!\.)", r"\\ldots "),
+    (r"(?<=[0-9}]) ?\\ldots\Z", ""),  # 0.333…
     (rf"\^\s*(?:\\prime{END}|\{{\s*\\prime\s*\}})", "'"),
     (r"(\\[A-Za-z]+) (?![A-Za-z])", r"\1"),
     (r" (?=\\[A-Za-z])", ""),

@@ -35,15 +35,24 @@ WHOLE = {
 NUMBER = (
     "{} eggs", r"{}\text{{ eggs}}", r"{}~\text{{cm}}", r"{}\ \mathrm{{m}}^2", "{} dollars", r"\${}",
     r"{}^\circ", "{}°", "{}%", r"{}\%", "{} percent", r"\text{{{}}}", r"\mathbf{{{}}}", "x={}",
-    r"{} \text{{ miles per hour}}", "{} km/h",
+    r"{} \text{{ miles per hour}}", "{} km/h", r"{}{{\text{{ eggs}}}}", "{} (eggs)", "{} deg",
+    "{}∘",
 )  # fmt: skip
-ANY = ("{}.", "~{}~", r"\ {}\ ", r"{}\;", "${}$", r"\displaystyle {}", r"\( {} \)", "{{{}}}")
+ANY = ("{}.", "~{}~", r"\ {}\ ", r"{}\;", "${}$", r"\displaystyle {}", r"\( {} \)", "{{{}}}",
+       r"\color{{red}} {}", r"\textcolor{{red}}{{{}}}", r"\large {}")  # fmt: skip
 RESPONSES = (
-    r"So $\boxed {}$.", r"\fbox{{{}}}", r"\boxed{{{}}}, not \boxed{{}}", r"Thus $\boxed{{{}}}$.",
+    r"So $\boxed {}$.", r"\fbox{{{}}}", r"\framebox{{{}}}", r"\boxed{{{}}}, not \boxed{{}}",
+    r"Thus $\boxed{{{}}}$.",
     "The final answer is ${}$. I hope it is correct.", r"**Final Answer**: \({}\)",
-    "The answer is therefore ${}$.",
+    "The answer is therefore ${}$.", "The answer is ${}$. This answer is right.",
+    r"\boxed{{{}}} \boxed{{\,}}",
 )  # fmt: skip
-SENTENCES = ("The answer is {}, as shown.", "Final Answer: {}", "#### {}", "The answer is {} eggs.")
+SENTENCES = (
+    "The answer is {}, as shown.", "Final Answer: {}", "#### {}", "The answer is {} eggs.",
+    "The answer is, therefore, ${}, and she saves $3.", "The answer is ${} rather than $3.",
+    "#### {}\n#### Explanation",
+)  # fmt: skip
+OTHER_VALUES = ("{} dozen", "{}'", "{}''", "{} fifths", "{}_b", "{}_1", r"{}\text{{ million eggs}}")
 
 
 def other_writings(gold: str) -> list[str]:
@@ -66,8 +75,13 @@ def other_writings(gold: str) -> list[str]:
 
 
 def changed_writings(gold: str) -> Iterator[str]:
-    """Each number plus one; each number but 0 with the other sign; each letter another."""
+    """Each number plus one; each number but 0 with the other sign; each letter another.
+
+    A whole number in dozens, minutes, fifths and bases too.
+    """
     gold = gold.replace(r"\!", "")
+    if re.fullmatch("[1-9][0-9]*", gold):
+        yield from (rf"\boxed{{{form.format(gold)}}}" for form in OTHER_VALUES)
     for number in re.finditer(r"\d+(?!\}*\Z)|(?<!\^)\d+(?=\}*\Z)", gold):  # units are not compared
         before, after = gold[: number.start()], gold[number.end() :]
         yield rf"\boxed{{{before}{int(number[0]) + 1:0{len(number[0])}}{after}}}"

@@ -58,6 +58,7 @@ def test_the_last_balanced_box_is_the_answer(response, answer):
     ("The final answer is $18 rather than $19.", "$18"), ("#### 5\n#### Explanation\nIt", "5"),
     ("The answer is $5$. This answer is correct.", "5"), ("The answer is 5. Answer: (C)", "(C)"),
     ("The answer is 5. No, the answer is $x+y$.", "x+y"), ("final answer: 5. Answer: 6", "5"),
+    ("Answer: $p - q$. My answer is right.", "p - q"),
     ("The answer is 5. The answer is not 6.", "not 6"), ('The final answer is "18".', '"18"'),
 ])  # fmt: skip
 def test_without_a_box_the_final_answer_is_taken_from_its_sentence(response, answer):
@@ -164,6 +165,7 @@ WRITINGS = {  # kind: (gold, right answers, wrong ones)
     "periods": [
         (r"\frac{1}{3}", r"0.\overline{3} | 0.\bar{3} | .\overline3 | 0.\dot{3} | 0.(3) | 0.3̅ | "
          r"33.\overline{3}\%", r"0.\overline{4} | 0.333 | 0.3 | 0.0\overline{3} | 33.3\%"),
+        (r"\frac{1}{7}", r"0.\overline{142857}\ldots", r"0.142857\ldots | 0.142857..."),
         (r"\frac{1}{6}", r"0.1\overline{6} | 0.1(6)", r"0.\overline{16} | 0.16"),
         (r"-\frac{3}{11}", r"-0.\overline{27} | -0.\dot2\dot7", r"0.\overline{27} | -0.27"),
         ("1", r"0.\overline{9}", "0.9999999"), (r"0.\overline{12}", r"\frac{4}{33}", "0.12"),

@@ -132,12 +132,7 @@ def _is_future(node: ast.stmt) -> bool:
 def _fenced(text: str) -> list[Block]:
     """The blocks between fences, closed or not, that are not blank."""
     lines = text.split("\n")
-    marks = [
-        Mark(number, line[: fence.start()], fence[0], line[fence.end() :].strip())
-        for number, line in enumerate(lines)
-        if (fence := FENCE.search(line))
-    ]
-    blocks, tries, k = [], iter(range(TRIES)), 0
+    marks, blocks, tries, k = _marks(lines), [], iter(range(TRIES)), 0
     while k < len(marks):
         mark, end = marks[k], k + 1
         if mark.before.strip() and not mark.after and end == len(marks):
@@ -161,6 +156,14 @@ def _fenced(text: str) -> list[Block]:
         blocks.append(block)
         k = end + (end < len(marks) and _closes(marks[end], mark))
     return [block for block in blocks if block.text.strip()]
+
+
+def _marks(lines: list[str]) -> list[Mark]:
+    return [
+        Mark(number, line[: fence.start()], fence[0], line[fence.end() :].strip())
+        for number, line in enumerate(lines)
+        if (fence := FENCE.search(line))
+    ]
 
 
 def _opens(mark: Mark) -> bool:

@@ -3,6 +3,7 @@
 To be read in this order; each module's docstring says what it is for.
 
     run.py      the caller's side: run_tests(program, tests) -> bool, and the server's self-test
+    judge.py    what tests can't judge is said before they run
     server.py   started once as a script; forks a worker for each verdict
     shelf.py    the standard library, for programs that can open no file
     worker.py   runs the tests, in which the program's functions are proxies (proxy.py)

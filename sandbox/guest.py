@@ -35,21 +35,26 @@ def obey(connection: socket.socket, worker: int) -> None:
     reference, dereference = _references(vars(module))
     while True:
         operation, target, *given = receive(connection)
-        error = result = after = None
         try:
             if operation == "exec":
                 exec(compile(target, "program", "exec", dont_inherit=True), vars(module))
+                answer = [None, None, None]
             else:
-                arguments, named = (decode(x, dereference) for x in given)
-                do = OPERATIONS[operation]
                 subject = dereference(target)
-                result = do(subject, *arguments, **named)
-                own = _is_own(result) and type(result) is subject  # made by the tests
-                result = ["p", reference(result)] if own else encode(result, reference)
-                after = _changed(arguments, named, given, reference)
+                answer = [None, *_done(operation, subject, given, reference, dereference)]
         except BaseException as e:
-            error = encode([[kind.__name__ for kind in type(e).__mro__], e.args], reference)
-        send(connection, [error, result, after])
+            kinds = [kind.__name__ for kind in type(e).__mro__]
+            answer = [encode([kinds, e.args], reference), None, None]
+        send(connection, answer)
+
+
+def _done(operation: str, subject, given: list, reference, dereference) -> tuple:
+    """(result, arguments that changed), encoded, of one of OPERATIONS on a subject."""
+    arguments, named = (decode(x, dereference) for x in given)
+    result = OPERATIONS[operation](subject, *arguments, **named)
+    own = _is_own(result) and type(result) is subject  # made by the tests
+    result = ["p", reference(result)] if own else encode(result, reference)
+    return result, _changed(arguments, named, given, reference)
 
 
 def _alone_with(connection: socket.socket) -> socket.socket:

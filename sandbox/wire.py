@@ -24,6 +24,12 @@ VALUES = {
     for kind in (Decimal, Fraction, range, slice, array, PurePosixPath, PosixPath)
     + (date, datetime, time, timezone, timedelta)
 }
+WRITTEN = {
+    "i": lambda x: int(x, 16),
+    "c": lambda *parts: complex(*map(float.fromhex, parts)),
+    "b": bytes.fromhex,
+    "a": bytearray.fromhex,
+}
 MAPPINGS = {kind.__name__: kind for kind in (OrderedDict, Counter)}
 VIEWS = {  # of a dict that is made of what is in them
     "dict_keys": (dict.keys, dict.fromkeys),
@@ -121,14 +127,8 @@ def decode(x, dereference):
     if type(x) in ATOMS:
         return x
     tag, *rest = x
-    if tag == "i":
-        return int(rest[0], 16)
-    if tag == "c":
-        return complex(*map(float.fromhex, rest))
-    if tag == "b":
-        return bytes.fromhex(rest[0])
-    if tag == "a":
-        return bytearray.fromhex(rest[0])
+    if tag in WRITTEN:
+        return WRITTEN[tag](*rest)
     if tag == "d":
         return {decode(k, dereference): decode(v, dereference) for k, v in rest}
     if tag == "p":

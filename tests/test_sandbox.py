@@ -351,16 +351,16 @@ def test_a_killed_guest_is_no_verdict_but_one_that_leaves_is():
 
 
 @contextmanager
-def killed_once(find):
-    """The first processes that `find` finds of the server's are killed: their list."""
+def killed_once(find, by=signal.SIGKILL):
+    """The first processes that `find` finds of the server's are sent a signal: their list."""
     killed, stop = [], threading.Event()
 
     def look():
         while not killed and not stop.wait(0.01):
             with suppress(OSError):  # it has just ended
                 killed.extend(find(sandbox._server.process.pid))
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
+                for pid in killed:
+                    os.kill(pid, by)
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -372,7 +372,7 @@ def killed_once(find):
 
 
 def test_a_stopped_server_is_replaced(monkeypatch):
-    monkeypatch.setattr(sandbox, "PATIENCE", 3.0)
+    monkeypatch.setattr(sandbox, "PATIENCE", 8.0)
     assert verify_code(HONEST, TEST)
     stopped = sandbox._server.process
     os.kill(stopped.pid, signal.SIGSTOP)
@@ -395,6 +395,24 @@ def test_faults_of_the_machine_are_raised_and_the_self_test_is_made_up_for(monke
                 os.close(int(number))
     assert verify_code(HONEST, TEST)
     sandbox._server.stop()
+
+
+def test_a_server_that_starts_too_slowly_is_a_fault_and_not_started_again_and_again(monkeypatch):
+    starts, start = [], sandbox._Server._start
+    monkeypatch.setattr(sandbox, "_server", sandbox._Server())
+    monkeypatch.setattr(sandbox, "PATIENCE", 0.001)
+    monkeypatch.setattr(sandbox._Server, "_start", lambda self: starts.append(1) or start(self))
+    with pytest.raises(sandbox.SandboxError, match="does not start here in time"):
+        verify_code(HONEST, TEST)
+    assert len(starts) <= 3 and sandbox._server.process is None
+
+
+@pytest.mark.parametrize("find", ["worker", "guest"])
+def test_whoever_is_asked_to_end_has_no_verdict(find):
+    assert verify_code(HONEST, TEST)
+    guests = lambda server: sum(map(children, children(server)), [])  # noqa: E731
+    with killed_once(children if find == "worker" else guests, signal.SIGTERM) as killed:
+        assert verify_code("import time\ntime.sleep(1)\n" + HONEST, TEST) and killed
 
 
 def test_a_server_whose_self_test_did_not_end_is_not_used(monkeypatch):

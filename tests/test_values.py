@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -200,6 +201,8 @@ def test_tests_that_can_not_judge_are_an_error_and_no_verdict(tests, entry_point
     "for name in [*globals()]:\n    if name.startswith('test_'): globals()[name]()",
     "for x in range(4):\n    if double(x) != 2 * x:\n        raise ValueError(x)",
     "import sys\nassert double(4) == 8\nsys.exit(0)",
+    "import sys\nif double(4) != 8:\n    sys.exit(1)",
+    "if double(4) != 8: exit('wrong')\nquit()",
     "try:\n    import no_such\nexcept ImportError: pass\nassert double(4) == 8",
     "assert candidate(4) == 8",
 ])  # fmt: skip
@@ -230,7 +233,7 @@ def f():
     (NESTED, "import sys\nsys.setrecursionlimit(10**6)\nassert f() == 1"),
 ])  # fmt: skip
 def test_a_program_that_drives_its_tests_too_deep_is_wrong_and_ends_no_run(program, tests):
-    assert verify_code(program, tests) is False
+    assert verify_code(program, tests, timeout=1.0) is False
 
 
 def test_what_computes_is_limited_by_processor_time_and_what_sleeps_by_the_clock(monkeypatch):
@@ -271,6 +274,27 @@ def test_sleep_is_no_processor_time_but_ends(monkeypatch):
     assert not verify_code(SPENDS, ["assert g(9.0) == 1"], timeout=0.3)
     assert not verify_code(SPENDS, ["while True: assert g(0.1) == 1"], timeout=0.3)
     assert not verify_code(SPENDS, ["import time", "time.sleep(9)\nassert f(0)"], timeout=0.3)
+
+
+CROWD = """
+import hashlib, threading, time
+def spend():
+    for _ in range(300):
+        hashlib.sha256(bytes(10**6)).digest()  # which lets the others run
+def f():
+    threads = [threading.Thread(target=spend) for _ in range(12)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+def test_threads_that_wait_side_by_side_earn_no_sleep(monkeypatch):
+    monkeypatch.setattr(sandbox, "SLEEP", 2.0)
+    started = time.monotonic()
+    assert not verify_code(CROWD, ["assert f() == 1"], timeout=6.0)
+    assert time.monotonic() - started < 40
 
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch):

@@ -21,7 +21,7 @@ def flag(default, text: str, **more):
 
 OVERLONG_HELP = (
     "problems whose conversation might not fit the model's context: drop leaves them out and says "
-    "how many (default in training), error stops (default in evaluation)"
+    "how many, error stops"
 )
 KL_HELP = "KL estimator; loss.kl_terms says which gradient each one has"
 

@@ -45,7 +45,8 @@ def _check_run(config) -> str:
             f"--resume: {run} has no config.json to go on from; start a new run elsewhere"
         )
     flags, before = asdict(config), json.loads((run / "config.json").read_text())
-    changed = [k for k in flags if k not in FREE and flags[k] != before.get(k)]
+    # a flag that a run does not know had its default's effect
+    changed = [k for k in flags if k not in FREE and k in before and flags[k] != before[k]]
     if changed:
         was = ", ".join(f"--{k} was {before.get(k)}, is {flags[k]}" for k in changed)
         raise ValueError(f"--resume: {run} was started with other flags: {was}")

@@ -222,7 +222,6 @@ RULES = [
     (rf"\\(?:left|right){END}(?!\s*\.)", ""),
     (r"(?<![\s=:.,;\\])[\s=:.,;]+\Z|\A[\s=]+|(?<!\\)\\+\Z", ""),
     (rf"(?<=[0-9])\s*\{{(\\%|\\text\{{{INNER}\}})\}}", r"\1"),
-    (r"(?<=[0-9 {])([ap])\. ?m\b\.?", r"\1m"),
     # commands with several names
     (rf"\\(?:[dtc]|nice|s)frac{END}", r"\\frac"),
     (rf"\\varnothing{END}", r"\\emptyset"),

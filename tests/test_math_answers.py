@@ -132,12 +132,13 @@ WRITINGS = {  # kind: (gold, right answers, wrong ones)
         ("18", r"18 eggs | 18 dollars | $18 dollars | 18\text{ eggs} | 18 Eggs | "
          "18 miles per hour | 18 km/h | 18 m | 18cm | 18 square feet | 18 pieces of cake | "
          "18\\text{ m}^2 | 18\\text{ (eggs)} | 18 (eggs) | 18{\\text{ eggs}} | 18 T-shirts | "
-         "18 a.m. | 18\\text{ p.m.} | 18¢ | USD 18 | Rs. 18 | 18 times | 18 months",
+         "18¢ | USD 18 | Rs. 18 | 18 times | 18 months",
          r"18x | 18 x | 18ab | 18 ab | 18m | 18 abc | 19 eggs | 18.5 eggs | 18 million | "
          r"18 \cos x | 18 sin x | 18 theta | 18 pi | 18 squared | 18 halves | "
          r"18\text{ or }19 | [18 eggs | 18 dozen | 18(x) | 18 (ab) | 18 (m) | 18 times ten | "
          r"18 times x | 18 (five) | 18 fifths | 18\text{ fifths} | 18 sixths | 18 tenths | "
          r"18 hundredths | 18 thirteenths | 18\text{ million eggs}"),
+        (r"6\text{ p.m.}", r"6\ \text{p.m.}", r"6\text{ a.m.} | 6 a.m."),
         ("60", r"60\ \mathrm{km\,h^{-1}} | 60\frac{\text{m}}{\text{s}}",
          r"60\frac{\text{x}}{\text{y}}"),
         ("216", r"18 dozen | 18 dozen eggs | 18\text{ dozen eggs}", "18 | 216 dozen"),

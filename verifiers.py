@@ -122,7 +122,7 @@ def verify_math(response: str, answer: str, timeout: float = grader.TIMEOUT) -> 
     Both are written alike first (degree signs, nouns after a number, spaces, signs). Exact: what
     agrees after rounding only is different, and so are two number bases; 28 % is 0.28, or 28. Over
     1,000 characters, or over `timeout` seconds of processor time: False. A grader that can't be
-    started raises ImportError or RuntimeError.
+    started, or whose workers somebody ends, raises ImportError or RuntimeError.
     """
     given = extract_math(response)
     if not given or len(given) > MAX_ANSWER_CHARS:

@@ -88,7 +88,7 @@ def _parse(text: str) -> tuple[ast.Module | None, int]:
 
 
 def bound(tree: ast.Module | None) -> set[str]:
-    """The names that a program's own lines bind. None: it is no program, or a function's body."""
+    """The names that a program's own lines bind; empty: it is none, or a function's body."""
     names, nodes = set(), [*tree.body] if tree else []
     for node in nodes:  # which grows
         if isinstance(node, IN_FUNCTIONS):
@@ -273,12 +273,12 @@ def _is_test(node: ast.stmt) -> bool:
 
 def _is_stub(node: ast.stmt) -> bool:
     """A function that says nothing: pass, ..., a docstring, NotImplementedError."""
-    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    quiet = (ast.Pass, ast.Expr) + (ast.Raise,) * ("NotImplementedError" in names)
-    calls = any(isinstance(n, ast.Call) for part in node.body for n in ast.walk(part))
-    if isinstance(node, ast.ClassDef) or calls and "NotImplementedError" not in names:
-        return False
-    return all(isinstance(part, quiet) for part in node.body)
+    return not isinstance(node, ast.ClassDef) and all(
+        isinstance(part, ast.Pass)
+        or _is_constant(part)
+        or (isinstance(part, ast.Raise) and "NotImplementedError" in ast.unparse(part))
+        for part in node.body
+    )
 
 
 def _serves(tree: ast.Module, own: set[str], wanted: set[str]) -> bool:

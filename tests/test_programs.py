@@ -113,8 +113,10 @@ def test_a_program_is_found_in_whatever_it_is_put(response):
     assert extract_code(response) == DOUBLE
 
 
-def test_a_program_called_test_is_no_test():
-    program = "def test_even(x):\n    return x % 2 == 0"
+@pytest.mark.parametrize("program", [
+    "def test_even(x):\n    return x % 2 == 0", "def test_even(x):\n    yield x",
+])  # fmt: skip
+def test_what_looks_like_a_test_or_a_stub_may_be_the_program(program):
     usage = f"{F}python\nfrom solution import *\nprint(test_even(4))\n{F}"
     assert extract_code(f"{F}python\n{program}\n{F}\n{usage}") == program
 

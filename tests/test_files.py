@@ -14,6 +14,7 @@ from tasks.sources import load_splits, parse_row, read_rows
 
 ROWS = [{"question": "1 + 1?", "answer": "So\u2028it is #### 2"}, {"question": "2", "answer": "3"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+PACKED = gzip.compress(LINES.encode(), mtime=0)  # the same for all workers
 
 
 def as_csv(rows, delimiter=","):
@@ -38,9 +39,9 @@ def put(path, data):
     ("a.json", json.dumps({"version": 2, "of": ["a"], "problems": ROWS, "by": {}}, indent=1)),
     ("a.csv", as_csv(ROWS)),
     ("a.tsv", as_csv(ROWS, "\t")),
-    ("a.jsonl.gz", gzip.compress(LINES.encode())),
-    ("a.bin", gzip.compress(LINES.encode())),
-    ("a.csv.gz", gzip.compress(as_csv(ROWS).encode())),
+    ("a.jsonl.gz", PACKED),
+    ("a.bin", PACKED),
+    ("a.csv.gz", gzip.compress(as_csv(ROWS).encode(), mtime=0)),
     ("a.jsonl", json.dumps(ROWS)),  # a list is no row
     ("A.CSV", as_csv(ROWS)),
     ("a.csv", as_csv(ROWS).replace("answer", "answer,,", 1)),  # columns of nothing
@@ -75,7 +76,7 @@ def test_one_row_is_no_list_of_rows(tmp_path, row):
     ("a.csv", "a,b\n1,2\n1,2,3\n", "row 2 below the header: more values than the header"),
     ("a.csv", 'a,b\n1,"2\n', "a.csv: not CSV"),
     ("a.jsonl", LINES.encode("utf-16"), "a.jsonl: not UTF-8 text"),
-    ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], "a.jsonl.gz is damaged .*get it again"),
+    ("a.jsonl.gz", PACKED[:-9], "a.jsonl.gz is damaged .*get it again"),
     ("a.gz", b"\x1f\x8b" + bytes(30), "a.gz is damaged"),
     ("a.jsonl.bz2", b"BZh91AY", "a.jsonl.bz2 is packed otherwise than by gzip: unpack it"),
     ("a.csv", "a,b,a\n1,2,3\n", "a.csv: two columns have one name: a, b, a"),

@@ -54,7 +54,8 @@ class Sampler:
     at once. It stops at the tokenizer's eos and at those of the model's generation_config, of which
     nothing else is used. The constructor runs the model on two tokens, on both paths. `fused` says
     whether decoding takes the fast path (fast/), `graphs` whether its steps are replayed as CUDA
-    graphs; both may be set to False.
+    graphs; both may be set to False. `on_tokens(rows, ids)`, if set, is called after every
+    block with the rows of the call that were decoded and the list of tokens that each has got.
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
@@ -63,6 +64,7 @@ class Sampler:
         self.block = block or (4 if model.device.type == "cpu" else 16)
         self.config = config = model.config.get_text_config()
         self.fast_forward = None  # set while it samples, by `_sampling`
+        self.on_tokens = None
         self.fused = self._try_out()
         self.graphs = self.fused and model.device.type == "cuda"
         vocabulary, eos = range(config.vocab_size), model.generation_config.eos_token_id
@@ -275,6 +277,10 @@ class Sampler:
             rollout.lengths[state.rows] = state.position + 1
             told = torch.stack([state.position + 1, state.done], 1).tolist()  # one host sync
             before = list(order)
+            if self.on_tokens:
+                rows, ends_now = before[:active], [end for end, _ in told[:active]]
+                starts = [lengths[row] for row in rows]
+                self.on_tokens(rows, rollout.ids_between(rows, starts, ends_now))
             for slot in reversed(range(active)):
                 lengths[order[slot]], done = told[slot]
                 if done:  # change places with the last row that isn't

@@ -37,6 +37,14 @@ class Rollout:
         rows = zip(self.ids.tolist(), self.lengths.tolist(), strict=True)
         return [ids[:length] for ids, length in rows]
 
+    def ids_between(self, rows: list[int], starts: list[int], ends: list[int]) -> list[list[int]]:
+        """The ids of some rows, of each from its start to before its end; one host sync for all."""
+        lengths = [end - start for start, end in zip(starts, ends, strict=True)]
+        first = torch.tensor(starts, device=self.ids.device)[:, None]
+        places = first + torch.arange(max(lengths, default=0), device=first.device)
+        ids = self.ids[rows].gather(1, places.clamp_max(self.ids.shape[1] - 1)).tolist()
+        return [got[:length] for got, length in zip(ids, lengths, strict=True)]
+
     def last_ids(self) -> list[int]:
         """The last id of each row, a stop token unless the row was cut off."""
         return self.ids.gather(1, self.lengths[:, None] - 1)[:, 0].tolist()

@@ -497,3 +497,18 @@ def test_turns_sampled_tokens_follow_the_models_distribution(tiny, tokenizer):
     counts = second.ids[:, -1].bincount(minlength=VOCAB)
     big = expected > 5
     assert ((counts - expected) ** 2 / expected)[big].sum() < big.sum() + 5 * (2 * big.sum()) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_hook_is_told_every_sampled_token_once_and_in_order(tiny, tokenizer, temperature):
+    sampler, heard = Sampler(tiny("llama"), tokenizer, max_batch=4, block=3), {}
+
+    def hear(rows, ids):
+        for row, new in zip(rows, ids, strict=True):
+            heard.setdefault(row, []).extend(new)
+
+    sampler.on_tokens = hear
+    limits = [9, 4, 7, 1, 12, 2]
+    rollout = sampler.generate(PROMPTS[:3], 2, max_new_tokens=limits, temperature=temperature)
+    said = [ids[mask].tolist() for ids, mask in zip(rollout.ids, rollout.action_mask, strict=True)]
+    assert [heard[row] for row in range(6)] == said

@@ -1,0 +1,65 @@
+"""What a long phase says on stderr: a bar in a terminal; in a log file a line now and then.
+
+A bar redraws itself with carriage returns, of which a log file would keep every one, in one line
+without end.
+"""
+
+import sys
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from training.distributed import rank
+
+EVERY = 10.0  # seconds between lines, where stderr is no terminal
+LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
+
+
+class _Lines:
+    """A file for tqdm to draw on: each drawing that differs from the last becomes a line."""
+
+    def __init__(self, file):
+        self.file, self.last = file, ""
+
+    def write(self, text: str) -> None:
+        text = text.strip()
+        if text not in ("", self.last):
+            self.file.write(f"{text}\n")
+            self.last = text
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def bar(what: str, total: int, first: int = 0, leave: bool = True):
+    """A tqdm bar of the first rank, to be closed or used with `with`; in a log file its lines."""
+    options = {"desc": what, "total": total, "initial": first, "disable": rank() > 0}
+    if sys.stderr.isatty():
+        return tqdm(**options, leave=leave, dynamic_ncols=True)
+    slowly = {"mininterval": EVERY, "maxinterval": EVERY, "miniters": 1, "bar_format": LINE}
+    return tqdm(**options, **slowly, file=_Lines(sys.stderr))
+
+
+@contextmanager
+def counted(bar, *samplers):
+    """Around sampling: the bar also counts tokens, so that one answer of minutes is seen to grow.
+
+    The samplers' own hooks are in use meanwhile.
+    """
+    count = 0
+
+    def grow(rows, ids):
+        nonlocal count
+        count += sum(map(len, ids))
+        bar.set_postfix_str(f"{count:,} tokens", refresh=False)
+        if bar._time() - bar.last_print_t >= bar.mininterval:
+            bar.refresh()
+            bar.last_print_t = bar._time()
+
+    for sampler in samplers:
+        sampler.on_tokens = grow
+    try:
+        yield
+    finally:
+        for sampler in samplers:
+            sampler.on_tokens = None

@@ -22,7 +22,7 @@ from tasks.sources import SPLITS
 from training import checkpoint, distributed
 from training.batches import row_seeds
 from training.distributed import exchange, on_first, rank, share, world
-from training.flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.flags import TaskConfig, exit_on_bad_input, flag, parse_args
 from training.models import fingerprint
 from training.run import contents_of
 from training.setup import load_sampler, prepare, prepare_reflector
@@ -54,7 +54,7 @@ class Config(TaskConfig):
     reflector: str | None = flag(None, "model that writes the reflections; default: --model")
     max_new_tokens: int = flag(16, "token limit of an attempt")
     max_reflection_tokens: int = flag(72, "token limit of a reflection or critique")
-    seed: int = flag(0, "seed of the sampling")
+    seed: int = flag(0, "seed of the sampling", least=0, most=2**31)
     output: str | None = flag(
         None,
         "new JSON file for the figures and conversations; an evaluation that was stopped goes on "
@@ -315,7 +315,6 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--output {config.output}: it exists, or its directory does not; name a new file"
         )
-    check_counts(config)
 
 
 def main(config: Config) -> None:

@@ -13,7 +13,7 @@ rows. With several processes each has its share of the N failures and of the row
 gathered from all of them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,15 +29,23 @@ from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from tasks.env import Verdicts
 from training import distributed
+from training.announce import announce
 from training.batches import pick, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, gather, on_first, own, rank
 from training.failures import check_day, read_failures, write_failures
-from training.flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.flags import (
+    KL_HELP,
+    RUN,
+    TrainConfig,
+    exit_on_bad_input,
+    flag,
+    parse_args,
+)
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
-from training.run import contents_of, open_run
+from training.run import contents_of, has_state, open_run
 from training.setup import load_sampler, prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
@@ -56,11 +64,11 @@ PAPER = {
 
 @dataclass
 class Config(TrainConfig):
-    output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed")
+    output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed", group=RUN)
     preset: str | None = flag(
-        None, f"paper: {PAPER} in place of these flags' defaults", choices=("paper",)
+        None, f"paper: {PAPER} where these flags are not given", choices=("paper",)
     )
-    steps: int = flag(250, "training steps")
+    steps: int = flag(250, "training steps", grows=True)
     lr: float = flag(5e-4, "peak learning rate of AdamW")
     schedule: str = flag("cosine", "after the warm-up", choices=("constant", "cosine"))
 
@@ -106,6 +114,13 @@ class Config(TrainConfig):
         "can be credited",
         choices=("reflection", "both", "all"),
     )
+
+    @property
+    def rows(self) -> int:
+        return self.failures_per_step * self.group_size * self.retries
+
+    presets = {"paper": PAPER}
+    shown = {"retry": "reward", "kl_reflection": "kl_t2"}
 
 
 class Episodes(NamedTuple):
@@ -255,7 +270,6 @@ def known_pool(queries: list[dict], env, sampler, config) -> list | None:
 
 
 def check(config) -> None:
-    check_counts(config)
     if config.temperature <= 0:
         raise ValueError(
             "--temperature must be above 0 in training: greedy reflections have no policy gradient"
@@ -277,17 +291,8 @@ def check(config) -> None:
         )
 
 
-def with_preset(config):
-    """The paper's numbers in place of all flags that are at their defaults."""
-    paper = PAPER if config.preset == "paper" else {}
-    return replace(
-        config, **{k: v for k, v in paper.items() if getattr(config, k) == getattr(Config, k)}
-    )
-
-
 def main(config: Config) -> None:
     distributed.start()
-    config = with_preset(config)
     with exit_on_bad_input():
         check(config)
         limits = {"train": config.queries, "validation": config.final_problems}
@@ -302,9 +307,10 @@ def main(config: Config) -> None:
             found = collect(env, sampler, queries, config)
             write_failures(Path(config.failures), found, sampler.model, config, env.day)
             return distributed.finish()
+        announce(config, env, sampler, splits)
         pool, success = known_pool(queries, env, sampler, config), None
         exam = Exam(env, config, "reflect_retry")
-        if not config.resume:
+        if not has_state(config):
             probe(partial(exam, sampler), queries, config, ["retry_given_failure"])
         if pool is None:
             pool, success = collect(env, sampler, queries, config)

@@ -26,21 +26,22 @@ from report.curves import plot_curves
 from sampling.rollout import Rollout
 from tasks.env import Verdicts
 from training import distributed
+from training.announce import announce
 from training.batches import pick
 from training.distributed import gather, own
-from training.flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, parse_args
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
-from training.run import check_run, contents_of, open_run
+from training.run import check_run, contents_of, has_state, open_run
 from training.setup import load_sampler, prepare, probe
 
 
 @dataclass
 class Config(TrainConfig):
-    output_dir: str = flag("runs/score", "the run's directory: new, or to be resumed")
-    stage1_steps: int = flag(60, "steps of Stage I (Eq. 3); 0 leaves it out")
-    stage2_steps: int = flag(260, "steps of Stage II (Eq. 4)")
+    output_dir: str = flag("runs/score", "the run's directory: new, or to be resumed", group=RUN)
+    stage1_steps: int = flag(60, "steps of Stage I (Eq. 3); 0 leaves it out", least=0)
+    stage2_steps: int = flag(260, "steps of Stage II (Eq. 4)", least=0, grows=True)
     single_turn: bool = flag(
         False, "train first attempts alone, in all steps: the paper's 'w/o multi-turn training'"
     )
@@ -53,14 +54,14 @@ class Config(TrainConfig):
         10.0, "weight of the bonus alpha * (r2 - r1) on the second attempt in Stage II; 0: no bonus"
     )
     gamma: float = flag(
-        0.0, "share of the second attempt's reward credited to the first; the paper uses 0"
+        0.0, "share of the second attempt's reward credited to the first; the paper uses 0", most=1
     )
     beta1: float = flag(
         0.05, "KL weight of every attempt, but of the first in Stage I (the paper: 0.01)"
     )
     beta2: float = flag(1.0, "KL weight of the first attempt in Stage I (the paper: 0.1 and 0.25)")
     kl_target: float | None = flag(
-        None, "adapt beta2 to keep the first attempt's KL in Stage I near this many nats"
+        None, "adapt beta2 to keep the first attempt's KL in Stage I near this many nats", above=0
     )
     reference: str = flag(
         "base",
@@ -88,6 +89,11 @@ class Config(TrainConfig):
     @property
     def steps(self) -> int:
         return self.stage1_steps + self.stage2_steps
+
+    @property
+    def rows(self) -> int:
+        each = 1 if self.single_turn else self.second_attempts
+        return self.problems * self.group_size * each
 
     @property
     def last_stage(self) -> int:
@@ -206,7 +212,6 @@ def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
 
 
 def check(config) -> None:
-    check_counts(config, "stage1_steps", "stage2_steps")
     if config.stage1_steps + config.stage2_steps == 0:
         raise ValueError("--stage1_steps and --stage2_steps are both 0: nothing to train")
     if config.baseline == "leave_one_out" and config.group_size < 2:
@@ -244,8 +249,9 @@ def main(config: Config) -> None:
         env, sampler, splits = prepare(config, counts, day=check_run(config))
         offline = replace(config, offline_ratio=1.0) if env.task.given else config
         check(offline)  # where the data gives first attempts, it does so in every step
+        announce(config, env, sampler, splits)
         exam = Exam(env, config, "self_correct")
-        if not config.resume:
+        if not has_state(config):
             keys = probed_figures(env.task, config)
             probe(partial(exam, sampler), splits["train"], config, keys)
         run = open_run(config, contents_of(env, sampler.model, splits), env.day)
@@ -259,6 +265,7 @@ def main(config: Config) -> None:
         stage = stage_of(step, config)
         if step == config.stage1_steps and config.reference == "stage1":
             scorer.reference.load_state_dict(scorer.model.state_dict())
+            state["own_reference"] = True  # saved with the run, since no file has it
         if stage == 1 and "last" in state:
             state["beta2"] = adapt_beta2(state["beta2"], state["last"].get("kl_t1"), config)
         mine = pick(splits["train"], config.problems, config.seed, step)

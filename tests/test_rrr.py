@@ -214,12 +214,6 @@ def test_first_attempts_that_the_data_gives_are_the_failures(model_dir, tmp_path
     assert failures and {json.loads(row)["answer"] for row in failures} == {"1 + 1 = 2"}
 
 
-def test_the_papers_preset_leaves_given_flags_alone():
-    config = rrr.with_preset(rrr.Config(preset="paper", steps=5))
-    assert (config.steps, config.beta, config.lr, config.failures_per_step) == (5, 0.001, 5e-7, 256)
-    assert rrr.with_preset(rrr.Config(steps=5)) == rrr.Config(steps=5)
-
-
 def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
     path = tmp_path / "failures.jsonl"
     flags = ("--model", model_dir, "--collect", "--failures", path)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import trange
 
 from loss import Scores
 from training import checkpoint, distributed
-from training.distributed import Stopped, exchange, interruptible, listening, on_first, rank
+from training.distributed import Stopped, exchange, interruptible, listening, on_first
 from training.policy import Batch, finite_weights, set_lr, update
-from training.run import cut_logs, log, log_sizes, newest, saving, stop
+from training.progress import bar
+from training.run import cut_logs, log, log_sizes, newest, saving, stop, time_is_up
 from training.scorer import Scorer
 
 
@@ -38,12 +38,13 @@ class Hooks(NamedTuple):
 
 
 def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict) -> None:
-    """`config.steps` steps, from the newest saved state if the run is resumed.
+    """`config.steps` steps, from the newest saved state if there is one.
 
     `state` is the algorithm's own memory between steps; it is saved and resumed with the rest, and
     holds the last step's figures under "last". The model kept in run/checkpoint is the one after
     the `save_every` steps with the highest mean of `config.judged_by` (RL: the training reward),
-    counting steps of `config.last_stage` only. SIGTERM: a saved state, and exit code 143.
+    counting steps of `config.last_stage` only. SIGTERM and Ctrl-C: a saved state, and exit code 143
+    or 130; --max_minutes: the same, with a checkpoint, and 0.
     """
     parameters = scorer.model.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
@@ -51,13 +52,11 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
     save_best = partial(checkpoint.save_policy, scorer, sampler.model, sampler.tokenizer)
     # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
     memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "state": state}
-    if not (config.resume and resume(run, scorer, sampler, optimizer, memory)):
-        save(memory)
+    resume(run, scorer, sampler, optimizer, memory)
     steps, first = config.steps, memory["step"]
-    progress = trange(first, steps, initial=first, total=steps, disable=rank() > 0)
     try:
-        with listening():
-            for step in progress:
+        with listening(), bar("training", steps, first) as progress:
+            for step in range(first, steps):
                 safe, text = copy.deepcopy(memory), ""
                 if memory["row"] is None:
                     row = train_step(
@@ -74,17 +73,32 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
                 if last or memory["step"] % config.save_every == 0:
                     save(memory, save_best if close_window(memory, last) else None)
                     on_first(hooks.plot, run)
+                elif time_is_up(config):
+                    save(memory)
+                if time_is_up(config):  # as it is below, then: time does not go back
+                    break
             safe = None  # all is saved
             with interruptible():
-                pass  # a SIGTERM that came since is heard here, on every rank
-    except Stopped:
-        if safe is not None:
+                pass  # a signal that came since is heard here, on every rank
+    except Stopped as stopped:
+        if safe is not None and (safe["step"] or safe["row"]):
             save(safe)
-        stop(f"stopped by SIGTERM: {newest(run)}, go on with --resume", distributed.STOPPED)
+        stop(f"{stopped}: {newest(run)}, go on with --resume", stopped.code)
+    if time_is_up(config):
+        end_early(config, run, memory, save_best)
     if first == steps:  # resumed after its last state, maybe before its picture
         on_first(hooks.plot, run)
     if distributed.together():
         distributed.drop_weights(sampler.model)
+
+
+def end_early(config, run: Path, memory: dict, save_best) -> None:
+    """Ends a run whose time is up, just after a state was saved, with a model to look at."""
+    if not on_first((run / "checkpoint").exists):
+        with saving(run):
+            save_best(run / "checkpoint")  # no window has closed yet: the model of now
+    done = f"{memory['step']} of {config.steps} steps after --max_minutes {config.max_minutes:g}"
+    stop(f"{done}: {newest(run)}, go on with --resume", code=0)
 
 
 def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, state: dict) -> dict:
@@ -170,8 +184,8 @@ def save_memory(config, run: Path, scorer, optimizer, memory: dict, save_best=No
         checkpoint.save_state(run, scorer, optimizer, whole, save_best, config.keep)
 
 
-def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> bool:
-    """Goes on from the newest state, which `open_run` has checked; False if there is none yet."""
+def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> None:
+    """Goes on from the newest state, which `open_run` has checked, if there is one yet."""
     found = on_first(checkpoint.states, run)
     if found:
         memory.update(checkpoint.load_state(found[0], scorer, optimizer))
@@ -181,7 +195,6 @@ def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> bool:
         on_first(cut_logs, run, memory.pop("sizes", {}))
         on_first(checkpoint.clean, run)
         on_first(checkpoint.publish_best, run, found[0] if found else None)
-    return bool(found)
 
 
 def end_step(config, run: Path, memory: dict, text: str, progress) -> None:
@@ -189,7 +202,7 @@ def end_step(config, run: Path, memory: dict, text: str, progress) -> None:
     row = memory["row"]
     with saving(run):
         on_first(log, run, row, text)
-    show(progress, row)
+    show(progress, row, config.shown)
     memory["bad"] = memory["bad"] + 1 if row["skipped"] else 0
     if memory["bad"] == config.max_skipped:
         fault = f"not finite in {memory['bad']} steps in a row: {row['not_finite']}"
@@ -210,8 +223,9 @@ def close_window(memory: dict, last: bool) -> bool:
     return last and memory["best"] is None
 
 
-def show(progress, row: dict) -> None:
-    keys = ("reward", "acc_t1", "acc_t2", "kl_t1", "response_length")
-    shown = {key: f"{row[key]:.3f}" for key in keys if key in row}
+def show(progress, row: dict, names: dict[str, str]) -> None:
+    """The step's figures beside the bar, by `names` {shown as: figure}."""
+    shown = {name: f"{row[key]:.3f}" for name, key in names.items() if key in row}
     speed = f"{row['tokens'] / row['seconds_rollout']:.0f}"
-    progress.set_postfix(stage=row["stage"], **shown, tokens_s=speed)
+    progress.set_postfix({"stage": row["stage"], **shown, "tokens_s": speed}, refresh=False)
+    progress.update()

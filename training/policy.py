@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from loss import Scores, policy_loss
 from training import distributed
@@ -120,7 +119,7 @@ def not_finite(batch: Batch, loss: float) -> list[str]:
 
 def finite_weights(model) -> bool:
     """Of all ranks."""
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    parts = (p.to_local() if distributed.is_sharded(p) else p for p in model.parameters())
     return all(distributed.exchange(all(bool(part.isfinite().all()) for part in parts)))
 
 
@@ -130,7 +129,7 @@ def apply_gradients(model, optimizer, max_norm: float, wanted: bool = True) -> f
     Where that is not finite, no step is made either.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = float(norm.full_tensor() if distributed.is_sharded(norm) else norm)
     if wanted and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -31,13 +31,21 @@ class _Lines:
         self.file.flush()
 
 
+@contextmanager
 def bar(what: str, total: int, first: int = 0, leave: bool = True):
-    """A tqdm bar of the first rank, to be closed or used with `with`; in a log file its lines."""
+    """Around a phase: a tqdm bar of the first rank; in a log file its lines.
+
+    leave: whether a terminal keeps it when the phase is over.
+    """
     options = {"desc": what, "total": total, "initial": first, "disable": rank() > 0}
     if sys.stderr.isatty():
-        return tqdm(**options, leave=leave, dynamic_ncols=True)
+        with tqdm(**options, leave=leave, dynamic_ncols=True) as drawn:
+            yield drawn
+        return
     slowly = {"mininterval": EVERY, "maxinterval": EVERY, "miniters": 1, "bar_format": LINE}
-    return tqdm(**options, **slowly, file=_Lines(sys.stderr))
+    with tqdm(**options, **slowly, leave=False, file=_Lines(sys.stderr)) as drawn:
+        yield drawn
+        drawn.refresh()  # the last line, unless something else is to be said of its end
 
 
 @contextmanager

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface
 
 from loss import Scores, token_scores
-from sampling.attention import attention_is, check_layer
+from sampling.attention import OURS, attention_is, check_layer
 
 STEM = 64  # tokens that all rows begin with (few-shot examples, say), to attend to each other once
 
@@ -102,7 +101,7 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
     return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
 
-AttentionInterface.register("prefix_tree", tree_attention)
+OURS["prefix_tree"] = tree_attention
 
 
 @contextmanager

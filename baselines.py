@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluate import Exam, conclude
 from loss import spread
@@ -31,11 +30,12 @@ from training import distributed
 from training.announce import announce
 from training.batches import pick, pick_things, share_of
 from training.checkpoint import write_text
-from training.distributed import exchange, on_first, rank
+from training.distributed import exchange, on_first
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, parse_args
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
+from training.progress import over
 from training.run import check_run, contents_of, has_state, open_run, saving, stop
 from training.setup import prepare, probe
 
@@ -139,7 +139,7 @@ def collect(env, sampler, problems, turn: int, config) -> tuple[dict, list[dict]
     """A round's data: (figures, what is kept) of the samples that its steps are due."""
     steps = range(*config.starts[turn : turn + 2])
     kept, verdicts, text = [], [], f"sampling for round {turn + 1}"
-    for step in tqdm(steps, desc=text, leave=False, disable=rank() > 0):
+    for step in over(steps, text, sampler):
         mine = pick(problems, config.problems, config.seed, step)
         found = exchange(roll_out(env, sampler, mine, config))
         groups = {}

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import trange
 
 from evaluate import Exam, compare_after_failure, conclude, side_by_side
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
@@ -32,7 +31,7 @@ from training import distributed
 from training.announce import announce
 from training.batches import pick, share_of
 from training.checkpoint import write_text
-from training.distributed import exchange, gather, on_first, own, rank
+from training.distributed import exchange, gather, on_first, own
 from training.failures import check_day, read_failures, write_failures
 from training.flags import (
     KL_HELP,
@@ -45,6 +44,7 @@ from training.flags import (
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
+from training.progress import over
 from training.run import contents_of, has_state, open_run
 from training.setup import load_sampler, prepare, probe
 
@@ -225,7 +225,7 @@ def collect(env, sampler, queries: list[dict], config) -> tuple[list[dict], floa
     The rate is that of the first answers; later ones are asked of the queries still unfailed.
     """
     waiting, failures, success = list(queries), [], None
-    for attempt in trange(config.tries, desc="collecting failures", disable=rank() > 0):
+    for attempt in over(range(config.tries), "collecting failures", sampler):
         right = []
         for start in range(0, len(waiting), PIECE):
             piece = waiting[start : start + PIECE]

@@ -25,8 +25,8 @@ def flag(default, text: str, group: str = ALGORITHM, **more):
     """A dataclass field that is a command-line flag with a help line.
 
     more: `choices`; the range of a number, `least`, `above` or `most` (by default whole numbers
-    are at least 1, others at least 0); how it may differ when a run goes on: `free`, in any way,
-    or `grows`.
+    are at least 1, or 0 if that is the default, and others at least 0); how it may differ when a
+    run goes on: `free`, in any way, or `grows`.
     """
     return field(default=default, metadata={"help": text, "group": group, **more})
 
@@ -78,7 +78,7 @@ def _given(config_class, args: list[str]) -> dict:
 
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]",
-        description=sys.modules[config_class.__module__].__doc__,
+        description=getattr(sys.modules.get(config_class.__module__), "__doc__", None),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -141,7 +141,7 @@ def check_numbers(config) -> None:
         if value is None or kind not in (int, float):
             continue
         above, most = f.metadata.get("above"), f.metadata.get("most", math.inf)
-        least = f.metadata.get("least", 1 if kind is int else 0)
+        least = f.metadata.get("least", 1 if kind is int and f.default != 0 else 0)
         must = f"above {above:g}" if above is not None else f"at least {least:g}"
         must += f" and at most {most:g}" if most < math.inf else ""
         inside = value > above if above is not None else value >= least

@@ -48,18 +48,29 @@ def bar(what: str, total: int, first: int = 0, leave: bool = True):
         drawn.refresh()  # the last line, unless something else is to be said of its end
 
 
+def over(things, what: str, *samplers):
+    """The things, one after the other, with a bar of those that are done and of sampled tokens."""
+    with bar(what, len(things), leave=False) as drawn, counted(drawn, *samplers):
+        for thing in things:
+            yield thing
+            drawn.update()
+
+
 @contextmanager
 def counted(bar, *samplers):
     """Around sampling: the bar also counts tokens, so that one answer of minutes is seen to grow.
 
     The samplers' own hooks are in use meanwhile.
     """
-    count = 0
+    if bar.disable:  # it has no clock then
+        yield
+        return
+    count, before = 0, f"{bar.postfix}, " if bar.postfix else ""
 
     def grow(rows, ids):
         nonlocal count
         count += sum(map(len, ids))
-        bar.set_postfix_str(f"{count:,} tokens", refresh=False)
+        bar.set_postfix_str(f"{before}{count:,} tokens", refresh=False)
         if bar._time() - bar.last_print_t >= bar.mininterval:
             bar.refresh()
             bar.last_print_t = bar._time()

@@ -19,7 +19,7 @@ from loss import Scores
 from training import checkpoint, distributed
 from training.distributed import Stopped, exchange, interruptible, listening, on_first
 from training.policy import Batch, finite_weights, set_lr, update
-from training.progress import bar
+from training.progress import bar, counted
 from training.run import cut_logs, log, log_sizes, newest, saving, stop, time_is_up
 from training.scorer import Scorer
 
@@ -53,38 +53,37 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
     # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
     memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "state": state}
     resume(run, scorer, sampler, optimizer, memory)
-    steps, first = config.steps, memory["step"]
-    try:
-        with listening(), bar("training", steps, first) as progress:
+    steps, first, over = config.steps, memory["step"], False
+    with listening(), bar("training", steps, first) as progress:
+        try:
             for step in range(first, steps):
                 safe, text = copy.deepcopy(memory), ""
                 if memory["row"] is None:
-                    row = train_step(
-                        config, scorer, sampler, optimizer, step, hooks, memory["state"]
-                    )
-                    memory["row"] = memory["state"]["last"] = row
+                    with counted(progress, sampler):
+                        learnt = (scorer, sampler, optimizer, step, hooks, memory["state"])
+                        memory["row"] = memory["state"]["last"] = train_step(config, *learnt)
                     safe = copy.deepcopy(memory)
                 if config.eval_every and (step + 1) % config.eval_every == 0:
                     with interruptible():
                         figures, text = hooks.evaluate(step)
                     memory["row"] |= figures
                 end_step(config, run, memory, text, progress)
-                last = memory["step"] == steps
+                last, over = memory["step"] == steps, time_is_up(config)
                 if last or memory["step"] % config.save_every == 0:
                     save(memory, save_best if close_window(memory, last) else None)
                     on_first(hooks.plot, run)
-                elif time_is_up(config):
+                elif over:
                     save(memory)
-                if time_is_up(config):  # as it is below, then: time does not go back
+                if over:
                     break
             safe = None  # all is saved
             with interruptible():
                 pass  # a signal that came since is heard here, on every rank
-    except Stopped as stopped:
-        if safe is not None and (safe["step"] or safe["row"]):
-            save(safe)
-        stop(f"{stopped}: {newest(run)}, go on with --resume", stopped.code)
-    if time_is_up(config):
+        except Stopped as stopped:
+            if safe is not None and (safe["step"] or safe["row"]):
+                save(safe)
+            stop(f"{stopped}: {newest(run)}, go on with --resume", stopped.code)
+    if over or time_is_up(config):
         end_early(config, run, memory, save_best)
     if first == steps:  # resumed after its last state, maybe before its picture
         on_first(hooks.plot, run)

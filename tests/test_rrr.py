@@ -190,8 +190,8 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
     batch = rrr.make_batch(episodes, config)
     assert len(episodes.rollout.ids) == 0 and "reward" not in batch.figures
     optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
-    _, norm, wrong = policy.update(Scorer(model), optimizer, batch, config)
-    assert norm == 0 and not wrong and not optimizer.state
+    done = policy.update(Scorer(model), optimizer, batch, config)
+    assert done.norm == 0 and not done.wrong and done.idle and not optimizer.state
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -95,11 +95,12 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
         batch = hooks.step_batch(step, state)
     sampled = time.perf_counter()
     with given_up(scorer, sampler.model):
-        scores, norm, wrong = update(scorer, optimizer, batch, config)
+        scores, norm, wrong, idle = update(scorer, optimizer, batch, config)
     tokens = token_metrics(batch, scores, with_kl=scorer.reference is not None)
     first = {"stage": batch.figures["stage"], "step": step}  # what a line begins with
     row = first | batch.figures | tokens
-    row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": int(bool(wrong))}
+    row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+    row |= {"skipped": int(bool(wrong)), "idle": int(idle)}
     row["seconds_rollout"] = sampled - started
     row["seconds_update"] = time.perf_counter() - sampled
     row["memory_mib"] = max(exchange(memory_mib()))

@@ -20,7 +20,7 @@ class Scores(NamedTuple):
     """What the scorer says of every sampled token; float32, 0 where nothing was sampled.
 
     logprobs:     (B, T) log pi(token), the only one but `kl` that carries a gradient
-    ref_logprobs: (B, T) log pi_ref(token)
+    ref_logprobs: (B, T) log pi_ref(token); without a reference the policy is its own
     kl:           (B, T) KL(pi || pi_ref) at this position, exact over the vocabulary, with gradient
     entropy:      (B, T) of pi at this position
     """
@@ -49,7 +49,8 @@ def token_scores(
     hidden, ref_hidden (M, H); head, ref_head (V, H); tokens (M,) int64. `chunk` tokens at a time
     (by default as many as make 2^24 logits), and each chunk's logits are computed again in the
     backward pass: so memory grows with the chunk only. Both distributions are taken at the sampling
-    `temperature`. Without a reference, ref_logprobs and kl are zero.
+    `temperature`. Without a reference the policy is its own: ref_logprobs are its log-probs, held
+    fixed, and kl is zero, so that every KL term is zero too, and so is its gradient.
     """
     chunk = chunk or max(1, 2**24 // len(head))
 
@@ -63,7 +64,7 @@ def token_scores(
         with torch.no_grad():
             entropy = -(p * logp).sum(-1)
             if ref_hidden is None:
-                return logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs), entropy
+                return logprobs, logprobs.detach(), torch.zeros_like(logprobs), entropy
             ref_logp = log_softmax(ref_hidden, ref_head)
         kl = (p * (logp - ref_logp)).sum(-1)
         return logprobs, ref_logp.gather(-1, tokens[:, None])[:, 0], kl, entropy

@@ -99,6 +99,22 @@ def test_scores_equal_a_plain_forward_and_a_full_softmax(pad):
             torch.testing.assert_close(found, torch.stack(expected), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("kind", loss.KL_KINDS)
+def test_without_a_reference_no_kl_has_a_value_or_a_gradient_however_rare_a_token(kind):
+    ones, turn = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.long)
+    results = []
+    for kl_coef in (0.0, 0.7):
+        hidden = torch.tensor([[100.0, 0.0], [0.0, 300.0]], requires_grad=True)
+        scores = token_scores(hidden, torch.eye(2), torch.tensor([1, 0]))
+        assert scores.logprobs.tolist() == [-100, -300]  # exp(100) is infinite
+        assert not scores.ref_logprobs.requires_grad
+        scores = loss.Scores(*(x[None] for x in scores))
+        value = policy.policy_loss(scores, ones, kl_coef * ones, ones.bool(), turn, 1, kind)
+        value.backward()
+        results.append(torch.cat([value.detach()[None], hidden.grad.flatten()]))
+    assert results[0].isfinite().all() and torch.equal(*results)
+
+
 def test_no_logits_are_kept_for_the_backward_pass():
     M, H, V, kept = 40, 8, 1000, []
     hidden, head = torch.randn(M, H, requires_grad=True), torch.randn(V, H, requires_grad=True)

@@ -104,17 +104,25 @@ def subtract_baseline(
     return centred * count / (count - 1).clamp_min(1)
 
 
+def deviation(values: Tensor, dim: int | None = None, present: Tensor | None = None) -> Tensor:
+    """Their standard deviation over `dim` (default: all), which stays, with size 1.
+
+    0 where there is none but rounding; what is absent (present 0) counts nowhere.
+    """
+    present = torch.ones_like(values) if present is None else present
+    over = {"dim": tuple(range(values.ndim)) if dim is None else dim, "keepdim": True}
+    count = present.sum(**over).clamp_min(1)
+    mean = (values * present).sum(**over) / count
+    std = (((values - mean) * present).square().sum(**over) / count).sqrt()
+    return torch.where(std > 1e-6, std, 0)
+
+
 def divide_by_std(
     advantages: Tensor, dim: int | None = None, present: Tensor | None = None
 ) -> Tensor:
     """Divided by their standard deviation over `dim` (default: all). No variance: 0, never NaN."""
-    present = torch.ones_like(advantages) if present is None else present
-    over = {"dim": tuple(range(advantages.ndim)) if dim is None else dim, "keepdim": True}
-    count = present.sum(**over).clamp_min(1)
-    mean = (advantages * present).sum(**over) / count
-    deviation = (((advantages - mean) * present).square().sum(**over) / count).sqrt()
-    scaled = advantages / deviation.clamp_min(1e-6)
-    return torch.where(deviation > 1e-6, scaled, torch.zeros_like(advantages))
+    std = deviation(advantages, dim, present)
+    return torch.where(std > 0, advantages / std, 0)
 
 
 def spread(per_turn: Tensor, rollout) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from evaluate import Exam, conclude
-from loss import BASELINES, divide_by_std, spread, subtract_baseline
+from loss import BASELINES, deviation, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout
 from tasks.env import Verdicts
@@ -148,27 +148,44 @@ def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, 
     return first + config.gamma * second.mean(-1), second
 
 
-def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline=False) -> Tensor:
-    """The advantage of every token of each turn: (B, turns). Offline, the first attempt has none.
+def raw_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline=False) -> Tensor:
+    """What each attempt got more than those that it is compared with: (B, turns).
 
     A second attempt is compared with the K after the same first one, or where there is just one
-    with those of its problem.
+    with those of its problem. Offline, the first attempt has no advantage.
     """
     first, second = returns(r1, r2, stage, config)
     a1 = subtract_baseline(first, config.baseline)
     if second is None:
-        advantages = a1.reshape(-1, 1)
-    else:
-        P, G, K = second.shape
-        siblings = second.view(P * G, K) if K > 1 else second.view(P, G)
-        a2 = subtract_baseline(siblings, config.baseline)
-        a1 = a1[..., None].expand(P, G, K) * (not offline)
-        advantages = torch.stack([a1.reshape(-1), a2.reshape(-1)], dim=1)
-    if config.normalise == "none":
-        return advantages
-    # a turn that is not trained doesn't count in the joint deviation
-    trained = advantages.ne(0).any(dim=0).expand_as(advantages).to(advantages)
-    return divide_by_std(advantages, 0 if config.normalise == "per_turn" else None, trained)
+        return a1.reshape(-1, 1)
+    P, G, K = second.shape
+    siblings = second.view(P * G, K) if K > 1 else second.view(P, G)
+    a2 = subtract_baseline(siblings, config.baseline)
+    a1 = a1[..., None].expand(P, G, K) * (not offline)
+    return torch.stack([a1.reshape(-1), a2.reshape(-1)], dim=1)
+
+
+def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline=False) -> Tensor:
+    """The advantage of every token of each turn: (B, turns)."""
+    raw = raw_advantages(r1, r2, stage, config, offline)
+    return raw if config.normalise == "none" else divide_by_std(raw, *spread_over(raw, config))
+
+
+def spread_over(raw: Tensor, config) -> tuple[int | None, Tensor]:
+    """What is to have one deviation: (dimension of `raw`, or None: all of it; what counts there).
+
+    A turn that is not trained doesn't count in the joint deviation.
+    """
+    trained = raw.ne(0).any(dim=0).expand_as(raw).to(raw)
+    return 0 if config.normalise == "per_turn" else None, trained
+
+
+def deviations(raw: Tensor, config) -> dict[str, float]:
+    """What `turn_advantages` divides by; with --normalise none: what joint would."""
+    stds = deviation(raw, *spread_over(raw, config)).flatten().tolist()
+    if config.normalise == "per_turn":
+        return {f"advantage_std_t{turn}": std for turn, std in enumerate(stds, 1)}
+    return {"advantage_std": stds[0]}
 
 
 def turn_kl_coefs(stage: int, beta2: float, config) -> list[float]:
@@ -194,6 +211,7 @@ def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
     advantages = turn_advantages(r1, r2, stage, config, offline)  # (B, turns)
     kl_coef = torch.tensor(turn_kl_coefs(stage, beta2, config)).expand(len(advantages), 2)
     figures = {"stage": stage, "beta2": beta2}
+    figures |= deviations(raw_advantages(r1, r2, stage, config, offline), config)
     if r2 is not None:
         figures["acc_t2"] = float(r2.mean())
     if not offline:  # another model's first attempts are no measure of this one

@@ -68,6 +68,26 @@ def test_per_turn_normalisation_cancels_alpha_as_its_help_says(normalise, alpha_
     assert torch.allclose(one, ten, atol=1e-5) != alpha_matters
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("normalise, keys", [
+    ("none", ["advantage_std"]), ("joint", ["advantage_std"]),
+    ("per_turn", ["advantage_std_t1", "advantage_std_t2"]),
+])  # fmt: skip
+def test_advantage_std_is_what_advantages_were_divided_by(normalise, keys, stage):
+    generator = torch.Generator().manual_seed(0)
+    r1 = torch.randint(2, (4, 4), generator=generator).float()
+    r2 = torch.randint(2, (4, 4, 4), generator=generator).float()
+    config = score.Config(normalise=normalise)
+    raw = score.raw_advantages(r1, r2, stage, config)
+    found = score.deviations(raw, config)
+    assert list(found) == keys
+    advantages = score.turn_advantages(r1, r2, stage, config)
+    stds = torch.tensor([*found.values()] if normalise != "none" else [1.0])
+    torch.testing.assert_close(advantages * stds, raw)
+    if stage == 1 and normalise != "per_turn":  # the turn that is not trained doesn't count
+        assert found["advantage_std"] == pytest.approx(float(raw[:, 1].std(correction=0)))
+
+
 def test_a_baseline_within_one_first_attempt_turns_the_bonus_into_a_weight():
     generator = torch.Generator().manual_seed(0)
     r1 = torch.randint(2, (4, 4), generator=generator).float()

@@ -35,6 +35,9 @@ from training.policy import Batch
 from training.run import check_run, contents_of, open_run
 from training.setup import load_sampler, prepare, probe
 
+CALM = 10  # steps in a row with little KL, before --kl_target lets go
+BETA2_RANGE = 100  # how far from --beta2 it may move, as a factor either way
+
 
 @dataclass
 class Config(TrainConfig):
@@ -60,7 +63,9 @@ class Config(TrainConfig):
     )
     beta2: float = flag(1.0, "KL weight of the first attempt in Stage I (the paper: 0.1 and 0.25)")
     kl_target: float | None = flag(
-        None, "adapt beta2 to keep the first attempt's KL in Stage I near this many nats"
+        None,
+        "adapt beta2 to keep the first attempt's KL in Stage I near this many nats: it rises by "
+        f"half beyond 1.5 of them, and falls by a third after {CALM} steps below 1 / 1.5",
     )
     reference: str = flag(
         "base",
@@ -193,13 +198,22 @@ def turn_kl_coefs(stage: int, beta2: float, config) -> list[float]:
     return [beta2 if stage == 1 else config.beta1, config.beta1]  # Eq. 2 and 4
 
 
-def adapt_beta2(beta2: float, kl: float | None, config) -> float:
-    """Half as much again when the first attempt's KL is beyond 1.5 targets, less below 1 / 1.5."""
-    if config.kl_target is None or kl is None:
-        return beta2
-    if kl > 1.5 * config.kl_target:
-        return beta2 * 1.5
-    return beta2 * (1 / 1.5 if kl < config.kl_target / 1.5 else 1.0)
+def adapt_beta2(state: dict, config) -> None:
+    """--kl_target: moves state["beta2"] by the first attempt's KL in the last step, if it had any.
+
+    KL starts at 0, whatever beta2 is: so beta2 rises at once, but falls only after CALM steps in a
+    row with too little KL, none of them of the warm-up.
+    """
+    last, target = state["last"], config.kl_target
+    if target is None or "kl_t1" not in last:
+        return
+    calm = last["kl_t1"] < target / 1.5 and last["step"] >= config.warmup
+    state["calm"] = state["calm"] + 1 if calm else 0
+    if last["kl_t1"] > 1.5 * target:
+        state["beta2"] = min(state["beta2"] * 1.5, config.beta2 * BETA2_RANGE)
+    elif state["calm"] == CALM:
+        state["beta2"] = max(state["beta2"] / 1.5, config.beta2 / BETA2_RANGE)
+        state["calm"] = 0
 
 
 def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
@@ -247,6 +261,22 @@ def check(config) -> None:
         raise ValueError(
             "--offline_ratio is about second attempts: leave it out with --single_turn"
         )
+    check_kl_target(config)
+
+
+def check_kl_target(config) -> None:
+    if config.kl_target is None:
+        return
+    if not config.kl_target > 0:
+        raise ValueError(f"--kl_target {config.kl_target:g}: must be above 0")
+    if config.single_turn or not config.stage1_steps:
+        raise ValueError(
+            "--kl_target adapts Stage I: there is none; give --stage1_steps, and no --single_turn"
+        )
+    if config.beta2 == 0:
+        raise ValueError("--kl_target multiplies --beta2, and 0 stays 0: give --beta2 above 0")
+    if config.offline_ratio == 1:
+        raise ValueError("--kl_target is about own first attempts: there are none, leave it out")
 
 
 def probed_figures(task, config) -> list[str]:
@@ -278,7 +308,7 @@ def main(config: Config) -> None:
         if step == config.stage1_steps and config.reference == "stage1":
             scorer.reference.load_state_dict(scorer.model.state_dict())
         if stage == 1 and "last" in state:
-            state["beta2"] = adapt_beta2(state["beta2"], state["last"].get("kl_t1"), config)
+            adapt_beta2(state, config)
         mine = pick(splits["train"], config.problems, config.seed, step)
         writer = base if is_offline(step, config) else None
         attempts = roll_out(env, sampler, mine, config, writer)
@@ -286,7 +316,7 @@ def main(config: Config) -> None:
         return make_batch(attempts, stage, state["beta2"], config)
 
     watch = exam.watcher(sampler, splits["validation"])
-    state = {"beta2": config.beta2}
+    state = {"beta2": config.beta2, "calm": 0}
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), state)
     results = exam.before_and_after(run, splits["validation"])
     conclude(run, results, len(splits["validation"]))

@@ -241,10 +241,7 @@ def check(config) -> None:
     check_counts(config, "stage1_steps", "stage2_steps")
     if config.stage1_steps + config.stage2_steps == 0:
         raise ValueError("--stage1_steps and --stage2_steps are both 0: nothing to train")
-    if config.baseline == "leave_one_out" and config.group_size < 2:
-        raise ValueError(
-            "--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2"
-        )
+    check_groups(config)
     if config.temperature <= 0:
         raise ValueError(
             "--temperature must be above 0 in training: greedy attempts have no policy gradient"
@@ -262,6 +259,19 @@ def check(config) -> None:
             "--offline_ratio is about second attempts: leave it out with --single_turn"
         )
     check_kl_target(config)
+
+
+def check_groups(config) -> None:
+    """What would be compared with itself alone, and so never trained."""
+    if config.baseline != "none" and config.group_size < 2:
+        raise ValueError(
+            "--group_size 1 has nothing to compare with: use --baseline none, or groups of 2 and up"
+        )
+    if config.normalise != "none" and config.problems * config.group_size == 1:
+        raise ValueError(
+            "--problems 1 --group_size 1: one attempt has no deviation to be divided by: use "
+            "--normalise none, or more problems"
+        )
 
 
 def check_kl_target(config) -> None:

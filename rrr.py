@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluate import Exam, compare_after_failure, conclude, side_by_side
-from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
+from loss import BASELINES, KL_KINDS, deviation, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from tasks.env import Verdicts
@@ -213,7 +213,8 @@ def make_batch(episodes: Episodes, config) -> Batch:
     per_token = [spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coef)]
     if held is not None:
         per_token[1] += weights[0] * held  # not sampled here, so that `spread` gave it 0
-    figures = {"stage": 1}
+    std = deviation(subtract_baseline(rewards.mean(-1), config.baseline, present), 1, present)
+    figures = {"stage": 1, "advantage_std": float(std.sum() / (std > 0).sum().clamp_min(1))}
     if present.any():
         figures["reward"] = float(rewards[present.bool()].mean())
     return Batch(rollout, *per_token, len(advantages), figures, held)

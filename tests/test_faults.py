@@ -797,6 +797,7 @@ def test_equal_rewards_and_groups_of_one_train_on(script, flags, model_dir, tmp_
     rows = train_only(script, model_dir, tmp_path / "run", *flags, *more)
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
     assert all(row["zero_advantage"] == 1 and row["reward"] == 0 for row in rows)
+    assert all(row["idle"] for row in rows)  # the policy stays the base, so no KL acts either
 
 
 @both

@@ -75,6 +75,15 @@ def test_absent_episodes_count_nowhere():
     torch.testing.assert_close(adv[:, 0], torch.tensor([1.0, -1.0, 0.0]))
 
 
+def test_advantage_std_is_the_mean_deviation_of_the_groups_that_have_any(model_dir):
+    episodes, _, _, config, _ = make_rollout(model_dir, retries=2)
+    for right, std in (([1, 1, 0, 0, 1, 0, 1, 0, 1, 1, 1, 0], 0.375), ([1, 0] * 6, 0.0)):
+        episodes.retries.right[:] = torch.tensor(right)
+        for normalise in (True, False):
+            config.normalise = normalise
+            assert rrr.make_batch(episodes, config).figures["advantage_std"] == std
+
+
 def make_rollout(model_dir, retries=2, reflection_tokens=6):
     model, tokenizer = models.load_model(model_dir)
     sampler, env = Sampler(model, tokenizer), Env(TASKS["tiny"], tokenizer)
@@ -190,8 +199,8 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
     batch = rrr.make_batch(episodes, config)
     assert len(episodes.rollout.ids) == 0 and "reward" not in batch.figures
     optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
-    _, norm, wrong = policy.update(Scorer(model), optimizer, batch, config)
-    assert norm == 0 and not wrong and not optimizer.state
+    done = policy.update(Scorer(model), optimizer, batch, config)
+    assert done.norm == 0 and not done.wrong and done.idle and not optimizer.state
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -23,6 +23,8 @@ from training.progress import bar, counted
 from training.run import cut_logs, log, log_sizes, newest, saving, stop, time_is_up
 from training.scorer import Scorer
 
+RATIOS = (0.9, 1.1)  # of pi / pi_sampler; an on-policy update has 1, up to rounding
+
 
 class Hooks(NamedTuple):
     """What an algorithm hands to `train`.
@@ -108,11 +110,12 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
         batch = hooks.step_batch(step, state)
     sampled = time.perf_counter()
     with given_up(scorer, sampler.model):
-        scores, norm, wrong = update(scorer, optimizer, batch, config)
+        scores, norm, wrong, idle = update(scorer, optimizer, batch, config)
     tokens = token_metrics(batch, scores, with_kl=scorer.reference is not None)
     first = {"stage": batch.figures["stage"], "step": step}  # what a line begins with
     row = first | batch.figures | tokens
-    row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": int(bool(wrong))}
+    row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+    row |= {"skipped": int(bool(wrong)), "idle": int(idle)}
     row["seconds_rollout"] = sampled - started
     row["seconds_update"] = time.perf_counter() - sampled
     row["memory_mib"] = max(exchange(memory_mib()))
@@ -138,33 +141,38 @@ def token_metrics(batch: Batch, scores: Scores, with_kl: bool) -> dict:
     """Figures that mean the same for every algorithm, over the rows of all ranks.
 
     kl_*: nats an attempt; the others are of a sampled token. ratio_error: the largest
-    |log pi - log pi_sampler|: 0 up to rounding while sampler and scorer agree. zero_advantage:
-    share of sampled tokens without a policy gradient. truncated: attempts cut off by the limit.
+    |log pi - log pi_sampler|: 0 up to rounding while sampler and scorer agree. ratio_outside: share
+    of tokens whose pi / pi_sampler is not within RATIOS. zero_advantage: share of tokens without a
+    policy gradient. truncated: attempts cut off by the limit.
     """
     rollout, sampled = batch.rollout, batch.rollout.action_mask
-    kl = {
-        f"kl_t{turn + 1}": float(scores.kl.double()[rollout.turn == turn].sum())
-        for turn in rollout.turn[batch.scored].unique().tolist()
-    }
     stopped = rollout.stopped[:, rollout.turn[sampled].unique()]  # (B, turns sampled here)
-    mine = (kl if with_kl else {}) | {
+    log_ratio = (scores.logprobs - rollout.logprobs)[sampled]
+    outside = (log_ratio.exp() < RATIOS[0]) | (log_ratio.exp() > RATIOS[1])
+    mine = {
         "entropy": float(scores.entropy[sampled].double().sum()),
         "zero_advantage": int((batch.advantages[sampled] == 0).sum()),
+        "ratio_outside": int(outside.sum()),
         "truncated": int((~stopped).sum()),
         "tokens": int(sampled.sum()),
         "attempts": stopped.numel(),
         "rows": len(rollout.ids),
     }
-    error = (scores.logprobs - rollout.logprobs)[sampled].abs()
-    ranks = exchange((mine, float(error.max()) if len(error) else 0.0))
-    keys = sorted({key for part, _ in ranks for key in part})
-    total = {key: sum(part.get(key, 0) for part, _ in ranks) for key in keys}
+    for turn in rollout.turn[batch.scored].unique().tolist() if with_kl else ():
+        mine[f"kl_t{turn + 1}"] = float(scores.kl.double()[rollout.turn == turn].sum())
+    ranks = exchange((mine, float(log_ratio.abs().max()) if len(log_ratio) else 0.0))
+    return token_row([part for part, _ in ranks]) | {"ratio_error": max(e for _, e in ranks)}
+
+
+def token_row(parts: list[dict]) -> dict:
+    """The means of what each rank has summed; a rank may lack a turn that others have."""
+    keys = sorted({key for part in parts for key in part})
+    total = {key: sum(part.get(key, 0) for part in parts) for key in keys}
     row = {key: total[key] / max(1, total["rows"]) for key in total if key.startswith("kl_")}
-    row |= {key: total[key] / max(1, total["tokens"]) for key in ("entropy", "zero_advantage")}
-    row["truncated"] = total["truncated"] / max(1, total["attempts"])
-    row |= {"ratio_error": max(worst for _, worst in ranks), "tokens": total["tokens"]}
-    row["response_length"] = total["tokens"] / max(1, total["attempts"])
-    return row
+    of_tokens = ("entropy", "zero_advantage", "ratio_outside")
+    row |= {key: total[key] / max(1, total["tokens"]) for key in of_tokens}
+    row |= {"truncated": total["truncated"] / max(1, total["attempts"]), "tokens": total["tokens"]}
+    return row | {"response_length": total["tokens"] / max(1, total["attempts"])}
 
 
 def memory_mib() -> float:

@@ -6,8 +6,7 @@ is what the training scripts look at their models with (`Exam`).
 """
 
 import json
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +16,12 @@ from tqdm import tqdm
 from report.figures import COLUMNS, summarize, values_of, votes
 from report.tables import format_reflections, format_table, format_transcripts, format_votes
 from sampling.turns import encode, today
-from tasks.files import parse_json
 from tasks.sources import SPLITS
 from training import checkpoint, distributed
 from training.batches import row_seeds
 from training.distributed import exchange, on_first, rank, share, world
 from training.flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
-from training.models import fingerprint
-from training.run import contents_of
+from training.partial import add, left_over, open_output, partial_of
 from training.setup import load_sampler, prepare, prepare_reflector
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
@@ -253,54 +250,6 @@ def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
     print(f"\nrun: {run}")
 
 
-def left_over(config: Config) -> tuple[str, list[dict]]:
-    """(day of its prompts, header and conversations) that an earlier call left beside --output.
-
-    As far as they are whole: it may have been killed, or the disk full, at any moment.
-    """
-    path, rows = partial_of(config), []
-    found = config.output and path.is_file()
-    lines = path.read_text(errors="replace").split("\n") if found else []
-    with suppress(ValueError, TypeError):
-        for line in lines[:-1]:
-            rows.append(dict(parse_json(line, str(path))))
-    return (rows[0].get("day") if rows else None) or today(), rows
-
-
-def open_output(config: Config, cast, env, problems, left: list[dict]) -> list[dict]:
-    """The conversations among what is `left`, whose file is made ready for more.
-
-    One that was left by other flags or with other contents (training/run.py) is a ValueError.
-    """
-    path, header = partial_of(config), asdict(config)
-    header |= contents_of(env, cast[0].model, {config.split: problems})
-    header["the reflector's weights"] = fingerprint(cast[1].model)
-    before, *rows = left or [header]
-    changed = [key.removeprefix("the ") for key in header if before.get(key) != header[key]]
-    if changed:
-        raise ValueError(
-            f"{path} was left by an evaluation with another {', '.join(changed)}: "
-            "delete or finish it"
-        )
-    done = rows[: len(rows) - len(rows) % config.samples]
-    checkpoint.write_text(path, json_lines([header | {"day": env.day}, *done]))
-    return done
-
-
-def keep(config: Config, talks: list[dict]) -> None:
-    if config.output and rank() == 0:
-        with open(partial_of(config), "a") as file:
-            file.write(json_lines(talks))
-
-
-def partial_of(config: Config) -> Path:
-    return Path(f"{config.output}.partial")
-
-
-def json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
 def check(config: Config) -> None:
     if config.split not in SPLITS:
         raise ValueError(f"--split {config.split}: choose one of {', '.join(SPLITS)}")
@@ -322,13 +271,20 @@ def main(config: Config) -> None:
     distributed.start()
     with exit_on_bad_input():
         check(config)
-        day, left = on_first(left_over, config)
+        left = on_first(left_over, partial_of(config.output)) if config.output else []
+        day = left[0].get("day") if left else None
+        day = day or on_first(today)  # of the first rank, around midnight too
         env, sampler, splits = prepare(config, {config.split: config.limit}, day)
         reflector, problems = prepare_reflector(config, env, sampler, splits[config.split])
         cast = (sampler, reflector, sampler)
         done = on_first(open_output, config, cast, env, problems, left) if config.output else []
+
+    def keep(new: list[dict]) -> None:
+        if config.output and rank() == 0:
+            add(partial_of(config.output), new)
+
     protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
-    figures, talks = evaluate(cast, env, problems, protocol, done, partial(keep, config))
+    figures, talks = evaluate(cast, env, problems, protocol, done, keep)
     print(format_transcripts(talks))
     print(f"{figures['n']} {config.split} problems\n")
     names = tuple(f"acc_t{t}" for t in range(3, config.attempts + 1))
@@ -341,7 +297,7 @@ def main(config: Config) -> None:
     if config.output and rank() == 0:
         text = json.dumps(figures | {"conversations": talks}, indent=1)
         checkpoint.write_text(Path(config.output), text + "\n")
-        partial_of(config).unlink()
+        partial_of(config.output).unlink()
     distributed.finish()
 
 

@@ -1,0 +1,63 @@
+"""The file that keeps what is done of an evaluation, so that after its end it is not done again.
+
+Lines of JSON: a header, which says what the others belong to, then what is done. The process may
+have been killed, or the disk full, at any moment: what is whole of it counts.
+"""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from tasks.files import parse_json
+from training import checkpoint
+from training.models import fingerprint
+from training.run import contents_of
+
+
+def partial_of(output: str) -> Path:
+    return Path(f"{output}.partial")
+
+
+def left_over(path: Path) -> list[dict]:
+    """The lines that an earlier process left, as far as they are whole; none if there is no file"""
+    rows = []
+    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
+    with suppress(ValueError, TypeError):
+        for line in lines[:-1]:
+            rows.append(dict(parse_json(line, str(path))))
+    return rows
+
+
+def begin(path: Path, header: dict, rows: list[dict]) -> None:
+    """The file, made ready for more: what was there is there until it has its place."""
+    checkpoint.write_text(path, json_lines([header, *rows]))
+
+
+def add(path: Path, rows: list[dict]) -> None:
+    with open(path, "a") as file:
+        file.write(json_lines(rows))
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def open_output(config, cast, env, problems, left: list[dict]) -> list[dict]:
+    """The conversations among what is `left` beside --output, whose file is made ready for more.
+
+    One that was left by other flags or with other contents (training/run.py) is a ValueError.
+    """
+    path, header = partial_of(config.output), asdict(config)
+    header |= contents_of(env, cast[0].model, {config.split: problems})
+    header["the reflector's weights"] = fingerprint(cast[1].model)
+    before, *rows = left or [header]
+    changed = [key.removeprefix("the ") for key in header if before.get(key) != header[key]]
+    if changed:
+        raise ValueError(
+            f"{path} was left by an evaluation with another {', '.join(changed)}: "
+            "delete or finish it"
+        )
+    done = rows[: len(rows) - len(rows) % config.samples]
+    begin(path, header | {"day": env.day}, done)
+    return done

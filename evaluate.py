@@ -6,8 +6,8 @@ is what the training scripts look at their models with (`Exam`).
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ METHODS = {
     "fresh_attempt": "after a wrong answer, a new first attempt from an empty context",
 }
 AFTER_ANY = ("self_correct", "self_refine")  # the others go on after a wrong answer only
+BEFORE, AFTER = "base, reflect_retry", "trained, reflect_retry"  # of the `controls`
 MODES = {"greedy": 0.0, "sampled": 1.0}
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 HELP = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
@@ -79,35 +80,56 @@ def evaluate(cast, env, problems, protocol, done=(), keep=None) -> tuple[dict, l
     """(figures, conversations) of some attempts at every problem.
 
     cast: one sampler, or the three that attempt, reflect and retry. done: conversations that are
-    there already. keep: called with every piece of new ones. Ranks share the problems of a piece,
-    and all get all conversations.
+    there already. keep: called with every piece of new ones.
     """
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
     samples, talks = protocol.samples, list(done)
+    ways = {"": (cast, protocol.method)}
+    for new in pieces(ways, env, problems, protocol, len(talks) // samples):
+        if keep:
+            keep(new[""])
+        talks += new[""]
+    figures = summarize(talks, samples)
+    return figures | (votes(talks, samples) if samples > 1 else {}), talks
+
+
+def pieces(ways: dict[str, tuple], env, problems, protocol, first: int) -> Iterator[dict]:
+    """{way: conversations} of a piece of the problems after another, from the `first` on.
+
+    ways: {name: (cast, method)}, of which all have the same sampler attempt first. Ranks share the
+    problems of a piece, and all get all conversations.
+    """
+    samples = protocol.samples
     longest = max(map(len, env.prompts(problems))) + env.tokens_after(protocol)
     piece = max(1, CACHE_TOKENS // longest // samples) * world()  # problems
-    starts = range(len(talks) // samples, len(problems), piece)
+    starts = range(first, len(problems), piece)
     silent = len(starts) < 2 or rank() > 0
     for start in tqdm(starts, desc=protocol.method, leave=False, disable=silent):
         part = share(min(piece, len(problems) - start))
         span = range(start + part.start, start + part.stop)  # this rank's
         seeds = row_seeds(span, "evaluate", protocol.seed, each=samples)
-        some = problems[span.start : span.stop]
-        talked = converse(cast, env, some, seeds, protocol) if some else []
-        new = [talk for talks in exchange(talked) for talk in talks]
-        if keep:
-            keep(new)
-        talks += new
-    figures = summarize(talks, samples)
-    return figures | (votes(talks, samples) if samples > 1 else {}), talks
+        mine = problems[span.start : span.stop]
+        parts = exchange(converse(ways, env, mine, seeds, protocol) if mine else {})
+        yield {name: [talk for part in parts for talk in part.get(name, ())] for name in ways}
 
 
-def converse(cast, env, problems, seeds, protocol) -> list[dict]:
-    """The conversations of `samples` rows a problem, as report/figures.py wants them."""
-    samples = protocol.samples
-    rollout = env.first_attempts(cast[0], problems, samples, seeds, **protocol.limits)
-    asked = [problem for problem in problems for _ in range(samples)]
-    attempts = [[answer] for answer in attempts_of(env, rollout, problems)]
+def converse(ways, env, problems, seeds, protocol) -> dict[str, list[dict]]:
+    """{way: conversations}, `samples` rows a problem; all ways share the first attempts."""
+    ((sampler, *_), _), *_ = ways.values()
+    first = env.first_attempts(sampler, problems, protocol.samples, seeds, **protocol.limits)
+    # one for each way, which takes it along: when the last has gone on, the cache's memory is free
+    firsts, first = [(first, attempts_of(env, first, problems))] * len(ways), None
+    return {
+        name: go_on(cast, env, problems, firsts, protocol._replace(method=method))
+        for name, (cast, method) in ways.items()
+    }
+
+
+def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
+    """The conversations after the last of `firsts`, as report/figures.py wants them."""
+    rollout, answers = firsts.pop()
+    attempts = [[answer] for answer in answers]
+    asked = [problem for problem in problems for _ in range(protocol.samples)]
     said = [[] for _ in asked]
     rows = list(range(len(asked)))  # which conversation a row of the rollout belongs to
     for _ in range(protocol.attempts - 1):
@@ -173,7 +195,8 @@ def attempts_of(env, rollout, problems: list[dict]) -> list[dict]:
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-class Exam(NamedTuple):
+@dataclass
+class Exam:
     """How a training script looks at its models: `evaluate` by the limits of its flags."""
 
     env: object
@@ -181,13 +204,20 @@ class Exam(NamedTuple):
     method: str
 
     def __call__(self, cast, problems, temperature: float) -> tuple[dict, list[dict]]:
+        return evaluate(cast, self.env, problems, self.protocol(temperature))
+
+    def protocol(self, temperature: float) -> Protocol:
         config = self.config
         limits = (config.max_new_tokens, config.max_reflection_tokens, config.attempts)
-        return evaluate(cast, self.env, problems, Protocol(self.method, temperature, *limits))
+        return Protocol(self.method, temperature, *limits)
 
-    def both_modes(self, cast, problems) -> dict:
-        """Figures under `greedy` and `sampled` (T = 1)."""
-        return {mode: self(cast, problems, T)[0] for mode, T in MODES.items()}
+    def try_all(self, ways: dict[str, tuple], problems, temperature: float) -> dict:
+        """{way: conversations} of `pieces`."""
+        talks = {name: [] for name in ways}
+        for new in pieces(ways, self.env, problems, self.protocol(temperature), 0):
+            for name in ways:
+                talks[name] += new[name]
+        return talks
 
     def watcher(self, sampler, problems, keys=WATCHED):
         """For the training loop: step -> (figures, a few conversations as text).
@@ -205,9 +235,16 @@ class Exam(NamedTuple):
 
     def before_and_after(self, run: Path, problems) -> dict:
         """Figures of the base and of the trained model, of which one is loaded at a time."""
-        paths = {"base": self.config.model, "trained": str(run / "checkpoint")}
-        load = partial(load_sampler, env=self.env, config=self.config)
-        return {name: self.both_modes(load(path), problems) for name, path in paths.items()}
+        results = {}
+        for name, path in models_of(self.config, run).items():
+            ways = {name: ((load_sampler(path, self.env, self.config),) * 3, self.method)}
+            tried = {mode: self.try_all(ways, problems, T) for mode, T in MODES.items()}
+            results[name] = {mode: summarize(talks[name]) for mode, talks in tried.items()}
+        return results
+
+
+def models_of(config, run: Path) -> dict[str, str]:
+    return {"base": config.model, "trained": str(run / "checkpoint")}
 
 
 def controls(base, trained) -> dict[str, tuple]:
@@ -223,19 +260,27 @@ def controls(base, trained) -> dict[str, tuple]:
     return named
 
 
-def compare_after_failure(exam: Exam, base, trained, problems) -> dict:
-    """Figures of the `controls`."""
-    named = controls(base, trained).items()
-    return {
-        name: exam._replace(method=method).both_modes(cast, problems)
-        for name, (cast, method) in named
-    }
+def with_controls(exam: Exam, run: Path, problems, full: bool) -> tuple[dict, str]:
+    """(figures of both models and, if `full`, of the `controls`; reflections before and after).
 
-
-def side_by_side(exam: Exam, base, trained, problems) -> str:
-    """Reflections on the same failures before and after training, at T = 1."""
-    before = exam((base, base, base), problems, 1.0)[1]
-    return format_reflections(before, exam((base, trained, trained), problems, 1.0)[1])
+    What begins with the base model's first attempts goes on from the same ones: its own figures
+    are those of one of the controls.
+    """
+    paths = models_of(exam.config, run).values()
+    base, trained = (load_sampler(path, exam.env, exam.config) for path in paths)
+    after_base, own = controls(base, trained), ((trained, trained, trained), exam.method)
+    results = {"base": {}, "trained": {}, "controls": {name: {} for name in after_base}}
+    for mode, T in MODES.items():
+        needed = [BEFORE, AFTER] if mode == "sampled" else [BEFORE]
+        ways = {name: after_base[name] for name in (after_base if full else needed)}
+        talks = exam.try_all(ways, problems, T)
+        for name in ways:
+            results["controls"][name][mode] = summarize(talks[name])
+        results["base"][mode] = results["controls"][BEFORE][mode]
+        results["trained"][mode] = summarize(exam.try_all({"": own}, problems, T)[""])
+    if not full:
+        del results["controls"]
+    return results, format_reflections(talks[BEFORE], talks[AFTER])
 
 
 def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:

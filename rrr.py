@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import trange
 
-from evaluate import Exam, compare_after_failure, conclude, side_by_side
+from evaluate import Exam, conclude, with_controls
 from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
@@ -38,7 +38,7 @@ from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
 from training.run import contents_of, open_run
-from training.setup import load_sampler, prepare, probe
+from training.setup import prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
@@ -105,6 +105,10 @@ class Config(TrainConfig):
         "holding those keeps them as good as they were, and the gain in the reflection, where it "
         "can be credited",
         choices=("reflection", "both", "all"),
+    )
+    controls: bool = flag(
+        True,
+        "False leaves out the table after the base model's failures, most of the time at the end",
     )
 
 
@@ -324,12 +328,7 @@ def main(config: Config) -> None:
 
     watch = exam.watcher(sampler, validation, WATCHED)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
-    base = load_sampler(config.model, env, config)
-    trained = load_sampler(str(run / "checkpoint"), env, config)
-    models = {"base": base, "trained": trained}
-    results = {name: exam.both_modes(model, validation) for name, model in models.items()}
-    results["controls"] = compare_after_failure(exam, base, trained, validation)
-    text = side_by_side(exam, base, trained, validation)
+    results, text = with_controls(exam, run, validation, config.controls)
     on_first(write_text, run / "reflections.txt", text)
     conclude(run, results, len(validation), COLUMNS)
     distributed.finish()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import helpers
 import rrr
 import tiny
 from report import figures
+from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
 from training import checkpoint, setup
@@ -187,6 +189,27 @@ def test_every_further_attempt_follows_the_last_and_a_right_answer_ends_a_retry(
     f, talks = try_out(ScriptedSampler(tokenizer, *turns), three, "blind_retry", attempts=3)
     assert [f[f"acc_t{t}"] for t in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
     assert [len(t["attempts"]) for t in talks] == [3, 2, 1]
+
+
+def test_memory_of_first_attempts_is_free_when_the_last_way_has_gone_on_from_them():
+    sampler, alive = Sampler(tiny.build_model(), tiny.build_tokenizer()), []
+    generate, extend = sampler.generate, sampler.extend
+
+    def first(*rest, **limits):
+        rollout = generate(*rest, **limits)
+        alive.append(weakref.ref(rollout.cache))
+        return rollout
+
+    def later(*rest, **limits):
+        alive.append(alive[0]() is not None)
+        return extend(*rest, **limits)
+
+    sampler.generate, sampler.extend = first, later
+    env = Env(dataclasses.replace(TASKS["tiny"], verify=lambda *_: False), sampler.tokenizer)
+    protocol = evaluate.Protocol("self_correct", 1.0, 4, 0, attempts=3)
+    ways = dict.fromkeys("ab", ((sampler,) * 3, "self_correct"))
+    one, two = evaluate.converse(ways, env, [PROBLEM] * 2, [1, 2], protocol).values()
+    assert alive[1:] == [True, True, True, False] and one == two
 
 
 def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(

@@ -20,7 +20,7 @@ from report import figures
 from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
-from training import checkpoint, setup
+from training import checkpoint, methods, setup
 
 
 def slow_edit_distance(a, b):
@@ -208,7 +208,7 @@ def test_memory_of_first_attempts_is_free_when_the_last_way_has_gone_on_from_the
     env = Env(dataclasses.replace(TASKS["tiny"], verify=lambda *_: False), sampler.tokenizer)
     protocol = evaluate.Protocol("self_correct", 1.0, 4, 0, attempts=3)
     ways = dict.fromkeys("ab", ((sampler,) * 3, "self_correct"))
-    one, two = evaluate.converse(ways, env, [PROBLEM] * 2, [1, 2], protocol).values()
+    one, two = methods.converse(ways, env, [PROBLEM] * 2, [1, 2], protocol).values()
     assert alive[1:] == [True, True, True, False] and one == two
 
 
@@ -469,7 +469,7 @@ def test_a_generic_reflection_stands_in_the_models_own_turn_before_the_retry(tok
     before = env.first_attempts(sampler, [PROBLEM] * 2, 1, [8, 9])
     before.cache = "one to go on from"
     protocol = evaluate.Protocol("generic_reflection", 1.0, **LIMITS)
-    evaluate.next_attempts((sampler,) * 3, env, before, [1], protocol)
+    methods.next_attempts((sampler,) * 3, env, before, [1], protocol)
     ((cache, more, rest),) = asked
     said = f"<user> reflect <assistant> {task.generic_reflection} <end> <user> retry <assistant>"
     assert more == [tokenizer(said).input_ids]

@@ -7,6 +7,7 @@ As a library it is what the training scripts look at their models with (`Exam`).
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from report.figures import COLUMNS, summarize, votes
 from report.tables import format_reflections, format_table, format_transcripts, format_votes
 from sampling.turns import today
 from tasks.sources import SPLITS
-from training import checkpoint, distributed
+from training import checkpoint, distributed, partial
 from training.batches import row_seeds
 from training.distributed import exchange, on_first, rank, share, world
 from training.flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
-from training.partial import add, left_over, open_output, partial_of
+from training.run import saving
 from training.setup import load_sampler, prepare, prepare_reflector
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
@@ -103,14 +104,6 @@ class Exam:
         limits = (config.max_new_tokens, config.max_reflection_tokens, config.attempts)
         return Protocol(self.method, temperature, *limits)
 
-    def try_all(self, ways: dict[str, tuple], problems, temperature: float) -> dict:
-        """{way: conversations} of `pieces`."""
-        talks = {name: [] for name in ways}
-        for new in pieces(ways, self.env, problems, self.protocol(temperature), 0):
-            for name in ways:
-                talks[name] += new[name]
-        return talks
-
     def watcher(self, sampler, problems, keys=WATCHED):
         """For the training loop: step -> (figures, a few conversations as text).
 
@@ -125,18 +118,42 @@ class Exam:
 
         return evaluate_now
 
+    @contextmanager
+    def final_table(self, run: Path, problems):
+        """A function (name, mode, ways) -> {way: conversations}, for the passes of a run's table.
+
+        Every piece is kept in the run's directory, where a run that was stopped goes on.
+        """
+        with partial.interrupted(partial.table_of(run), "go on with --resume"):
+            with saving(run):
+                there = on_first(partial.open_table, run)
+
+            def try_all(name: str, mode: str, ways: dict[str, tuple]) -> dict[str, list]:
+                key = [name, mode, *ways]
+                rows = [row["talks"] for row in there if row["pass"] == key]
+                first = sum(len([*row.values()][0]) for row in rows)
+                rest = pieces(ways, self.env, problems, self.protocol(MODES[mode]), first)
+                for new in rest:
+                    with saving(run):
+                        on_first(partial.add, partial.table_of(run), [{"pass": key, "talks": new}])
+                    rows.append(new)
+                return {way: [talk for row in rows for talk in row[way]] for way in ways}
+
+            yield try_all
+
     def before_and_after(self, run: Path, problems) -> dict:
         """Figures of the base and of the trained model, of which one is loaded at a time."""
-        results = {}
-        for name, path in models_of(self.config, run).items():
+
+        def both_modes(name: str, path: str) -> dict:
             ways = {name: ((load_sampler(path, self.env, self.config),) * 3, self.method)}
-            tried = {mode: self.try_all(ways, problems, T) for mode, T in MODES.items()}
-            results[name] = {mode: summarize(talks[name]) for mode, talks in tried.items()}
-        return results
+            return {mode: summarize(try_all(name, mode, ways)[name]) for mode in MODES}
+
+        with self.final_table(run, problems) as try_all:
+            return {name: both_modes(name, path) for name, path in models_of(self.config, run)}
 
 
-def models_of(config, run: Path) -> dict[str, str]:
-    return {"base": config.model, "trained": str(run / "checkpoint")}
+def models_of(config, run: Path) -> list[tuple[str, str]]:
+    return [("base", config.model), ("trained", str(run / "checkpoint"))]
 
 
 def controls(base, trained) -> dict[str, tuple]:
@@ -158,18 +175,19 @@ def with_controls(exam: Exam, run: Path, problems, full: bool) -> tuple[dict, st
     What begins with the base model's first attempts goes on from the same ones: its own figures
     are those of one of the controls.
     """
-    paths = models_of(exam.config, run).values()
-    base, trained = (load_sampler(path, exam.env, exam.config) for path in paths)
-    after_base, own = controls(base, trained), ((trained, trained, trained), exam.method)
-    results = {"base": {}, "trained": {}, "controls": {name: {} for name in after_base}}
-    for mode, T in MODES.items():
-        needed = [BEFORE, AFTER] if mode == "sampled" else [BEFORE]
-        ways = {name: after_base[name] for name in (after_base if full else needed)}
-        talks = exam.try_all(ways, problems, T)
-        for name in ways:
-            results["controls"][name][mode] = summarize(talks[name])
-        results["base"][mode] = results["controls"][BEFORE][mode]
-        results["trained"][mode] = summarize(exam.try_all({"": own}, problems, T)[""])
+    results = {"base": {}, "trained": {}, "controls": {}}
+    with exam.final_table(run, problems) as try_all:
+        paths = models_of(exam.config, run)
+        base, trained = (load_sampler(path, exam.env, exam.config) for _, path in paths)
+        after_base, own = controls(base, trained), ((trained, trained, trained), exam.method)
+        for mode in MODES:
+            needed = [BEFORE, AFTER] if mode == "sampled" else [BEFORE]
+            ways = {name: after_base[name] for name in (after_base if full else needed)}
+            talks = try_all("base", mode, ways)
+            for name in ways:
+                results["controls"].setdefault(name, {})[mode] = summarize(talks[name])
+            results["base"][mode] = results["controls"][BEFORE][mode]
+            results["trained"][mode] = summarize(try_all("trained", mode, {"": own})[""])
     if not full:
         del results["controls"]
     return results, format_reflections(talks[BEFORE], talks[AFTER])
@@ -178,7 +196,9 @@ def with_controls(exam: Exam, run: Path, problems, full: bool) -> tuple[dict, st
 def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
     """A run's end: its tables, and results.json, which says that the run is complete."""
     text = json.dumps(results, indent=2) + "\n"
-    on_first(checkpoint.write_text, run / "results.json", text)
+    with saving(run):
+        on_first(checkpoint.write_text, run / "results.json", text)
+        on_first(partial.table_of(run).unlink, True)  # there may be none
     models = {name: modes for name, modes in results.items() if name != "controls"}
     print(f"\n{count} validation problems:\n\n{format_table(models, columns)}")
     if "controls" in results:
@@ -208,17 +228,21 @@ def main(config: Config) -> None:
     distributed.start()
     with exit_on_bad_input():
         check(config)
-        left = on_first(left_over, partial_of(config.output)) if config.output else []
+        left = on_first(partial.left_over, partial.path_of(config.output)) if config.output else []
         day = left[0].get("day") if left else None
         day = day or on_first(today)  # of the first rank, around midnight too
         env, sampler, splits = prepare(config, {config.split: config.limit}, day)
         reflector, problems = prepare_reflector(config, env, sampler, splits[config.split])
         cast = (sampler, reflector, sampler)
-        done = on_first(open_output, config, cast, env, problems, left) if config.output else []
+        done = (
+            on_first(partial.open_output, config, cast, env, problems, left)
+            if config.output
+            else []
+        )
 
     def keep(new: list[dict]) -> None:
         if config.output and rank() == 0:
-            add(partial_of(config.output), new)
+            partial.add(partial.path_of(config.output), new)
 
     protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
     figures, talks = evaluate(cast, env, problems, protocol, done, keep)
@@ -234,7 +258,7 @@ def main(config: Config) -> None:
     if config.output and rank() == 0:
         text = json.dumps(figures | {"conversations": talks}, indent=1)
         checkpoint.write_text(Path(config.output), text + "\n")
-        partial_of(config.output).unlink()
+        partial.path_of(config.output).unlink()
     distributed.finish()
 
 

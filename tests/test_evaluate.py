@@ -1,10 +1,12 @@
 """Every method of evaluation, with a sampler of prepared texts; votes, resuming, the probe."""
 
 import dataclasses
+import gc
 import json
 import random
 import weakref
-from functools import partial
+from contextlib import nullcontext
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +22,7 @@ from report import figures
 from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
-from training import checkpoint, methods, setup
+from training import checkpoint, methods, partial, setup
 
 
 def slow_edit_distance(a, b):
@@ -416,8 +418,8 @@ def test_a_reflector_that_does_not_stop_at_the_end_of_a_turn_is_refused(tmp_path
 
 def probed(tokenizer, turns, method, keys):
     config, env = rrr.Config(probe=64, seed=0), Env(TASKS["tiny"], tokenizer)
-    look = partial(evaluate.Exam(env, config, method), ScriptedSampler(tokenizer, *turns))
-    setup.probe(look, [PROBLEM] * len(turns[0]), config, keys)
+    exam, sampler = evaluate.Exam(env, config, method), ScriptedSampler(tokenizer, *turns)
+    setup.probe(lambda *rest: exam(sampler, *rest), [PROBLEM] * len(turns[0]), config, keys)
 
 
 def test_training_that_would_have_no_signal_is_refused_with_what_to_try(tokenizer):
@@ -475,3 +477,79 @@ def test_a_generic_reflection_stands_in_the_models_own_turn_before_the_retry(tok
     assert more == [tokenizer(said).input_ids]
     assert cache is None and rest["seeds"].tolist() == [9] and rest["rows"] == [1]
     assert rest["max_new_tokens"] == 16
+
+
+FEW = {script: [*helpers.FEW[script], "--eval_every", "0"] for script in ("score", "rrr")}
+
+
+def count_pieces(patch, stop=None) -> list:
+    """The pieces of all evaluations from now on; Ctrl-C comes in that of this number."""
+    made, converse = [], evaluate.converse
+
+    def counted(*arguments):
+        made.append(1)
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        return converse(*arguments)
+
+    patch.setattr(evaluate, "converse", counted)
+    return made
+
+
+def run_whole(script, tmp_path, name, *flags, stop=None) -> int:
+    """A run in which Ctrl-C comes in the so many-th piece; how many pieces it made."""
+    module, model = import_module(script), tmp_path / "model"
+    if not model.exists():
+        helpers.save_random_model(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "CACHE_TOKENS", 50)  # pieces of one or two problems
+        made = count_pieces(patch, stop)
+        with nullcontext() if stop is None else pytest.raises(SystemExit) as ended:
+            helpers.train_here(module, str(model), tmp_path / name, *FEW[script], *flags)
+    assert stop is None or ended.value.code == 130
+    return len(made)
+
+
+@pytest.mark.parametrize("script", FEW)
+def test_a_final_table_that_was_stopped_goes_on_and_ends_as_if_it_was_not(script, tmp_path, capsys):
+    pieces = run_whole(script, tmp_path, "whole")
+    assert pieces >= 2 * 4  # four passes
+    run, whole = tmp_path / "cut", tmp_path / "whole"
+    assert run_whole(script, tmp_path, "cut", stop=pieces // 2) == pieces // 2
+    path = run / "results.partial.jsonl"
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(f"interrupted: what is done is in {path}: go on with --resume")
+    )
+    with open(path, "a") as file:
+        file.write('{"pass": ["cut off')
+    more = run_whole(script, tmp_path, "cut", "--resume", stop=2)  # one that is done
+    rest = run_whole(script, tmp_path, "cut", "--resume")
+    assert pieces // 2 - 1 + more - 1 + rest == pieces  # each was made once
+    names = ["results.json"] + ["reflections.txt"] * (script == "rrr")
+    assert all((run / name).read_bytes() == (whole / name).read_bytes() for name in names)
+    assert not path.exists() and not (whole / path.name).exists()
+
+
+def test_the_table_of_another_checkpoint_is_not_gone_on_from(tmp_path):
+    run_whole("score", tmp_path, "run", stop=5)
+    run = tmp_path / "run"
+    assert len(partial.open_table(run)) == len(partial.open_table(run)) == 4
+    helpers.save_random_model(run / "checkpoint")
+    assert partial.open_table(run) == []
+
+
+def test_one_model_at_a_time_is_loaded_for_the_final_table(tmp_path, monkeypatch):
+    loaded, load = [], evaluate.load_sampler
+
+    def alone(*arguments):
+        gc.collect()
+        assert not [model for model in loaded if model() is not None]
+        sampler = load(*arguments)
+        loaded.append(weakref.ref(sampler.model))
+        return sampler
+
+    monkeypatch.setattr(evaluate, "load_sampler", alone)
+    run_whole("score", tmp_path, "run")
+    assert len(loaded) == 2

@@ -5,22 +5,23 @@ have been killed, or the disk full, at any moment: what is whole of it counts.
 """
 
 import json
-from contextlib import suppress
+import signal
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from tasks.files import parse_json
 from training import checkpoint
 from training.models import fingerprint
-from training.run import contents_of
+from training.run import contents_of, stop
 
 
-def partial_of(output: str) -> Path:
+def path_of(output: str) -> Path:
     return Path(f"{output}.partial")
 
 
 def left_over(path: Path) -> list[dict]:
-    """The lines that an earlier process left, as far as they are whole; none if there is no file"""
+    """What an earlier process left, as far as it is whole; nothing if there is no file."""
     rows = []
     lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
     with suppress(ValueError, TypeError):
@@ -43,12 +44,40 @@ def json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def table_of(run: Path) -> Path:
+    return run / "results.partial.jsonl"
+
+
+def open_table(run: Path) -> list[dict]:
+    """What is there of a run's final table, whose file is made ready for more.
+
+    Only of the very model in run/checkpoint: a run that went on for more steps has another.
+    """
+    owner = {"checkpoint": checkpoint.digests(run / "checkpoint")}
+    before, *rows = left_over(table_of(run)) or [None]
+    rows = rows if before == owner else []
+    begin(table_of(run), owner, rows)
+    return rows
+
+
+@contextmanager
+def interrupted(path: Path | None, way_on: str):
+    """Around an evaluation that is kept in `path`: Ctrl-C is one line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "nothing was done yet" if path else "nothing is kept without --output"
+        if path and path.exists():
+            kept = f"what is done is in {path}: {way_on}"
+        stop(f"interrupted: {kept}", 128 + signal.SIGINT)
+
+
 def open_output(config, cast, env, problems, left: list[dict]) -> list[dict]:
     """The conversations among what is `left` beside --output, whose file is made ready for more.
 
     One that was left by other flags or with other contents (training/run.py) is a ValueError.
     """
-    path, header = partial_of(config.output), asdict(config)
+    path, header = path_of(config.output), asdict(config)
     header |= contents_of(env, cast[0].model, {config.split: problems})
     header["the reflector's weights"] = fingerprint(cast[1].model)
     before, *rows = left or [header]

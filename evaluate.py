@@ -6,12 +6,11 @@ As a library it is what the training scripts look at their models with (`Exam`).
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from report.figures import COLUMNS, summarize, votes
 from report.tables import format_reflections, format_table, format_transcripts, format_votes
@@ -22,10 +21,12 @@ from training.batches import row_seeds
 from training.distributed import exchange, on_first, rank, share, world
 from training.flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
+from training.progress import about, bar, counted
 from training.run import saving
 from training.setup import load_sampler, prepare, prepare_reflector
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
+MOMENT = 1.0  # seconds that an evaluation may take without a word
 BEFORE, AFTER = "base, reflect_retry", "trained, reflect_retry"  # of the `controls`
 MODES = {"greedy": 0.0, "sampled": 1.0}
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
@@ -60,7 +61,7 @@ def evaluate(cast, env, problems, protocol, done=(), keep=None) -> tuple[dict, l
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
     samples, talks = protocol.samples, list(done)
     ways = {"": (cast, protocol.method)}
-    for new in pieces(ways, env, problems, protocol, len(talks) // samples):
+    for new in pieces(ways, env, problems, protocol, len(talks) // samples, protocol.method):
         if keep:
             keep(new[""])
         talks += new[""]
@@ -68,24 +69,27 @@ def evaluate(cast, env, problems, protocol, done=(), keep=None) -> tuple[dict, l
     return figures | (votes(talks, samples) if samples > 1 else {}), talks
 
 
-def pieces(ways: dict[str, tuple], env, problems, protocol, first: int) -> Iterator[dict]:
+def pieces(ways, env, problems, protocol, first: int, what: str) -> Iterator[dict]:
     """{way: conversations} of a piece of the problems after another, from the `first` on.
 
-    ways: {name: (cast, method)}, of which all have the same sampler attempt first. Ranks share the
-    problems of a piece, and all get all conversations.
+    ways: {name: (cast, method)}, of which all have the same sampler attempt first; what: it is, for
+    the bar. Ranks share the problems of a piece, and all get all conversations.
     """
-    samples = protocol.samples
+    samples, samplers = protocol.samples, [sampler for cast, _ in ways.values() for sampler in cast]
     longest = max(map(len, env.prompts(problems))) + env.tokens_after(protocol)
     piece = max(1, CACHE_TOKENS // longest // samples) * world()  # problems
-    starts = range(first, len(problems), piece)
-    silent = len(starts) < 2 or rank() > 0
-    for start in tqdm(starts, desc=protocol.method, leave=False, disable=silent):
-        part = share(min(piece, len(problems) - start))
-        span = range(start + part.start, start + part.stop)  # this rank's
-        seeds = row_seeds(span, "evaluate", protocol.seed, each=samples)
-        mine = problems[span.start : span.stop]
-        parts = exchange(converse(ways, env, mine, seeds, protocol) if mine else {})
-        yield {name: [talk for part in parts for talk in part.get(name, ())] for name in ways}
+    each = samples * len(ways)  # conversations a problem
+    shown = {"total": each * len(problems), "first": each * first, "leave": False}
+    with bar(what, **shown, delay=MOMENT) as progress, counted(progress, *samplers):
+        for start in range(first, len(problems), piece):
+            count = min(piece, len(problems) - start)
+            part = share(count)
+            span = range(start + part.start, start + part.stop)  # this rank's
+            seeds = row_seeds(span, "evaluate", protocol.seed, each=samples)
+            mine = problems[span.start : span.stop]
+            parts = exchange(converse(ways, env, mine, seeds, protocol) if mine else {})
+            progress.update(each * count)
+            yield {name: [talk for part in parts for talk in part.get(name, ())] for name in ways}
 
 
 @dataclass
@@ -95,9 +99,19 @@ class Exam:
     env: object
     config: object
     method: str
+    tried: int = 0  # conversations so far, but for those of the final table,
+    seconds: float = 0.0  # and how long they took
 
     def __call__(self, cast, problems, temperature: float) -> tuple[dict, list[dict]]:
-        return evaluate(cast, self.env, problems, self.protocol(temperature))
+        started = time.perf_counter()
+        found = evaluate(cast, self.env, problems, self.protocol(temperature))
+        self.seconds += time.perf_counter() - started
+        self.tried += len(problems)
+        return found
+
+    def pace(self) -> float | None:
+        """Seconds a conversation; None before the first."""
+        return self.seconds / self.tried if self.tried else None
 
     def protocol(self, temperature: float) -> Protocol:
         config = self.config
@@ -119,27 +133,36 @@ class Exam:
         return evaluate_now
 
     @contextmanager
-    def final_table(self, run: Path, problems):
+    def final_table(self, run: Path, problems, count: int):
         """A function (name, mode, ways) -> {way: conversations}, for the passes of a run's table.
 
-        Every piece is kept in the run's directory, where a run that was stopped goes on.
+        Every piece is kept in the run's directory, where a run that was stopped goes on. count: of
+        all ways of all passes.
         """
         with partial.interrupted(partial.table_of(run), "go on with --resume"):
             with saving(run):
                 there = on_first(partial.open_table, run)
+            done = sum(len(talks) for row in there for talks in row["talks"].values())
+            self.announce(count * len(problems), done)
 
             def try_all(name: str, mode: str, ways: dict[str, tuple]) -> dict[str, list]:
                 key = [name, mode, *ways]
                 rows = [row["talks"] for row in there if row["pass"] == key]
                 first = sum(len([*row.values()][0]) for row in rows)
-                rest = pieces(ways, self.env, problems, self.protocol(MODES[mode]), first)
-                for new in rest:
+                how = self.protocol(MODES[mode]), first, f"{name}, {mode}"
+                for new in pieces(ways, self.env, problems, *how):
                     with saving(run):
                         on_first(partial.add, partial.table_of(run), [{"pass": key, "talks": new}])
                     rows.append(new)
                 return {way: [talk for row in rows for talk in row[way]] for way in ways}
 
             yield try_all
+
+    def announce(self, count: int, done: int) -> None:
+        said, pace = f"now the final table: {count:,} conversations", self.pace()
+        said += f", of which {done:,} are there" if done else ""
+        said += f", {about((count - done) * pace)}" if pace else ""
+        print(said, flush=True)  # before the bars, in a log file too
 
     def before_and_after(self, run: Path, problems) -> dict:
         """Figures of the base and of the trained model, of which one is loaded at a time."""
@@ -148,7 +171,7 @@ class Exam:
             ways = {name: ((load_sampler(path, self.env, self.config),) * 3, self.method)}
             return {mode: summarize(try_all(name, mode, ways)[name]) for mode in MODES}
 
-        with self.final_table(run, problems) as try_all:
+        with self.final_table(run, problems, 2 * len(MODES)) as try_all:
             return {name: both_modes(name, path) for name, path in models_of(self.config, run)}
 
 
@@ -175,14 +198,16 @@ def with_controls(exam: Exam, run: Path, problems, full: bool) -> tuple[dict, st
     What begins with the base model's first attempts goes on from the same ones: its own figures
     are those of one of the controls.
     """
+    needed = {"greedy": [BEFORE], "sampled": [BEFORE, AFTER]}
+    needed = dict.fromkeys(MODES, [*controls(None, None)]) if full else needed
+    count = sum(len(names) + 1 for names in needed.values())  # and the trained model's own
     results = {"base": {}, "trained": {}, "controls": {}}
-    with exam.final_table(run, problems) as try_all:
+    with exam.final_table(run, problems, count) as try_all:
         paths = models_of(exam.config, run)
         base, trained = (load_sampler(path, exam.env, exam.config) for _, path in paths)
         after_base, own = controls(base, trained), ((trained, trained, trained), exam.method)
         for mode in MODES:
-            needed = [BEFORE, AFTER] if mode == "sampled" else [BEFORE]
-            ways = {name: after_base[name] for name in (after_base if full else needed)}
+            ways = {name: after_base[name] for name in needed[mode]}
             talks = try_all("base", mode, ways)
             for name in ways:
                 results["controls"].setdefault(name, {})[mode] = summarize(talks[name])
@@ -224,6 +249,25 @@ def check(config: Config) -> None:
     check_counts(config)
 
 
+def describe(config: Config, model, problems: list[dict], done: int) -> None:
+    size, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype)[6:]
+    said = f"{config.model}: {size:,} parameters, {model.device}, {dtype}; task {config.task}, "
+    said += f"{len(problems):,} problems of {config.split}, {config.method}"
+    print(said + (f"; goes on after {done:,} conversations" if done else ""), flush=True)
+
+
+def report(config: Config, figures: dict, talks: list[dict]) -> None:
+    print(format_transcripts(talks))
+    print(f"{figures['n']} {config.split} problems\n")
+    names = tuple(f"acc_t{t}" for t in range(3, config.attempts + 1))
+    if config.method not in AFTER_ANY:
+        names += ("retry_given_failure", "well_formed_retry")
+    modes = {"sampled" if config.temperature else "greedy": figures}
+    print(format_table({config.model: modes}, COLUMNS + names))
+    if config.samples > 1:
+        print(f"\nMajority votes:\n\n{format_votes(figures)}")
+
+
 def main(config: Config) -> None:
     distributed.start()
     with exit_on_bad_input():
@@ -244,17 +288,10 @@ def main(config: Config) -> None:
         if config.output and rank() == 0:
             partial.add(partial.path_of(config.output), new)
 
+    describe(config, sampler.model, problems, len(done))
     protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
     figures, talks = evaluate(cast, env, problems, protocol, done, keep)
-    print(format_transcripts(talks))
-    print(f"{figures['n']} {config.split} problems\n")
-    names = tuple(f"acc_t{t}" for t in range(3, config.attempts + 1))
-    if config.method not in AFTER_ANY:
-        names += ("retry_given_failure", "well_formed_retry")
-    modes = {"sampled" if config.temperature else "greedy": figures}
-    print(format_table({config.model: modes}, COLUMNS + names))
-    if config.samples > 1:
-        print(f"\nMajority votes:\n\n{format_votes(figures)}")
+    report(config, figures, talks)
     if config.output and rank() == 0:
         text = json.dumps(figures | {"conversations": talks}, indent=1)
         checkpoint.write_text(Path(config.output), text + "\n")

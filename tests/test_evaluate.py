@@ -22,7 +22,7 @@ from report import figures
 from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
-from training import checkpoint, methods, partial, setup
+from training import checkpoint, methods, partial, progress, setup
 
 
 def slow_edit_distance(a, b):
@@ -553,3 +553,74 @@ def test_one_model_at_a_time_is_loaded_for_the_final_table(tmp_path, monkeypatch
     monkeypatch.setattr(evaluate, "load_sampler", alone)
     run_whole("score", tmp_path, "run")
     assert len(loaded) == 2
+
+
+def test_passes_of_the_final_table_say_their_names_and_tokens_in_lines_of_a_log(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "MOMENT", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    run_whole("score", tmp_path, "run")
+    out, err = capsys.readouterr()
+    lines = [line for line in err.split("\n") if ", sampled: " in line or ", greedy: " in line]
+    names = [line.split(": ")[0] for line in lines]
+    assert [*dict.fromkeys(names)] == [
+        f"{m}, {t}" for m in ("base", "trained") for t in evaluate.MODES
+    ]
+    assert not [line for line in lines if "\r" in line]
+    assert any(
+        line.startswith("trained, sampled: 2 of 4, ") and " tokens" in line for line in lines
+    )
+    assert "now the final table: 16 conversations\n" in out  # nothing to tell the pace by
+
+
+def test_a_short_evaluation_says_nothing_and_its_first_tokens_wait_for_the_delay(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(progress, "EVERY", 0.0)  # seconds between lines
+    sampler = Sampler(tiny.build_model(), tiny.build_tokenizer())
+    try_out(sampler, [PROBLEM] * 2)
+    assert capsys.readouterr().err == "" and sampler.on_tokens is None
+    monkeypatch.setattr(evaluate, "MOMENT", 0.0)
+    try_out(sampler, [PROBLEM] * 2)
+    assert "self_correct: 2 of 2, " in capsys.readouterr().err
+
+
+def test_other_ranks_count_no_tokens(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "rank", lambda: 1)
+    monkeypatch.setattr(evaluate, "MOMENT", 0.0)
+    f, _ = try_out(Sampler(tiny.build_model(), tiny.build_tokenizer()), [PROBLEM])
+    assert f["n"] == 1 and capsys.readouterr().err == ""
+
+
+def test_the_final_table_is_announced_with_what_is_there_and_the_pace_so_far(tokenizer, capsys):
+    exam = evaluate.Exam(Env(TASKS["tiny"], tokenizer), rrr.Config(), "reflect_retry")
+    exam.announce(6000, 0)
+    assert exam.pace() is None
+    exam(ScriptedSampler(tokenizer, [RIGHT] * 3), [PROBLEM] * 3, 1.0)
+    assert exam.tried == 3 and exam.pace() == exam.seconds / 3 > 0
+    exam.seconds = 0.06
+    exam.announce(6000, 0)
+    exam.announce(6000, 1500)
+    assert capsys.readouterr().out.splitlines() == [
+        "now the final table: 6,000 conversations",
+        "now the final table: 6,000 conversations, about 2 minutes",
+        "now the final table: 6,000 conversations, of which 1,500 are there, about 90 seconds",
+    ]
+    spoken = {
+        0.1: "2 seconds",
+        119: "119 seconds",
+        7100: "118 minutes",
+        9e4: "25 hours",
+        9e5: "10 days",
+    }
+    assert {s: progress.about(s) for s in spoken} == {s: f"about {t}" for s, t in spoken.items()}
+
+
+def test_an_evaluation_says_first_what_it_is_and_what_is_there(tmp_path, monkeypatch, capsys):
+    config, _ = stopped_evaluation(tmp_path, monkeypatch)
+    said = "models/tiny: 344,064 parameters, cpu, float32; task tiny, 3 problems of validation, "
+    assert capsys.readouterr().out == f"{said}self_correct\n"
+    evaluate.main(config)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"{said}self_correct; goes on after 2 conversations"

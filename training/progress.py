@@ -31,9 +31,14 @@ class _Lines:
         self.file.flush()
 
 
-def bar(what: str, total: int, first: int = 0, leave: bool = True):
-    """A tqdm bar of the first rank, to be closed or used with `with`; in a log file its lines."""
+def bar(what: str, total: int, first: int = 0, leave: bool = True, delay: float = 0.0):
+    """A tqdm bar of the first rank, to be closed or used with `with`; in a log file its lines.
+
+    delay: seconds in which it says nothing: what ends before that (in a log file: before the first
+    line is due) never says anything.
+    """
     options = {"desc": what, "total": total, "initial": first, "disable": rank() > 0}
+    options["delay"] = delay
     if sys.stderr.isatty():
         return tqdm(**options, leave=leave, dynamic_ncols=True)
     slowly = {"mininterval": EVERY, "maxinterval": EVERY, "miniters": 1, "bar_format": LINE}
@@ -52,10 +57,14 @@ def counted(bar, *samplers):
         nonlocal count
         count += sum(map(len, ids))
         bar.set_postfix_str(f"{count:,} tokens", refresh=False)
-        if bar._time() - bar.last_print_t >= bar.mininterval:
+        now = bar._time()
+        if now >= bar.start_t + bar.delay and now - bar.last_print_t >= bar.mininterval:
             bar.refresh()
-            bar.last_print_t = bar._time()
+            bar.last_print_t = now
 
+    if bar.disable:  # it has no clock then
+        yield
+        return
     for sampler in samplers:
         sampler.on_tokens = grow
     try:
@@ -63,3 +72,10 @@ def counted(bar, *samplers):
     finally:
         for sampler in samplers:
             sampler.on_tokens = None
+
+
+def about(seconds: float) -> str:
+    """A time as a person would say it: about 40 seconds, about 2 minutes, about 30 hours."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    name, size = next((unit for unit in units if seconds >= 2 * unit[1]), units[-1])
+    return f"about {max(2, round(seconds / size))} {name}s"

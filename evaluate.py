@@ -18,7 +18,7 @@ from sampling.turns import today
 from tasks.sources import SPLITS
 from training import checkpoint, distributed, partial
 from training.batches import row_seeds
-from training.distributed import exchange, on_first, rank, share, world
+from training.distributed import exchange, on_first, share, world
 from training.flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
 from training.progress import about, bar, counted
@@ -241,12 +241,9 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--samples {config.samples} would all be the same: give a --temperature above 0"
         )
-    path = Path(config.output or "")
-    if config.output and (path.exists() or not path.parent.is_dir()):
-        raise ValueError(
-            f"--output {config.output}: it exists, or its directory does not; name a new file"
-        )
     check_counts(config)
+    if config.output:
+        on_first(partial.check_output, config.output)
 
 
 def describe(config: Config, model, problems: list[dict], done: int) -> None:
@@ -254,6 +251,33 @@ def describe(config: Config, model, problems: list[dict], done: int) -> None:
     said = f"{config.model}: {size:,} parameters, {model.device}, {dtype}; task {config.task}, "
     said += f"{len(problems):,} problems of {config.split}, {config.method}"
     print(said + (f"; goes on after {done:,} conversations" if done else ""), flush=True)
+
+
+def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict]]:
+    """(figures, conversations) by the flags; they are kept in `path`, and those there gone on from.
+
+    Bad input ends it.
+    """
+    with exit_on_bad_input():
+        check(config)
+        left = on_first(partial.left_over, path) if path else []
+        day = left[0].get("day") if left else None
+        day = day or on_first(today)  # of the first rank, around midnight too
+        env, sampler, splits = prepare(config, {config.split: config.limit}, day)
+        reflector, problems = prepare_reflector(config, env, sampler, splits[config.split])
+        cast, done = (sampler, reflector, sampler), []
+        if path:
+            with partial.keeping(config.output):
+                done = on_first(partial.open_output, config, cast, env, problems, left)
+
+    def keep(new: list[dict]) -> None:
+        if path:
+            with partial.keeping(config.output):
+                on_first(partial.add, path, new)
+
+    describe(config, sampler.model, problems, len(done))
+    protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
+    return evaluate(cast, env, problems, protocol, done, keep)
 
 
 def report(config: Config, figures: dict, talks: list[dict]) -> None:
@@ -270,32 +294,14 @@ def report(config: Config, figures: dict, talks: list[dict]) -> None:
 
 def main(config: Config) -> None:
     distributed.start()
-    with exit_on_bad_input():
-        check(config)
-        left = on_first(partial.left_over, partial.path_of(config.output)) if config.output else []
-        day = left[0].get("day") if left else None
-        day = day or on_first(today)  # of the first rank, around midnight too
-        env, sampler, splits = prepare(config, {config.split: config.limit}, day)
-        reflector, problems = prepare_reflector(config, env, sampler, splits[config.split])
-        cast = (sampler, reflector, sampler)
-        done = (
-            on_first(partial.open_output, config, cast, env, problems, left)
-            if config.output
-            else []
-        )
-
-    def keep(new: list[dict]) -> None:
-        if config.output and rank() == 0:
-            partial.add(partial.path_of(config.output), new)
-
-    describe(config, sampler.model, problems, len(done))
-    protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
-    figures, talks = evaluate(cast, env, problems, protocol, done, keep)
-    report(config, figures, talks)
-    if config.output and rank() == 0:
-        text = json.dumps(figures | {"conversations": talks}, indent=1)
-        checkpoint.write_text(Path(config.output), text + "\n")
-        partial.path_of(config.output).unlink()
+    path = partial.path_of(config.output) if config.output else None
+    with partial.interrupted(path, "the same call goes on from there"):
+        figures, talks = evaluate_by(config, path)
+        report(config, figures, talks)
+        if path:
+            with partial.keeping(config.output):
+                whole = figures | {"conversations": talks}
+                on_first(partial.finish_output, config.output, whole)
     distributed.finish()
 
 

@@ -1,12 +1,16 @@
 """Every method of evaluation, with a sampler of prepared texts; votes, resuming, the probe."""
 
 import dataclasses
+import errno
 import gc
 import json
+import os
 import random
+import sys
 import weakref
 from contextlib import nullcontext
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -231,7 +235,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
         return converse(*arguments)
 
     monkeypatch.setattr(evaluate, "converse", stop_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         evaluate.main(parts)
     with open(parts.output + ".partial", "a") as file:
         file.write('{"cut off')
@@ -262,7 +266,7 @@ def stopped_evaluation(tmp_path, monkeypatch, **flags):
     """(config of one that was stopped after two of three problems, its .partial file)."""
     config = evaluate.Config(limit=3, output=str(tmp_path / "e.json"), **flags)
     stop_at(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         evaluate.main(config)
     return config, tmp_path / "e.json.partial"
 
@@ -331,7 +335,7 @@ def test_what_was_left_is_there_at_every_moment_of_going_on(tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "sync", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         evaluate.main(config)
     assert path.read_text() == left
 
@@ -624,3 +628,86 @@ def test_an_evaluation_says_first_what_it_is_and_what_is_there(tmp_path, monkeyp
     evaluate.main(config)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == f"{said}self_correct; goes on after 2 conversations"
+
+
+def test_ctrl_c_is_one_line_that_says_what_is_kept_and_exit_code_130(tmp_path, monkeypatch, capsys):
+    path, ends = tmp_path / "e.json.partial", []
+    for output, number in ((path.with_suffix(""), 3), (path.with_suffix(""), 1), (None, 2)):
+        config = evaluate.Config(limit=3, output=output and str(output))
+        with monkeypatch.context() as patch:
+            stop_at(patch, number)
+            with pytest.raises(SystemExit) as ended:
+                evaluate.main(config)
+        ends.append((ended.value.code, capsys.readouterr().err))
+    kept = f"what is done is in {path}: the same call goes on from there"
+    said = [kept, kept, "nothing is kept without --output"]
+    name = Path(sys.argv[0]).name
+    assert ends == [(130, f"{name}: interrupted: {text}\n") for text in said]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(evaluate, "prepare", ctrl_c)
+        evaluate.main(evaluate.Config(output=str(tmp_path / "f.json")))
+    assert "interrupted: nothing was done yet\n" in capsys.readouterr().err
+
+
+def ctrl_c(*arguments):
+    raise KeyboardInterrupt
+
+
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where, kept", [("begin", 0), ("json_lines", 2), ("finish_output", 3)])
+def test_a_full_disk_is_one_line_that_says_what_is_kept_and_the_same_call_goes_on(
+    where, kept, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "CACHE_TOKENS", 1)  # a piece for every problem
+    evaluate.main(evaluate.Config(limit=3, output=str(tmp_path / "whole.json")))
+    config, written = evaluate.Config(limit=3, output=str(tmp_path / "e.json")), []
+    real = getattr(partial, where)
+
+    def fails_once_in_the_third_piece(rows):
+        written.append(rows)
+        return real(rows) if len(written) < 4 else full_disk()
+
+    harm = fails_once_in_the_third_piece if where == "json_lines" else full_disk
+    capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(partial, where, harm)
+        evaluate.main(config)
+    said, path = capsys.readouterr().err, f"{config.output}.partial"
+    assert ended.value.code == 1 and said.count("\n") == 1
+    assert f"--output {config.output} can't be written (No space left on device): " in said
+    assert f"{kept} conversations are kept in {path}, the same call goes on from there" in said
+    made = count_pieces(monkeypatch)
+    evaluate.main(config)
+    assert len(made) == 3 - kept
+    files = [(tmp_path / name).read_bytes() for name in ("e.json", "whole.json")]
+    assert files[0] == files[1] and not os.path.exists(path)
+
+
+def test_an_output_that_can_not_be_written_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "prepare", None)
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "taken.json.partial").mkdir()
+    names = ["none/e.json", "file/e.json", "x" * 255, "taken.json"]
+    for output in [str(tmp_path / name) for name in names] + ["/proc/e.json"]:
+        said = helpers.refusal(evaluate, capsys, "--output", output)
+        assert said.count("\n") == 1 and f"error: --output {output} can't be written: " in said
+    assert f"--output {file}: it exists" in helpers.refusal(evaluate, capsys, "--output", file)
+    left = file.with_name("left.json.partial")
+    left.write_text("left")
+    partial.check_output(str(tmp_path / "left.json")), partial.check_output(str(tmp_path / "new"))
+    assert left.read_text() == "left" and not (tmp_path / "new.partial").exists()
+
+
+def test_a_header_without_conversations_keeps_no_other_evaluation_from_its_file(
+    tmp_path, monkeypatch
+):
+    config, path = stopped_evaluation(tmp_path, monkeypatch)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    evaluate.main(dataclasses.replace(config, limit=2))
+    assert json.loads((tmp_path / "e.json").read_text())["n"] == 2

@@ -72,6 +72,38 @@ def interrupted(path: Path | None, way_on: str):
         stop(f"interrupted: {kept}", 128 + signal.SIGINT)
 
 
+def check_output(output: str) -> None:
+    """ValueError if an evaluation's files can't be written: said before its hours, not after."""
+    path = path_of(output)
+    try:
+        if Path(output).exists():
+            raise ValueError(f"--output {output}: it exists; name a new file")
+        there = path.exists()
+        open(path, "a").close()  # nothing else tells: root may write where its disk is read-only
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"--output {output} can't be written: {error.strerror}") from None
+
+
+@contextmanager
+def keeping(output: str):
+    """Around what writes an evaluation's files: a failure is one line that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        path, why = path_of(output), error.strerror or error
+        kept = f"{len(left_over(path)[1:]):,} conversations are kept in {path}"
+        stop(
+            f"--output {output} can't be written ({why}): {kept}, the same call goes on from there"
+        )
+
+
+def finish_output(output: str, contents: dict) -> None:
+    checkpoint.write_text(Path(output), json.dumps(contents, indent=1) + "\n")
+    path_of(output).unlink()
+
+
 def open_output(config, cast, env, problems, left: list[dict]) -> list[dict]:
     """The conversations among what is `left` beside --output, whose file is made ready for more.
 
@@ -82,7 +114,7 @@ def open_output(config, cast, env, problems, left: list[dict]) -> list[dict]:
     header["the reflector's weights"] = fingerprint(cast[1].model)
     before, *rows = left or [header]
     changed = [key.removeprefix("the ") for key in header if before.get(key) != header[key]]
-    if changed:
+    if rows and changed:  # of a header alone nothing is lost
         raise ValueError(
             f"{path} was left by an evaluation with another {', '.join(changed)}: "
             "delete or finish it"

@@ -27,7 +27,7 @@ from loss import spread
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from training import distributed
-from training.announce import announce
+from training.announce import announce, announce_time
 from training.batches import pick, pick_things, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, on_first
@@ -226,6 +226,7 @@ def main(config: Config) -> None:
             pick_things(kept, config.seed, step, config.rows), sampler, figures, config
         )
 
+    announce_time(config, exam.pace(), len(validation))
     watch = exam.watcher(sampler, validation)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
     results = exam.before_and_after(run, validation)

@@ -1,43 +1,34 @@
 """Evaluation of several attempts: `python evaluate.py --model DIR --task NAME --method METHOD`.
 
-The model answers, then answers again; --method says what comes between. All figures are the
-verifier's verdicts, never a shaped reward; report/figures.py says what each one is. As a library it
-is what the training scripts look at their models with (`Exam`).
+The model answers, then answers again; --method says what comes between (training/methods.py). All
+figures are the verifier's verdicts, never a shaped reward; report/figures.py says what each one is.
+As a library it is what the training scripts look at their models with (`Exam`).
 """
 
 import json
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from tqdm import tqdm
-
-from report.figures import COLUMNS, summarize, values_of, votes
+from report.figures import COLUMNS, summarize, votes
 from report.tables import format_reflections, format_table, format_transcripts, format_votes
-from sampling.turns import encode, today
-from tasks.files import parse_json
+from sampling.turns import today
 from tasks.sources import SPLITS
-from training import checkpoint, distributed
+from training import checkpoint, distributed, partial
+from training.announce import machine, parameters
 from training.batches import row_seeds
-from training.distributed import exchange, on_first, rank, share, world
+from training.distributed import exchange, on_first, share, world
 from training.flags import TaskConfig, exit_on_bad_input, flag, parse_args
-from training.models import fingerprint
-from training.run import contents_of
+from training.methods import AFTER_ANY, METHODS, Protocol, converse
+from training.progress import about, bar, counted
+from training.run import saving, stop, time_is_up
 from training.setup import load_sampler, prepare, prepare_reflector
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
-METHODS = {
-    "self_correct": "asked to correct itself after any answer, right or wrong (SCoRe)",
-    "self_refine": "after any answer, criticises it, then rewrites it",
-    "reflect_retry": "after a wrong answer, reflects and tries again (RRR)",
-    "blind_retry": "after a wrong answer, is told to try again, with no reflection",
-    "generic_reflection": "the same, after a fixed reflection in its own name that knows nothing "
-    "of the problem",
-    "fresh_attempt": "after a wrong answer, a new first attempt from an empty context",
-}
-AFTER_ANY = ("self_correct", "self_refine")  # the others go on after a wrong answer only
+MOMENT = 1.0  # seconds that an evaluation may take without a word
+BEFORE, AFTER = "base, reflect_retry", "trained, reflect_retry"  # of the `controls`
 MODES = {"greedy": 0.0, "sampled": 1.0}
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 HELP = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
@@ -61,136 +52,74 @@ class Config(TaskConfig):
         "where it was",
     )
 
-
-class Protocol(NamedTuple):
-    """How a model is tried: one of METHODS, the limits, and how many conversations a problem."""
-
-    method: str
-    temperature: float
-    max_new_tokens: int
-    max_reflection_tokens: int
-    attempts: int = 2
-    samples: int = 1
-    seed: int = 0
-
-    @property
-    def limits(self) -> dict:
-        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+    own_flags = "evaluation"  # their heading in --help
 
 
 def evaluate(cast, env, problems, protocol, done=(), keep=None) -> tuple[dict, list[dict]]:
     """(figures, conversations) of some attempts at every problem.
 
     cast: one sampler, or the three that attempt, reflect and retry. done: conversations that are
-    there already. keep: called with every piece of new ones. Ranks share the problems of a piece,
-    and all get all conversations.
+    there already. keep: called with every piece of new ones.
     """
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
     samples, talks = protocol.samples, list(done)
-    longest = max(map(len, env.prompts(problems))) + env.tokens_after(protocol)
-    piece = max(1, CACHE_TOKENS // longest // samples) * world()  # problems
-    starts = range(len(talks) // samples, len(problems), piece)
-    silent = len(starts) < 2 or rank() > 0
-    for start in tqdm(starts, desc=protocol.method, leave=False, disable=silent):
-        part = share(min(piece, len(problems) - start))
-        span = range(start + part.start, start + part.stop)  # this rank's
-        seeds = row_seeds(span, "evaluate", protocol.seed, each=samples)
-        some = problems[span.start : span.stop]
-        talked = converse(cast, env, some, seeds, protocol) if some else []
-        new = [talk for talks in exchange(talked) for talk in talks]
+    ways = {"": (cast, protocol.method)}
+    for new in pieces(ways, env, problems, protocol, len(talks) // samples, protocol.method):
         if keep:
-            keep(new)
-        talks += new
+            keep(new[""])
+        talks += new[""]
     figures = summarize(talks, samples)
     return figures | (votes(talks, samples) if samples > 1 else {}), talks
 
 
-def converse(cast, env, problems, seeds, protocol) -> list[dict]:
-    """The conversations of `samples` rows a problem, as report/figures.py wants them."""
-    samples = protocol.samples
-    rollout = env.first_attempts(cast[0], problems, samples, seeds, **protocol.limits)
-    asked = [problem for problem in problems for _ in range(samples)]
-    attempts = [[answer] for answer in attempts_of(env, rollout, problems)]
-    said = [[] for _ in asked]
-    rows = list(range(len(asked)))  # which conversation a row of the rollout belongs to
-    for _ in range(protocol.attempts - 1):
-        right = [attempts[row][-1]["right"] for row in rows]
-        chosen = [i for i in range(len(rows)) if protocol.method in AFTER_ANY or not right[i]]
-        if not chosen:
-            break
-        rollout, between = next_attempts(cast, env, rollout, chosen, protocol)
-        rows = [rows[i] for i in chosen]  # those that have ended leave
-        for i, answer in enumerate(attempts_of(env, rollout, problems)):
-            attempts[rows[i]].append(answer)
-            said[rows[i]] += [between[i]] if between else []
-    return [
-        {
-            "problem": problem,
-            "attempts": [{key: y[key] for key in ("text", "answer", "right")} for y in ys],
-            "said": [env.tokenizer.decode(ids) for ids in words],
-            "values": values_of(ys, words, protocol.attempts),
-        }
-        for problem, ys, words in zip(asked, attempts, said, strict=True)
-    ]
+def pieces(ways, env, problems, protocol, first: int, what: str) -> Iterator[dict]:
+    """{way: conversations} of a piece of the problems after another, from the `first` on.
+
+    ways: {name: (cast, method)}, of which all have the same sampler attempt first; what: it is, for
+    the bar. Ranks share the problems of a piece, and all get all conversations.
+    """
+    samples, samplers = protocol.samples, [sampler for cast, _ in ways.values() for sampler in cast]
+    longest = max(map(len, env.prompts(problems))) + env.tokens_after(protocol)
+    piece = max(1, CACHE_TOKENS // longest // samples) * world()  # problems
+    each = samples * len(ways)  # conversations a problem
+    shown = {"total": each * len(problems), "first": each * first, "leave": False}
+    with bar(what, **shown, delay=MOMENT) as progress, counted(progress, *samplers):
+        for start in range(first, len(problems), piece):
+            count = min(piece, len(problems) - start)
+            part = share(count)
+            span = range(start + part.start, start + part.stop)  # this rank's
+            seeds = row_seeds(span, "evaluate", protocol.seed, each=samples)
+            mine = problems[span.start : span.stop]
+            parts = exchange(converse(ways, env, mine, seeds, protocol) if mine else {})
+            progress.update(each * count)
+            yield {name: [talk for part in parts for talk in part.get(name, ())] for name in ways}
 
 
-def next_attempts(cast, env, before, rows, protocol):
-    """(rollout whose last turn is the next attempt at `rows`, what was said between or None)."""
-    (_, reflector, retrier), method, limits = cast, protocol.method, protocol.limits
-
-    def answer(sampler, rollout, message, rows, words=(), **changed):
-        more = [[*seam, *words] for seam in env.follow_up(rollout, message, rows)]
-        seeds = rollout.seeds[rows]  # for a sampler that has to encode what another one said
-        return sampler.extend(rollout, more, rows=rows, seeds=seeds, **(limits | changed))
-
-    if method in ("self_correct", "blind_retry"):
-        message = "correct" if method == "self_correct" else "retry"
-        return answer(retrier, before, message, rows), None
-    if method == "fresh_attempt":
-        seeds = [row_seeds(1, "fresh", seed)[0] for seed in before.seeds[rows].tolist()]
-        told = (before.turn == 0) & ~before.action_mask
-        prompts = [before.ids[row][told[row]].tolist() for row in rows]
-        again = retrier.generate(prompts, seeds=seeds, **limits)
-        again.prompt_index = before.prompt_index[rows]
-        return again, None
-    if method == "generic_reflection":
-        words = encode(env.tokenizer, env.task.generic_reflection) + env.seam("retry")
-        # encoded anew, though its cache is there, since the published figures were made so: a
-        # row's draws are those of its own seed, not of a child's
-        afresh = replace(before, cache=None)
-        return answer(retrier, afresh, "reflect", rows, words), None
-    ask, then = ("critique", "rewrite") if method == "self_refine" else ("reflect", "retry")
-    longest = {"max_new_tokens": protocol.max_reflection_tokens}
-    said = answer(reflector, before, ask, rows, **longest)
-    retried = answer(retrier, said, then, list(range(len(rows))))
-    return retried, said.completion_ids(said.stopped.shape[1] - 1)
-
-
-def attempts_of(env, rollout, problems: list[dict]) -> list[dict]:
-    """What is to be known of each row's answer in the last turn."""
-    turn = rollout.stopped.shape[1] - 1
-    right, texts, answers = env.verdicts(rollout, turn, problems)
-    ids, stopped = rollout.completion_ids(turn), rollout.stopped[:, turn].tolist()
-    names = ("text", "right", "ids", "stopped", "answer")
-    columns = (texts, right.tolist(), ids, stopped, answers)
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-class Exam(NamedTuple):
+@dataclass
+class Exam:
     """How a training script looks at its models: `evaluate` by the limits of its flags."""
 
     env: object
     config: object
     method: str
+    tried: int = 0  # conversations so far, but for those of the final table,
+    seconds: float = 0.0  # and how long they took
 
     def __call__(self, cast, problems, temperature: float) -> tuple[dict, list[dict]]:
+        started = time.perf_counter()
+        found = evaluate(cast, self.env, problems, self.protocol(temperature))
+        self.seconds += time.perf_counter() - started
+        self.tried += len(problems)
+        return found
+
+    def pace(self) -> float | None:
+        """Seconds a conversation; None before the first."""
+        return self.seconds / self.tried if self.tried else None
+
+    def protocol(self, temperature: float) -> Protocol:
         config = self.config
         limits = (config.max_new_tokens, config.max_reflection_tokens, config.attempts)
-        return evaluate(cast, self.env, problems, Protocol(self.method, temperature, *limits))
-
-    def both_modes(self, cast, problems) -> dict:
-        """Figures under `greedy` and `sampled` (T = 1)."""
-        return {mode: self(cast, problems, T)[0] for mode, T in MODES.items()}
+        return Protocol(self.method, temperature, *limits)
 
     def watcher(self, sampler, problems, keys=WATCHED):
         """For the training loop: step -> (figures, a few conversations as text).
@@ -206,11 +135,57 @@ class Exam(NamedTuple):
 
         return evaluate_now
 
+    @contextmanager
+    def final_table(self, run: Path, problems, count: int):
+        """A function (name, mode, ways) -> {way: conversations}, for the passes of a run's table.
+
+        Every piece is kept in the run's directory, where a run that was stopped goes on. count: of
+        all ways of all passes.
+        """
+        with partial.interrupted(partial.table_of(run), "go on with --resume"):
+            with saving(run):
+                there = on_first(partial.open_table, run)
+            done = sum(len(talks) for row in there for talks in row["talks"].values())
+            self.announce(count * len(problems), done)
+
+            def try_all(name: str, mode: str, ways: dict[str, tuple]) -> dict[str, list]:
+                key = [name, mode, *ways]
+                rows = [row["talks"] for row in there if row["pass"] == key]
+                first = sum(len([*row.values()][0]) for row in rows)
+                how = self.protocol(MODES[mode]), first, f"{name}, {mode}"
+                for new in pieces(ways, self.env, problems, *how):
+                    with saving(run):
+                        on_first(partial.add, partial.table_of(run), [{"pass": key, "talks": new}])
+                    rows.append(new)
+                    if time_is_up(self.config):
+                        stop(
+                            "the time is up, and all steps are done: the final table goes on "
+                            "with --resume",
+                            code=0,
+                        )
+                return {way: [talk for row in rows for talk in row[way]] for way in ways}
+
+            yield try_all
+
+    def announce(self, count: int, done: int) -> None:
+        said, pace = f"now the final table: {count:,} conversations", self.pace()
+        said += f", of which {done:,} are there" if done else ""
+        said += f", {about((count - done) * pace)}" if pace else ""
+        print(said)
+
     def before_and_after(self, run: Path, problems) -> dict:
         """Figures of the base and of the trained model, of which one is loaded at a time."""
-        paths = {"base": self.config.model, "trained": str(run / "checkpoint")}
-        load = partial(load_sampler, env=self.env, config=self.config)
-        return {name: self.both_modes(load(path), problems) for name, path in paths.items()}
+
+        def both_modes(name: str, path: str) -> dict:
+            ways = {name: ((load_sampler(path, self.env, self.config),) * 3, self.method)}
+            return {mode: summarize(try_all(name, mode, ways)[name]) for mode in MODES}
+
+        with self.final_table(run, problems, 2 * len(MODES)) as try_all:
+            return {name: both_modes(name, path) for name, path in models_of(self.config, run)}
+
+
+def models_of(config, run: Path) -> list[tuple[str, str]]:
+    return [("base", config.model), ("trained", str(run / "checkpoint"))]
 
 
 def controls(base, trained) -> dict[str, tuple]:
@@ -226,79 +201,44 @@ def controls(base, trained) -> dict[str, tuple]:
     return named
 
 
-def compare_after_failure(exam: Exam, base, trained, problems) -> dict:
-    """Figures of the `controls`."""
-    named = controls(base, trained).items()
-    return {
-        name: exam._replace(method=method).both_modes(cast, problems)
-        for name, (cast, method) in named
-    }
+def with_controls(exam: Exam, run: Path, problems, full: bool) -> tuple[dict, str]:
+    """(figures of both models and, if `full`, of the `controls`; reflections before and after).
 
-
-def side_by_side(exam: Exam, base, trained, problems) -> str:
-    """Reflections on the same failures before and after training, at T = 1."""
-    before = exam((base, base, base), problems, 1.0)[1]
-    return format_reflections(before, exam((base, trained, trained), problems, 1.0)[1])
+    What begins with the base model's first attempts goes on from the same ones: its own figures
+    are those of one of the controls.
+    """
+    needed = {"greedy": [BEFORE], "sampled": [BEFORE, AFTER]}
+    needed = dict.fromkeys(MODES, [*controls(None, None)]) if full else needed
+    count = sum(len(names) + 1 for names in needed.values())  # and the trained model's own
+    results = {"base": {}, "trained": {}, "controls": {}}
+    with exam.final_table(run, problems, count) as try_all:
+        paths = models_of(exam.config, run)
+        base, trained = (load_sampler(path, exam.env, exam.config) for _, path in paths)
+        after_base, own = controls(base, trained), ((trained, trained, trained), exam.method)
+        for mode in MODES:
+            ways = {name: after_base[name] for name in needed[mode]}
+            talks = try_all("base", mode, ways)
+            for name in ways:
+                results["controls"].setdefault(name, {})[mode] = summarize(talks[name])
+            results["base"][mode] = results["controls"][BEFORE][mode]
+            results["trained"][mode] = summarize(try_all("trained", mode, {"": own})[""])
+    if not full:
+        del results["controls"]
+    return results, format_reflections(talks[BEFORE], talks[AFTER])
 
 
 def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
     """A run's end: its tables, and results.json, which says that the run is complete."""
     text = json.dumps(results, indent=2) + "\n"
-    on_first(checkpoint.write_text, run / "results.json", text)
+    with saving(run):
+        on_first(checkpoint.write_text, run / "results.json", text)
+        on_first(partial.table_of(run).unlink, True)  # there may be none
     models = {name: modes for name, modes in results.items() if name != "controls"}
     print(f"\n{count} validation problems:\n\n{format_table(models, columns)}")
     if "controls" in results:
         columns = ("retry_given_failure", "well_formed_retry")
         print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], columns)}")
     print(f"\nrun: {run}")
-
-
-def left_over(config: Config) -> tuple[str, list[dict]]:
-    """(day of its prompts, header and conversations) that an earlier call left beside --output.
-
-    As far as they are whole: it may have been killed, or the disk full, at any moment.
-    """
-    path, rows = partial_of(config), []
-    found = config.output and path.is_file()
-    lines = path.read_text(errors="replace").split("\n") if found else []
-    with suppress(ValueError, TypeError):
-        for line in lines[:-1]:
-            rows.append(dict(parse_json(line, str(path))))
-    return (rows[0].get("day") if rows else None) or today(), rows
-
-
-def open_output(config: Config, cast, env, problems, left: list[dict]) -> list[dict]:
-    """The conversations among what is `left`, whose file is made ready for more.
-
-    One that was left by other flags or with other contents (training/run.py) is a ValueError.
-    """
-    path, header = partial_of(config), asdict(config)
-    header |= contents_of(env, cast[0].model, {config.split: problems})
-    header["the reflector's weights"] = fingerprint(cast[1].model)
-    before, *rows = left or [header]
-    changed = [key.removeprefix("the ") for key in header if before.get(key) != header[key]]
-    if changed:
-        raise ValueError(
-            f"{path} was left by an evaluation with another {', '.join(changed)}: "
-            "delete or finish it"
-        )
-    done = rows[: len(rows) - len(rows) % config.samples]
-    checkpoint.write_text(path, json_lines([header | {"day": env.day}, *done]))
-    return done
-
-
-def keep(config: Config, talks: list[dict]) -> None:
-    if config.output and rank() == 0:
-        with open(partial_of(config), "a") as file:
-            file.write(json_lines(talks))
-
-
-def partial_of(config: Config) -> Path:
-    return Path(f"{config.output}.partial")
-
-
-def json_lines(rows: list[dict]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def check(config: Config) -> None:
@@ -310,24 +250,44 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--samples {config.samples} would all be the same: give a --temperature above 0"
         )
-    path = Path(config.output or "")
-    if config.output and (path.exists() or not path.parent.is_dir()):
-        raise ValueError(
-            f"--output {config.output}: it exists, or its directory does not; name a new file"
-        )
+    if config.output:
+        on_first(partial.check_output, config.output)
 
 
-def main(config: Config) -> None:
-    distributed.start()
+def describe(config: Config, model, problems: list[dict], done: int) -> None:
+    said = f"{config.model}: {parameters(model):,} parameters, {machine(model)}; {config.task}, "
+    said += f"{len(problems):,} {config.split} problems, {config.method}"
+    print(said + (f"; goes on after {done:,} conversations" if done else ""))
+
+
+def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict]]:
+    """(figures, conversations) by the flags; they are kept in `path`, and those there gone on from.
+
+    Bad input ends it.
+    """
     with exit_on_bad_input():
         check(config)
-        day, left = on_first(left_over, config)
+        left = on_first(partial.left_over, path) if path else []
+        day = left[0].get("day") if left else None
+        day = day or on_first(today)  # of the first rank, around midnight too
         env, sampler, splits = prepare(config, {config.split: config.limit}, day)
         reflector, problems = prepare_reflector(config, env, sampler, splits[config.split])
-        cast = (sampler, reflector, sampler)
-        done = on_first(open_output, config, cast, env, problems, left) if config.output else []
+        cast, done = (sampler, reflector, sampler), []
+        if path:
+            with partial.keeping(config.output):
+                done = on_first(partial.open_output, config, cast, env, problems, left)
+
+    def keep(new: list[dict]) -> None:
+        if path:
+            with partial.keeping(config.output):
+                on_first(partial.add, path, new)
+
+    describe(config, sampler.model, problems, len(done))
     protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
-    figures, talks = evaluate(cast, env, problems, protocol, done, partial(keep, config))
+    return evaluate(cast, env, problems, protocol, done, keep)
+
+
+def report(config: Config, figures: dict, talks: list[dict]) -> None:
     print(format_transcripts(talks))
     print(f"{figures['n']} {config.split} problems\n")
     names = tuple(f"acc_t{t}" for t in range(3, config.attempts + 1))
@@ -337,10 +297,18 @@ def main(config: Config) -> None:
     print(format_table({config.model: modes}, COLUMNS + names))
     if config.samples > 1:
         print(f"\nMajority votes:\n\n{format_votes(figures)}")
-    if config.output and rank() == 0:
-        text = json.dumps(figures | {"conversations": talks}, indent=1)
-        checkpoint.write_text(Path(config.output), text + "\n")
-        partial_of(config).unlink()
+
+
+def main(config: Config) -> None:
+    distributed.start()
+    path = partial.path_of(config.output) if config.output else None
+    with partial.interrupted(path, "the same call goes on from there"):
+        figures, talks = evaluate_by(config, path)
+        report(config, figures, talks)
+        if path:
+            with partial.keeping(config.output):
+                whole = figures | {"conversations": talks}
+                on_first(partial.finish_output, config.output, whole)
     distributed.finish()
 
 

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluate import Exam, compare_after_failure, conclude, side_by_side
+from evaluate import Exam, conclude, with_controls
 from loss import BASELINES, KL_KINDS, deviation, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from tasks.env import Verdicts
 from training import distributed
-from training.announce import announce
+from training.announce import announce, announce_time
 from training.batches import pick, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, gather, on_first, own
@@ -46,7 +46,7 @@ from training.models import make_scorer
 from training.policy import Batch
 from training.progress import over
 from training.run import contents_of, has_state, open_run
-from training.setup import load_sampler, prepare, probe
+from training.setup import prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
@@ -114,10 +114,18 @@ class Config(TrainConfig):
         "can be credited",
         choices=("reflection", "both", "all"),
     )
+    controls: bool = flag(
+        True,
+        "False leaves out the table after the base model's failures, most of the time at the end",
+    )
 
     @property
     def rows(self) -> int:
         return self.failures_per_step * self.group_size * self.retries
+
+    @property
+    def passes(self) -> int:
+        return 22 if self.controls else 5  # see evaluate.with_controls
 
     presets = {"paper": PAPER}
     shown = {"retry": "reward", "kl_reflection": "kl_t2"}
@@ -329,14 +337,10 @@ def main(config: Config) -> None:
         episodes.rollout.cache = None  # its memory is wanted for the update
         return make_batch(episodes, config)
 
+    announce_time(config, exam.pace(), len(validation))
     watch = exam.watcher(sampler, validation, WATCHED)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
-    base = load_sampler(config.model, env, config)
-    trained = load_sampler(str(run / "checkpoint"), env, config)
-    models = {"base": base, "trained": trained}
-    results = {name: exam.both_modes(model, validation) for name, model in models.items()}
-    results["controls"] = compare_after_failure(exam, base, trained, validation)
-    text = side_by_side(exam, base, trained, validation)
+    results, text = with_controls(exam, run, validation, config.controls)
     on_first(write_text, run / "reflections.txt", text)
     conclude(run, results, len(validation), COLUMNS)
     distributed.finish()

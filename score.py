@@ -26,7 +26,7 @@ from report.curves import plot_curves
 from sampling.rollout import Rollout
 from tasks.env import Verdicts
 from training import distributed
-from training.announce import announce
+from training.announce import announce, announce_time
 from training.batches import pick
 from training.distributed import gather, own
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, parse_args
@@ -331,6 +331,7 @@ def main(config: Config) -> None:
         attempts.rollout.cache = None  # its memory is wanted for the update
         return make_batch(attempts, stage, state["beta2"], config)
 
+    announce_time(config, exam.pace(), len(splits["validation"]))
     watch = exam.watcher(sampler, splits["validation"])
     state = {"beta2": config.beta2, "calm": 0}
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), state)

@@ -1,9 +1,16 @@
 """Every method of evaluation, with a sampler of prepared texts; votes, resuming, the probe."""
 
 import dataclasses
+import errno
+import gc
 import json
+import os
 import random
-from functools import partial
+import sys
+import weakref
+from contextlib import nullcontext
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +23,10 @@ import helpers
 import rrr
 import tiny
 from report import figures
+from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
-from training import checkpoint, setup
+from training import checkpoint, methods, partial, progress, setup
 
 
 def slow_edit_distance(a, b):
@@ -189,6 +197,27 @@ def test_every_further_attempt_follows_the_last_and_a_right_answer_ends_a_retry(
     assert [len(t["attempts"]) for t in talks] == [3, 2, 1]
 
 
+def test_memory_of_first_attempts_is_free_when_the_last_way_has_gone_on_from_them():
+    sampler, alive = Sampler(tiny.build_model(), tiny.build_tokenizer()), []
+    generate, extend = sampler.generate, sampler.extend
+
+    def first(*rest, **limits):
+        rollout = generate(*rest, **limits)
+        alive.append(weakref.ref(rollout.cache))
+        return rollout
+
+    def later(*rest, **limits):
+        alive.append(alive[0]() is not None)
+        return extend(*rest, **limits)
+
+    sampler.generate, sampler.extend = first, later
+    env = Env(dataclasses.replace(TASKS["tiny"], verify=lambda *_: False), sampler.tokenizer)
+    protocol = evaluate.Protocol("self_correct", 1.0, 4, 0, attempts=3)
+    ways = dict.fromkeys("ab", ((sampler,) * 3, "self_correct"))
+    one, two = methods.converse(ways, env, [PROBLEM] * 2, [1, 2], protocol).values()
+    assert alive[1:] == [True, True, True, False] and one == two
+
+
 def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
     tmp_path, monkeypatch, capsys
 ):
@@ -206,7 +235,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
         return converse(*arguments)
 
     monkeypatch.setattr(evaluate, "converse", stop_at_the_fourth)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         evaluate.main(parts)
     with open(parts.output + ".partial", "a") as file:
         file.write('{"cut off')
@@ -237,7 +266,7 @@ def stopped_evaluation(tmp_path, monkeypatch, **flags):
     """(config of one that was stopped after two of three problems, its .partial file)."""
     config = evaluate.Config(limit=3, output=str(tmp_path / "e.json"), **flags)
     stop_at(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         evaluate.main(config)
     return config, tmp_path / "e.json.partial"
 
@@ -306,7 +335,7 @@ def test_what_was_left_is_there_at_every_moment_of_going_on(tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "sync", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         evaluate.main(config)
     assert path.read_text() == left
 
@@ -393,8 +422,8 @@ def test_a_reflector_that_does_not_stop_at_the_end_of_a_turn_is_refused(tmp_path
 
 def probed(tokenizer, turns, method, keys):
     config, env = rrr.Config(probe=64, seed=0), Env(TASKS["tiny"], tokenizer)
-    look = partial(evaluate.Exam(env, config, method), ScriptedSampler(tokenizer, *turns))
-    setup.probe(look, [PROBLEM] * len(turns[0]), config, keys)
+    exam, sampler = evaluate.Exam(env, config, method), ScriptedSampler(tokenizer, *turns)
+    setup.probe(lambda *rest: exam(sampler, *rest), [PROBLEM] * len(turns[0]), config, keys)
 
 
 def test_training_that_would_have_no_signal_is_refused_with_what_to_try(tokenizer):
@@ -446,9 +475,241 @@ def test_a_generic_reflection_stands_in_the_models_own_turn_before_the_retry(tok
     before = env.first_attempts(sampler, [PROBLEM] * 2, 1, [8, 9])
     before.cache = "one to go on from"
     protocol = evaluate.Protocol("generic_reflection", 1.0, **LIMITS)
-    evaluate.next_attempts((sampler,) * 3, env, before, [1], protocol)
+    methods.next_attempts((sampler,) * 3, env, before, [1], protocol)
     ((cache, more, rest),) = asked
     said = f"<user> reflect <assistant> {task.generic_reflection} <end> <user> retry <assistant>"
     assert more == [tokenizer(said).input_ids]
     assert cache is None and rest["seeds"].tolist() == [9] and rest["rows"] == [1]
     assert rest["max_new_tokens"] == 16
+
+
+FEW = {script: [*helpers.FEW[script], "--eval_every", "0"] for script in ("score", "rrr")}
+
+
+def count_pieces(patch, stop=None) -> list:
+    """The pieces of all evaluations from now on; Ctrl-C comes in that of this number."""
+    made, converse = [], evaluate.converse
+
+    def counted(*arguments):
+        made.append(1)
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        return converse(*arguments)
+
+    patch.setattr(evaluate, "converse", counted)
+    return made
+
+
+def run_whole(script, tmp_path, name, *flags, stop=None) -> int:
+    """A run in which Ctrl-C comes in the so many-th piece; how many pieces it made."""
+    module, model = import_module(script), tmp_path / "model"
+    if not model.exists():
+        helpers.save_random_model(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "CACHE_TOKENS", 50)  # pieces of one or two problems
+        made = count_pieces(patch, stop)
+        with nullcontext() if stop is None else pytest.raises(SystemExit) as ended:
+            helpers.train_here(module, str(model), tmp_path / name, *FEW[script], *flags)
+    assert stop is None or ended.value.code == 130
+    return len(made)
+
+
+@pytest.mark.parametrize("script", FEW)
+def test_a_final_table_that_was_stopped_goes_on_and_ends_as_if_it_was_not(script, tmp_path, capsys):
+    pieces = run_whole(script, tmp_path, "whole")
+    assert pieces >= 2 * 4  # four passes
+    run, whole = tmp_path / "cut", tmp_path / "whole"
+    assert run_whole(script, tmp_path, "cut", stop=pieces // 2) == pieces // 2
+    path = run / "results.partial.jsonl"
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith(f"stopped by Ctrl-C: what is done is in {path}: go on with --resume")
+    )
+    with open(path, "a") as file:
+        file.write('{"pass": ["cut off')
+    more = run_whole(script, tmp_path, "cut", "--resume", stop=2)  # one that is done
+    rest = run_whole(script, tmp_path, "cut", "--resume")
+    assert pieces // 2 - 1 + more - 1 + rest == pieces  # each was made once
+    names = ["results.json"] + ["reflections.txt"] * (script == "rrr")
+    assert all((run / name).read_bytes() == (whole / name).read_bytes() for name in names)
+    assert not path.exists() and not (whole / path.name).exists()
+
+
+def test_the_table_of_another_checkpoint_is_not_gone_on_from(tmp_path):
+    run_whole("score", tmp_path, "run", stop=5)
+    run = tmp_path / "run"
+    assert len(partial.open_table(run)) == len(partial.open_table(run)) == 4
+    helpers.save_random_model(run / "checkpoint")
+    assert partial.open_table(run) == []
+
+
+def test_one_model_at_a_time_is_loaded_for_the_final_table(tmp_path, monkeypatch):
+    loaded, load = [], evaluate.load_sampler
+
+    def alone(*arguments):
+        gc.collect()
+        assert not [model for model in loaded if model() is not None]
+        sampler = load(*arguments)
+        loaded.append(weakref.ref(sampler.model))
+        return sampler
+
+    monkeypatch.setattr(evaluate, "load_sampler", alone)
+    run_whole("score", tmp_path, "run")
+    assert len(loaded) == 2
+
+
+def test_passes_of_the_final_table_say_their_names_and_tokens_in_lines_of_a_log(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "MOMENT", 0.0)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    run_whole("score", tmp_path, "run")
+    out, err = capsys.readouterr()
+    lines = [line for line in err.split("\n") if ", sampled: " in line or ", greedy: " in line]
+    names = [line.split(": ")[0] for line in lines]
+    assert [*dict.fromkeys(names)] == [
+        f"{m}, {t}" for m in ("base", "trained") for t in evaluate.MODES
+    ]
+    assert not [line for line in lines if "\r" in line]
+    assert any(
+        line.startswith("trained, sampled: 2 of 4, ") and " tokens" in line for line in lines
+    )
+    assert "now the final table: 16 conversations\n" in out  # nothing to tell the pace by
+
+
+def test_a_short_evaluation_says_nothing_and_its_first_tokens_wait_for_the_delay(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(progress, "EVERY", 0.0)  # seconds between lines
+    sampler = Sampler(tiny.build_model(), tiny.build_tokenizer())
+    try_out(sampler, [PROBLEM] * 2)
+    assert capsys.readouterr().err == "" and sampler.on_tokens is None
+    monkeypatch.setattr(evaluate, "MOMENT", 0.0)
+    try_out(sampler, [PROBLEM] * 2)
+    assert "self_correct: 2 of 2, " in capsys.readouterr().err
+
+
+def test_other_ranks_count_no_tokens(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "rank", lambda: 1)
+    monkeypatch.setattr(evaluate, "MOMENT", 0.0)
+    f, _ = try_out(Sampler(tiny.build_model(), tiny.build_tokenizer()), [PROBLEM])
+    assert f["n"] == 1 and capsys.readouterr().err == ""
+
+
+def test_the_final_table_is_announced_with_what_is_there_and_the_pace_so_far(tokenizer, capsys):
+    exam = evaluate.Exam(Env(TASKS["tiny"], tokenizer), rrr.Config(), "reflect_retry")
+    exam.announce(6000, 0)
+    assert exam.pace() is None
+    exam(ScriptedSampler(tokenizer, [RIGHT] * 3), [PROBLEM] * 3, 1.0)
+    assert exam.tried == 3 and exam.pace() == exam.seconds / 3 > 0
+    exam.seconds = 0.06
+    exam.announce(6000, 0)
+    exam.announce(6000, 1500)
+    assert capsys.readouterr().out.splitlines() == [
+        "now the final table: 6,000 conversations",
+        "now the final table: 6,000 conversations, about 2 minutes",
+        "now the final table: 6,000 conversations, of which 1,500 are there, about 90 seconds",
+    ]
+    spoken = {
+        0.1: "2 seconds",
+        119: "119 seconds",
+        7100: "118 minutes",
+        9e4: "25 hours",
+        9e5: "10 days",
+    }
+    assert {s: progress.about(s) for s in spoken} == {s: f"about {t}" for s, t in spoken.items()}
+
+
+def test_an_evaluation_says_first_what_it_is_and_what_is_there(tmp_path, monkeypatch, capsys):
+    config, _ = stopped_evaluation(tmp_path, monkeypatch)
+    threads = torch.get_num_threads()
+    said = f"models/tiny: 344,064 parameters, float32 on cpu ({threads} threads); tiny, "
+    said += "3 validation problems, "
+    assert capsys.readouterr().out == f"{said}self_correct\n"
+    evaluate.main(config)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"{said}self_correct; goes on after 2 conversations"
+
+
+def test_ctrl_c_is_one_line_that_says_what_is_kept_and_exit_code_130(tmp_path, monkeypatch, capsys):
+    path, ends = tmp_path / "e.json.partial", []
+    for output, number in ((path.with_suffix(""), 3), (path.with_suffix(""), 1), (None, 2)):
+        config = evaluate.Config(limit=3, output=output and str(output))
+        with monkeypatch.context() as patch:
+            stop_at(patch, number)
+            with pytest.raises(SystemExit) as ended:
+                evaluate.main(config)
+        ends.append((ended.value.code, capsys.readouterr().err))
+    kept = f"what is done is in {path}: the same call goes on from there"
+    said = [kept, kept, "nothing is kept without --output"]
+    name = Path(sys.argv[0]).name
+    assert ends == [(130, f"{name}: stopped by Ctrl-C: {text}\n") for text in said]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(evaluate, "prepare", ctrl_c)
+        evaluate.main(evaluate.Config(output=str(tmp_path / "f.json")))
+    assert "stopped by Ctrl-C: nothing was done yet\n" in capsys.readouterr().err
+
+
+def ctrl_c(*arguments):
+    raise KeyboardInterrupt
+
+
+def full_disk(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where, kept", [("begin", 0), ("json_lines", 2), ("finish_output", 3)])
+def test_a_full_disk_is_one_line_that_says_what_is_kept_and_the_same_call_goes_on(
+    where, kept, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "CACHE_TOKENS", 1)  # a piece for every problem
+    evaluate.main(evaluate.Config(limit=3, output=str(tmp_path / "whole.json")))
+    config, written = evaluate.Config(limit=3, output=str(tmp_path / "e.json")), []
+    real = getattr(partial, where)
+
+    def fails_once_in_the_third_piece(rows):
+        written.append(rows)
+        return real(rows) if len(written) < 4 else full_disk()
+
+    harm = fails_once_in_the_third_piece if where == "json_lines" else full_disk
+    capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(partial, where, harm)
+        evaluate.main(config)
+    said, path = capsys.readouterr().err, f"{config.output}.partial"
+    assert ended.value.code == 1 and said.count("\n") == 1
+    assert f"--output {config.output} can't be written (No space left on device): " in said
+    assert f"{kept} conversations are kept in {path}, the same call goes on from there" in said
+    made = count_pieces(monkeypatch)
+    evaluate.main(config)
+    assert len(made) == 3 - kept
+    files = [(tmp_path / name).read_bytes() for name in ("e.json", "whole.json")]
+    assert files[0] == files[1] and not os.path.exists(path)
+
+
+def test_an_output_that_can_not_be_written_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(evaluate, "prepare", None)
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "taken.json.partial").mkdir()
+    names = ["none/e.json", "file/e.json", "x" * 255, "taken.json"]
+    for output in [str(tmp_path / name) for name in names] + ["/proc/e.json"]:
+        said = helpers.refusal(evaluate, capsys, "--output", output)
+        assert said.count("\n") == 1 and f"error: --output {output} can't be written: " in said
+    assert f"--output {file}: it exists" in helpers.refusal(evaluate, capsys, "--output", file)
+    left = file.with_name("left.json.partial")
+    left.write_text("left")
+    partial.check_output(str(tmp_path / "left.json")), partial.check_output(str(tmp_path / "new"))
+    assert left.read_text() == "left" and not (tmp_path / "new.partial").exists()
+
+
+def test_a_header_without_conversations_keeps_no_other_evaluation_from_its_file(
+    tmp_path, monkeypatch
+):
+    config, path = stopped_evaluation(tmp_path, monkeypatch)
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    evaluate.main(dataclasses.replace(config, limit=2))
+    assert json.loads((tmp_path / "e.json").read_text())["n"] == 2

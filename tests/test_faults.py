@@ -709,12 +709,9 @@ POISONS = {
 def train_only(script, model_dir, out, *flags):
     """`helpers.train_here` without the evaluation at the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("both_modes", "before_and_after"):
-            patch.setattr(evaluate.Exam, name, lambda *arguments: {})
-        ends = {"conclude", "compare_after_failure"}
-        for name in ends & vars(SCRIPTS[script]).keys():
-            patch.setattr(SCRIPTS[script], name, lambda *arguments, **more: {})
-        patch.setattr(rrr, "side_by_side", lambda *arguments: "")
+        patch.setattr(evaluate.Exam, "before_and_after", lambda *arguments: {})
+        patch.setattr(rrr, "with_controls", lambda *arguments: ({}, ""))
+        patch.setattr(SCRIPTS[script], "conclude", lambda *arguments: None)
         return helpers.train_here(SCRIPTS[script], model_dir, out, *helpers.FEW[script], *flags)
 
 

@@ -9,16 +9,20 @@ import re
 import pytest
 import torch
 
+import evaluate
 import helpers
 import rrr
 import test_exactness as exactness
+import tiny
+from report.tables import format_reflections
 from sampler import Sampler
 from sampling.turns import first_turn_ids, follow_up_ids
 from tasks import TASKS
 from tasks.env import Env
-from training import batches, models, policy
+from training import batches, checkpoint, models, policy
 from training import loop as training
 from training.scorer import Scorer
+from training.setup import load_sampler
 
 run_rrr = functools.partial(helpers.from_command_line, "rrr.py")
 FEW = "--steps 3 --queries 6 --tries 2 --failures_per_step 2 --group_size 2".split()
@@ -181,6 +185,62 @@ def test_a_run_writes_its_directory_and_resumes_exactly(model_dir, tmp_path, mon
     monkeypatch.undo()
     resumed = train_here(model_dir, tmp_path / "cut", "--resume")
     assert helpers.without_times(resumed) == helpers.without_times(whole)
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory):
+    """(directory of a run whose checkpoint is another random model, its base)."""
+    run = tmp_path_factory.mktemp("run")
+    torch.manual_seed(1)
+    checkpoint.save_model(tiny.build_model(), tiny.build_tokenizer(), run / "checkpoint")
+    return run, helpers.save_random_model(run / "base")
+
+
+@pytest.fixture
+def exam(two_models, monkeypatch):
+    monkeypatch.setattr(evaluate, "CACHE_TOKENS", 300)  # pieces of a few problems
+    task = dataclasses.replace(TASKS["tiny"], verify=helpers.arbitrary_verdict)
+    limits = {"max_new_tokens": 4, "max_reflection_tokens": 6}
+    config = rrr.Config(model=two_models[1], **limits)
+    return evaluate.Exam(Env(task, tiny.build_tokenizer()), config, "reflect_retry")
+
+
+def test_controls_that_share_first_attempts_have_the_figures_of_each_alone(
+    exam, two_models, monkeypatch
+):
+    run, problems = two_models[0], exam.env.task.generate("validation", 0)[:12]
+    asked, first_attempts = [], exam.env.first_attempts
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            exam.env, "first_attempts", lambda s, p, *a, **k: (
+                asked.append(len(p)), first_attempts(s, p, *a, **k))[1]
+        )  # fmt: skip
+        results, text = evaluate.with_controls(exam, run, problems, True)
+    assert sum(asked) == 4 * 12 and len(asked) > 4  # two models, two modes
+    paths = two_models[1], str(run / "checkpoint")
+    base, trained = (load_sampler(path, exam.env, exam.config) for path in paths)
+    alone = {"base": (base, exam.method), "trained": (trained, exam.method)}
+    for name, way in (alone | evaluate.controls(base, trained)).items():
+        found = {**results, **results["controls"]}[name]
+        for mode, T in evaluate.MODES.items():
+            figures, talks = dataclasses.replace(exam, method=way[1])(way[0], problems, T)
+            assert found[mode] == figures, (name, mode)
+            alone[name, mode] = talks
+    pair = [alone[f"{name}, reflect_retry", "sampled"] for name in ("base", "trained")]
+    assert text == format_reflections(*pair) and text.count("before: ") > 1
+    results.pop("controls")
+    assert evaluate.with_controls(exam, run, problems, False) == (results, text)
+
+
+def test_without_controls_the_rest_of_a_run_is_the_same(model_dir, tmp_path):
+    for name, flags in (("with", ()), ("without", ("--controls", "False"))):
+        train_here(model_dir, tmp_path / name, *flags)
+    texts, results = [], []
+    for name in ("with", "without"):
+        texts.append((tmp_path / name / "reflections.txt").read_text())
+        results.append(json.loads((tmp_path / name / "results.json").read_text()))
+    assert len(results[0].pop("controls")) == 10 and results[0] == results[1]
+    assert texts[0] == texts[1] and "before: " in texts[0]
 
 
 def test_whole_episodes_as_groups(model_dir, tmp_path):

@@ -13,4 +13,6 @@ To be read in this order; each module's docstring says more.
     distributed.py  many processes: what they tell each other, weights spread over them
     flags.py        the flags that scripts share, and how bad input is said
     failures.py     a file of failures, for rrr.py to reflect on
+    methods.py      several attempts at a problem, which evaluate.py makes figures of
+    partial.py      what is done of an evaluation, kept in case it is stopped
 """

@@ -8,6 +8,7 @@ import torch
 
 from training import distributed
 from training.distributed import rank, world
+from training.progress import about
 
 SHOWN = 160  # characters of a prompt's beginning, and as many of its end
 
@@ -67,26 +68,18 @@ def size(count: float) -> str:
     return f"{count:,.3g} GB" if count < 1000 else f"{count:,.0f} GB"
 
 
-def duration(seconds: float) -> str:
-    """As people say it, and no more exact than a guess is: about 3 minutes."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"about {seconds / length:.2g} {unit}"
-    return f"about {max(1, seconds):.0f} seconds"
-
-
 def announce_time(config, pace: float | None, validation: int) -> None:
     """The fifth line. pace: seconds a conversation of the probe, None without one.
 
-    A guess, by the time that the same conversations took before: an update takes about as long as
-    its rollout, and a larger batch of them goes faster, each by half or so.
+    A guess: an update takes about as long as its rollout, of which a row is cheaper than one of the
+    probe's, since there are more of them at once.
     """
     if rank() > 0:
         return
     if pace is None:
-        print("time    not known before the first steps: there was no probe")
+        print("time    not known before the first steps, since nothing was probed")
         return
     evaluations = config.steps // config.eval_every if config.eval_every else 0
     watched = evaluations * min(config.eval_problems, validation)
     seconds = pace * (config.steps * config.rows + watched + config.passes * validation)
-    print(f"time    {duration(seconds)}: a guess from the probe, which the bar corrects")
+    print(f"time    {about(seconds)}, a guess from the probe that the bar will correct")

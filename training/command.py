@@ -46,7 +46,7 @@ def exit_on_bad_input():
     except ValueError as error:
         _exit(2, f"error: {error}")
     except KeyboardInterrupt:
-        _exit(130, "stopped by Ctrl-C before the first step")
+        _exit(130, "stopped by Ctrl-C: nothing was done yet")
 
 
 def _exit(code: int, message: str):
@@ -86,7 +86,8 @@ def _given(config_class, args: list[str]) -> dict:
     parser.error = fail
     known = {f.name: f for f in fields(config_class)}
     for title in dict.fromkeys([*GROUPS, *(f.metadata["group"] for f in known.values())]):
-        group = parser.add_argument_group(title)
+        own = getattr(config_class, "own_flags", title)
+        group = parser.add_argument_group(own if title == ALGORITHM else title)
         for f in known.values():
             if f.metadata["group"] == title:
                 _add(group, f)

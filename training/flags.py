@@ -164,6 +164,7 @@ class TrainConfig(TaskConfig):
     # What follows has no annotation, and so is no flag.
     attempts = 2  # of an evaluation
     max_reflection_tokens = 0  # rrr.py alone has it as a flag
+    passes = 4  # over the validation problems, for the final table: two models, two temperatures
     last_stage = 1  # in which the best checkpoint is looked for
     judged_by = "reward"  # the figure of a step by which it is
     # what the bar shows: {name: figure}, what matters most first

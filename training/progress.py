@@ -32,12 +32,14 @@ class _Lines:
 
 
 @contextmanager
-def bar(what: str, total: int, first: int = 0, leave: bool = True):
+def bar(what: str, total: int, first: int = 0, leave: bool = True, delay: float = 0.0):
     """Around a phase: a tqdm bar of the first rank; in a log file its lines.
 
-    leave: whether a terminal keeps it when the phase is over.
+    leave: whether a terminal keeps it when the phase is over. delay: seconds in which it says
+    nothing; a phase that ends before says nothing at all.
     """
     options = {"desc": what, "total": total, "initial": first, "disable": rank() > 0}
+    options["delay"] = delay
     if sys.stderr.isatty():
         with tqdm(**options, leave=leave, dynamic_ncols=True) as drawn:
             yield drawn
@@ -45,7 +47,8 @@ def bar(what: str, total: int, first: int = 0, leave: bool = True):
     slowly = {"mininterval": EVERY, "maxinterval": EVERY, "miniters": 1, "bar_format": LINE}
     with tqdm(**options, **slowly, leave=False, file=_Lines(sys.stderr)) as drawn:
         yield drawn
-        drawn.refresh()  # the last line, unless something else is to be said of its end
+        if not drawn.disable and drawn._time() >= drawn.start_t + delay:
+            drawn.refresh()  # the last line, unless something else is to be said of its end
 
 
 def over(things, what: str, *samplers):
@@ -71,9 +74,10 @@ def counted(bar, *samplers):
         nonlocal count
         count += sum(map(len, ids))
         bar.set_postfix_str(f"{before}{count:,} tokens", refresh=False)
-        if bar._time() - bar.last_print_t >= bar.mininterval:
+        now = bar._time()
+        if now >= bar.start_t + bar.delay and now - bar.last_print_t >= bar.mininterval:
             bar.refresh()
-            bar.last_print_t = bar._time()
+            bar.last_print_t = now
 
     for sampler in samplers:
         sampler.on_tokens = grow
@@ -82,3 +86,10 @@ def counted(bar, *samplers):
     finally:
         for sampler in samplers:
             sampler.on_tokens = None
+
+
+def about(seconds: float) -> str:
+    """A time as a person would say it: about 40 seconds, about 2 minutes, about 30 hours."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    name, size = next((unit for unit in units if seconds >= 2 * unit[1]), units[-1])
+    return f"about {max(2, round(seconds / size))} {name}s"

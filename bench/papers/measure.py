@@ -99,7 +99,7 @@ def measure_all(config: Config) -> dict:
     if config.method == "reflect_retry":
         for name, (cast, method) in controls(base, trained).items():
             if name.startswith("base,") == (trained is base):  # the base's: once for all models
-                figures, kept, _ = measure(exam._replace(method=method), cast, test)
+                figures, kept, _ = measure(replace(exam, method=method), cast, test)
                 found["figures"][name], found["bits"][name] = figures, kept
     if config.more:
         found["more"], votes_kept = more_of(trained, env, talks["sampled"], test, settings)

@@ -1,0 +1,121 @@
+"""Several attempts at a problem: what comes between them, and the conversations that result.
+
+A method goes on from rollouts of first attempts, whoever made them; figures are none of its
+business (report/figures.py).
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from report.figures import values_of
+from sampling.turns import encode
+from training.batches import row_seeds
+
+METHODS = {
+    "self_correct": "asked to correct itself after any answer, right or wrong (SCoRe)",
+    "self_refine": "after any answer, criticises it, then rewrites it",
+    "reflect_retry": "after a wrong answer, reflects and tries again (RRR)",
+    "blind_retry": "after a wrong answer, is told to try again, with no reflection",
+    "generic_reflection": "the same, after a fixed reflection in its own name that knows nothing "
+    "of the problem",
+    "fresh_attempt": "after a wrong answer, a new first attempt from an empty context",
+}
+AFTER_ANY = ("self_correct", "self_refine")  # the others go on after a wrong answer only
+
+
+class Protocol(NamedTuple):
+    """How a model is tried: one of METHODS, the limits, and how many conversations a problem."""
+
+    method: str
+    temperature: float
+    max_new_tokens: int
+    max_reflection_tokens: int
+    attempts: int = 2
+    samples: int = 1
+    seed: int = 0
+
+    @property
+    def limits(self) -> dict:
+        return {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+
+
+def converse(ways, env, problems, seeds, protocol) -> dict[str, list[dict]]:
+    """{way: conversations}, `samples` rows a problem; all ways share the first attempts."""
+    ((sampler, *_), _), *_ = ways.values()
+    first = env.first_attempts(sampler, problems, protocol.samples, seeds, **protocol.limits)
+    # one for each way, which takes it along: when the last has gone on, the cache's memory is free
+    firsts, first = [(first, attempts_of(env, first, problems))] * len(ways), None
+    return {
+        name: go_on(cast, env, problems, firsts, protocol._replace(method=method))
+        for name, (cast, method) in ways.items()
+    }
+
+
+def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
+    """The conversations after the last of `firsts`, as report/figures.py wants them."""
+    rollout, answers = firsts.pop()
+    attempts = [[answer] for answer in answers]
+    asked = [problem for problem in problems for _ in range(protocol.samples)]
+    said = [[] for _ in asked]
+    rows = list(range(len(asked)))  # which conversation a row of the rollout belongs to
+    for _ in range(protocol.attempts - 1):
+        right = [attempts[row][-1]["right"] for row in rows]
+        chosen = [i for i in range(len(rows)) if protocol.method in AFTER_ANY or not right[i]]
+        if not chosen:
+            break
+        rollout, between = next_attempts(cast, env, rollout, chosen, protocol)
+        rows = [rows[i] for i in chosen]  # those that have ended leave
+        for i, answer in enumerate(attempts_of(env, rollout, problems)):
+            attempts[rows[i]].append(answer)
+            said[rows[i]] += [between[i]] if between else []
+    return [
+        {
+            "problem": problem,
+            "attempts": [{key: y[key] for key in ("text", "answer", "right")} for y in ys],
+            "said": [env.tokenizer.decode(ids) for ids in words],
+            "values": values_of(ys, words, protocol.attempts),
+        }
+        for problem, ys, words in zip(asked, attempts, said, strict=True)
+    ]
+
+
+def next_attempts(cast, env, before, rows, protocol):
+    """(rollout whose last turn is the next attempt at `rows`, what was said between or None)."""
+    (_, reflector, retrier), method, limits = cast, protocol.method, protocol.limits
+
+    def answer(sampler, rollout, message, rows, words=(), **changed):
+        more = [[*seam, *words] for seam in env.follow_up(rollout, message, rows)]
+        seeds = rollout.seeds[rows]  # for a sampler that has to encode what another one said
+        return sampler.extend(rollout, more, rows=rows, seeds=seeds, **(limits | changed))
+
+    if method in ("self_correct", "blind_retry"):
+        message = "correct" if method == "self_correct" else "retry"
+        return answer(retrier, before, message, rows), None
+    if method == "fresh_attempt":
+        seeds = [row_seeds(1, "fresh", seed)[0] for seed in before.seeds[rows].tolist()]
+        told = (before.turn == 0) & ~before.action_mask
+        prompts = [before.ids[row][told[row]].tolist() for row in rows]
+        again = retrier.generate(prompts, seeds=seeds, **limits)
+        again.prompt_index = before.prompt_index[rows]
+        return again, None
+    if method == "generic_reflection":
+        words = encode(env.tokenizer, env.task.generic_reflection) + env.seam("retry")
+        # encoded anew, though its cache is there, since the published figures were made so: a
+        # row's draws are those of its own seed, not of a child's
+        afresh = replace(before, cache=None)
+        return answer(retrier, afresh, "reflect", rows, words), None
+    ask, then = ("critique", "rewrite") if method == "self_refine" else ("reflect", "retry")
+    longest = {"max_new_tokens": protocol.max_reflection_tokens}
+    said = answer(reflector, before, ask, rows, **longest)
+    retried = answer(retrier, said, then, list(range(len(rows))))
+    return retried, said.completion_ids(said.stopped.shape[1] - 1)
+
+
+def attempts_of(env, rollout, problems: list[dict]) -> list[dict]:
+    """What is to be known of each row's answer in the last turn."""
+    turn = rollout.stopped.shape[1] - 1
+    right, texts, answers = env.verdicts(rollout, turn, problems)
+    ids, stopped = rollout.completion_ids(turn), rollout.stopped[:, turn].tolist()
+    names = ("text", "right", "ids", "stopped", "answer")
+    columns = (texts, right.tolist(), ids, stopped, answers)
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

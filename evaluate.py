@@ -55,7 +55,9 @@ class Config(TaskConfig):
     own_flags = "evaluation"  # their heading in --help
 
 
-def evaluate(cast, env, problems, protocol, done=(), keep=None) -> tuple[dict, list[dict]]:
+def evaluate(
+    cast, env, problems, protocol, done=(), keep=None, what=None
+) -> tuple[dict, list[dict]]:
     """(figures, conversations) of some attempts at every problem.
 
     cast: one sampler, or the three that attempt, reflect and retry. done: conversations that are
@@ -64,7 +66,7 @@ def evaluate(cast, env, problems, protocol, done=(), keep=None) -> tuple[dict, l
     cast = cast if isinstance(cast, tuple) else (cast, cast, cast)
     samples, talks = protocol.samples, list(done)
     ways = {"": (cast, protocol.method)}
-    for new in pieces(ways, env, problems, protocol, len(talks) // samples, protocol.method):
+    for new in pieces(ways, env, problems, protocol, len(talks) // samples, what or "evaluation"):
         if keep:
             keep(new[""])
         talks += new[""]
@@ -105,9 +107,10 @@ class Exam:
     tried: int = 0  # conversations so far, but for those of the final table,
     seconds: float = 0.0  # and how long they took
 
-    def __call__(self, cast, problems, temperature: float) -> tuple[dict, list[dict]]:
+    def __call__(self, cast, problems, temperature: float, what="validation"):
+        """(figures, conversations); what: it is, for the bar."""
         started = time.perf_counter()
-        found = evaluate(cast, self.env, problems, self.protocol(temperature))
+        found = evaluate(cast, self.env, problems, self.protocol(temperature), what=what)
         self.seconds += time.perf_counter() - started
         self.tried += len(problems)
         return found

@@ -16,4 +16,4 @@ $python "$root/score.py" --model "$model" --task function_call --data "$out/call
   --max_new_tokens 64 --temperature 0.5 --lr 1e-5 --warmup 4 --eval_every 9 \
   --eval_problems 8 --final_problems 8 --save_every 3 --probe 32 \
   --problems 4 --group_size 2 --second_attempts 2 --stage1_steps 6 --stage2_steps 12 \
-  --output_dir "$out/score" $([ -e "$out/score/config.json" ] && echo --resume)
+  --output_dir "$out/score" --resume

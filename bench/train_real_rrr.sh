@@ -25,4 +25,4 @@ $python "$root/rrr.py" --model "$model" --task countdown --data "$out/numbers.js
   --max_new_tokens 16 --max_reflection_tokens 16 --temperature 0.7 --lr 3e-6 --warmup 3 \
   --eval_every 6 --eval_problems 8 --final_problems 8 --save_every 4 --probe 0 --queries 128 \
   --tries 4 --failures_per_step 8 --steps 12 \
-  --output_dir "$out/rrr" $([ -e "$out/rrr/config.json" ] && echo --resume)
+  --output_dir "$out/rrr" --resume

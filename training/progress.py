@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from training.distributed import rank
 
-EVERY = 10.0  # seconds between lines, where stderr is no terminal
+EVERY = 10.0  # seconds between lines, where stderr is no terminal; later on a 30th of the time gone
 LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}"
 
 
@@ -31,6 +31,14 @@ class _Lines:
         self.file.flush()
 
 
+class _Log(tqdm):
+    """The longer it takes, the rarer its lines are: a hundred and some in ten hours."""
+
+    def display(self, *arguments, **more):
+        self.mininterval = max(EVERY, self.format_dict["elapsed"] / 30)
+        return super().display(*arguments, **more)
+
+
 @contextmanager
 def bar(what: str, total: int, first: int = 0, leave: bool = True, delay: float = 0.0):
     """Around a phase: a tqdm bar of the first rank; in a log file its lines.
@@ -44,8 +52,9 @@ def bar(what: str, total: int, first: int = 0, leave: bool = True, delay: float 
         with tqdm(**options, leave=leave, dynamic_ncols=True) as drawn:
             yield drawn
         return
-    slowly = {"mininterval": EVERY, "maxinterval": EVERY, "miniters": 1, "bar_format": LINE}
-    with tqdm(**options, **slowly, leave=False, file=_Lines(sys.stderr)) as drawn:
+    # one within another (position) would move the cursor up
+    lines = {"mininterval": EVERY, "miniters": 1, "bar_format": LINE, "position": 0}
+    with _Log(**options, **lines, leave=False, file=_Lines(sys.stderr)) as drawn:
         yield drawn
         if not drawn.disable and drawn._time() >= drawn.start_t + delay:
             drawn.refresh()  # the last line, unless something else is to be said of its end
@@ -73,7 +82,7 @@ def counted(bar, *samplers):
     def grow(rows, ids):
         nonlocal count
         count += sum(map(len, ids))
-        bar.set_postfix_str(f"{before}{count:,} tokens", refresh=False)
+        bar.set_postfix_str(f"{before}{count:,} tokens sampled", refresh=False)
         now = bar._time()
         if now >= bar.start_t + bar.delay and now - bar.last_print_t >= bar.mininterval:
             bar.refresh()

@@ -107,13 +107,14 @@ def with_room(env: Env, sampler, problems: list[dict], count: int | None, config
 def probe(look, problems: list[dict], config, keys=("acc_t1", "acc_t2")) -> None:
     """ValueError if --probe problems are all right or all wrong: there is nothing to learn from.
 
-    look: (problems, temperature) -> (figures, conversations), of the model that is to be trained.
+    look: (problems, temperature, name of the phase) -> (figures, conversations), of the model that
+    is to be trained.
     keys: the figures that training would reward.
     """
     if not config.probe:
         return
     chosen = pick_things(problems, config.seed, 0, min(config.probe, len(problems)))
-    figures, _ = look(chosen, config.temperature)
+    figures, _ = look(chosen, config.temperature, "probe")
     rates = {key: figures.get(key, 1.0) for key in keys}  # no failure: there is nothing to retry
     if {*rates.values()} in ({0.0}, {1.0}):
         shown = ", ".join(f"{key} {rate:.0%}" for key, rate in rates.items())

@@ -108,8 +108,7 @@ def complete(run: Run, config) -> None:
     if before := earlier(run, config):
         complete(before, config)
     if run.script and not (directory / "results.json").exists():
-        resume = ["--resume"] if (directory / "config.json").exists() else []
-        launch(command_of(run, config) + resume, log)
+        launch([*command_of(run, config), "--resume"], log)
     if not (directory / run.done).exists():
         directory.mkdir(exist_ok=True)
         base, trained = base_model(run.base, config), str(directory / "checkpoint")

@@ -33,14 +33,7 @@ from training.batches import pick, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, gather, on_first, own
 from training.failures import check_day, read_failures, write_failures
-from training.flags import (
-    KL_HELP,
-    RUN,
-    TrainConfig,
-    exit_on_bad_input,
-    flag,
-    parse_args,
-)
+from training.flags import KL_HELP, RUN, TrainConfig, exit_on_bad_input, flag, parse_args
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -374,6 +375,16 @@ def test_damaged_weights_are_named(model_dir, tmp_path, capsys):
     places = "--model", tmp_path / "cut", "--output_dir", tmp_path / "run"
     said = helpers.refusal(score, capsys, *places)
     assert "can't be loaded" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_name_that_nobody_knows_is_asked_for_once(monkeypatch, tmp_path, capsys):
+    def refuse(name, timeout):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", refuse)
+    said = helpers.refusal(score, capsys, "--model", "nobodys", "--output_dir", tmp_path / "run")
+    assert "--model nobodys can't be loaded: no such directory here, and the hub: Conn" in said
+    assert said.count("\n") == 1
 
 
 def test_an_output_directory_in_use_is_left_as_it_is(model_dir, tmp_path):

@@ -146,6 +146,7 @@ def check_numbers(config) -> None:
         must = f"above {above:g}" if above is not None else f"at least {least:g}"
         must += f" and at most {most:g}" if most < math.inf else ""
         inside = value > above if above is not None else value >= least
+        must = must if math.isfinite(value) else "a finite number"
         if not (math.isfinite(value) and inside and value <= most):
             raise ValueError(f"--{f.name} {value:g}: must be {must}")
 

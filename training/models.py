@@ -100,13 +100,24 @@ def _read_files(name: str):
 
     logging.disable_progress_bar()  # "Loading weights" on every load
     try:
+        if not path.exists():
+            ask_hub(name)
         tokenizer = AutoTokenizer.from_pretrained(source)
         published = AutoConfig.from_pretrained(source).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         return ready(model, published), tokenizer
     except Exception as error:  # whatever a damaged file or an unknown name makes of itself
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"--model {name} can't be loaded: {reason[:300]}") from None
+        where = "" if path.exists() else "no such directory here, and the hub: "
+        raise ValueError(f"--model {name} can't be loaded: {where}{reason[:300]}") from None
+
+
+def ask_hub(name: str) -> None:
+    """Raises at once what the hub has against a name; loading would try again for a minute."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    if try_to_load_from_cache(name, "config.json") is None:
+        model_info(name, timeout=10)
 
 
 def skeleton(model):

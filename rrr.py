@@ -1,6 +1,6 @@
 """Reflect, Retry, Reward (arXiv 2505.24726): teaches a language model to write helpful reflections.
 
-    python rrr.py                                     # the tiny model, three minutes on two cores
+    python rrr.py                                     # the tiny model, four minutes on two cores
     python rrr.py --collect --failures FILE.jsonl     # only gathers failures, for later runs
 
 A failed attempt stands in context; the model is told that it was wrong, reflects, and tries again.
@@ -37,7 +37,7 @@ from training.flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
-from training.run import contents_of, open_run
+from training.run import contents_of, open_run, saving
 from training.setup import prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
@@ -329,7 +329,8 @@ def main(config: Config) -> None:
     watch = exam.watcher(sampler, validation, WATCHED)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
     results, text = with_controls(exam, run, validation, config.controls)
-    on_first(write_text, run / "reflections.txt", text)
+    with saving(run):
+        on_first(write_text, run / "reflections.txt", text)
     conclude(run, results, len(validation), COLUMNS)
     distributed.finish()
 

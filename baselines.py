@@ -21,21 +21,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from evaluate import Exam, conclude
 from loss import spread
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from training import distributed
+from training.announce import announce, announce_time
 from training.batches import pick, pick_things, share_of
 from training.checkpoint import write_text
-from training.distributed import exchange, on_first, rank
-from training.flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.distributed import exchange, on_first
+from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, parse_args
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
-from training.run import check_run, contents_of, open_run, saving, stop
+from training.progress import over
+from training.run import check_run, contents_of, has_state, open_run, saving, stop
 from training.setup import prepare, probe
 
 ROUNDS = {"pair_sft": 1, "star": 3}
@@ -43,7 +44,9 @@ ROUNDS = {"pair_sft": 1, "star": 3}
 
 @dataclass
 class Config(TrainConfig):
-    output_dir: str = flag("runs/baselines", "the run's directory: new, or to be resumed")
+    output_dir: str = flag(
+        "runs/baselines", "the run's directory: new, or to be resumed", group=RUN
+    )
     method: str = flag(
         "star", "pair_sft or star: see the head of baselines.py", choices=tuple(ROUNDS)
     )
@@ -59,6 +62,10 @@ class Config(TrainConfig):
     )
 
     judged_by = "eval_acc_t2"  # a batch of old samples has no reward
+
+    @property
+    def rows(self) -> int:
+        return self.problems * self.group_size * self.second_attempts
 
     @property
     def last_stage(self) -> int:
@@ -132,7 +139,7 @@ def collect(env, sampler, problems, turn: int, config) -> tuple[dict, list[dict]
     """A round's data: (figures, what is kept) of the samples that its steps are due."""
     steps = range(*config.starts[turn : turn + 2])
     kept, verdicts, text = [], [], f"sampling for round {turn + 1}"
-    for step in tqdm(steps, desc=text, leave=False, disable=rank() > 0):
+    for step in over(steps, text, sampler):
         mine = pick(problems, config.problems, config.seed, step)
         found = exchange(roll_out(env, sampler, mine, config))
         groups = {}
@@ -173,7 +180,6 @@ def make_batch(traces: list[dict], sampler, figures: dict, config) -> Batch:
 
 
 def check(config) -> None:
-    check_counts(config)
     if config.rounds and config.rounds > config.steps:
         few = f"there are only --steps {config.steps} to share"
         raise ValueError(f"--rounds {config.rounds}: {few}")
@@ -195,8 +201,9 @@ def main(config: Config) -> None:
         if env.task.given:
             why = "its first attempts are not the model's own, and these methods' are"
             raise ValueError(f"--task {env.task.name}: {why}")
+        announce(config, env, sampler, splits)
         exam = Exam(env, config, "self_correct")
-        if not config.resume:
+        if not has_state(config):
             probe(partial(exam, sampler), problems, config)
         run = open_run(config, contents_of(env, sampler.model, splits), env.day)
         scorer = make_scorer(sampler.model, config, reference=False)
@@ -215,9 +222,11 @@ def main(config: Config) -> None:
             stop(f"round {turn + 1}: {none}: take an easier task")
         if step == config.starts[turn]:  # the verdicts on this very model
             figures |= sampled
-        rows = config.problems * config.group_size * config.second_attempts
-        return make_batch(pick_things(kept, config.seed, step, rows), sampler, figures, config)
+        return make_batch(
+            pick_things(kept, config.seed, step, config.rows), sampler, figures, config
+        )
 
+    announce_time(config, exam.pace(), len(validation))
     watch = exam.watcher(sampler, validation)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
     results = exam.before_and_after(run, validation)

@@ -17,12 +17,13 @@ from report.tables import format_reflections, format_table, format_transcripts, 
 from sampling.turns import today
 from tasks.sources import SPLITS
 from training import checkpoint, distributed, partial
+from training.announce import machine, parameters
 from training.batches import row_seeds
 from training.distributed import exchange, on_first, share, world
-from training.flags import TaskConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.flags import TaskConfig, exit_on_bad_input, flag, parse_args
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
 from training.progress import about, bar, counted
-from training.run import saving
+from training.run import saving, stop, time_is_up
 from training.setup import load_sampler, prepare, prepare_reflector
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
@@ -44,12 +45,14 @@ class Config(TaskConfig):
     reflector: str | None = flag(None, "model that writes the reflections; default: --model")
     max_new_tokens: int = flag(16, "token limit of an attempt")
     max_reflection_tokens: int = flag(72, "token limit of a reflection or critique")
-    seed: int = flag(0, "seed of the sampling")
+    seed: int = flag(0, "seed of the sampling", least=0, most=2**31)
     output: str | None = flag(
         None,
         "new JSON file for the figures and conversations; an evaluation that was stopped goes on "
         "where it was",
     )
+
+    own_flags = "evaluation"  # their heading in --help
 
 
 def evaluate(cast, env, problems, protocol, done=(), keep=None) -> tuple[dict, list[dict]]:
@@ -154,6 +157,12 @@ class Exam:
                     with saving(run):
                         on_first(partial.add, partial.table_of(run), [{"pass": key, "talks": new}])
                     rows.append(new)
+                    if time_is_up(self.config):
+                        stop(
+                            "the time is up, and all steps are done: the final table goes on "
+                            "with --resume",
+                            code=0,
+                        )
                 return {way: [talk for row in rows for talk in row[way]] for way in ways}
 
             yield try_all
@@ -162,7 +171,7 @@ class Exam:
         said, pace = f"now the final table: {count:,} conversations", self.pace()
         said += f", of which {done:,} are there" if done else ""
         said += f", {about((count - done) * pace)}" if pace else ""
-        print(said, flush=True)  # before the bars, in a log file too
+        print(said)
 
     def before_and_after(self, run: Path, problems) -> dict:
         """Figures of the base and of the trained model, of which one is loaded at a time."""
@@ -241,16 +250,14 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--samples {config.samples} would all be the same: give a --temperature above 0"
         )
-    check_counts(config)
     if config.output:
         on_first(partial.check_output, config.output)
 
 
 def describe(config: Config, model, problems: list[dict], done: int) -> None:
-    size, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype)[6:]
-    said = f"{config.model}: {size:,} parameters, {model.device}, {dtype}; task {config.task}, "
-    said += f"{len(problems):,} problems of {config.split}, {config.method}"
-    print(said + (f"; goes on after {done:,} conversations" if done else ""), flush=True)
+    said = f"{config.model}: {parameters(model):,} parameters, {machine(model)}; {config.task}, "
+    said += f"{len(problems):,} {config.split} problems, {config.method}"
+    print(said + (f"; goes on after {done:,} conversations" if done else ""))
 
 
 def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict]]:

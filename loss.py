@@ -20,7 +20,7 @@ class Scores(NamedTuple):
     """What the scorer says of every sampled token; float32, 0 where nothing was sampled.
 
     logprobs:     (B, T) log pi(token), the only one but `kl` that carries a gradient
-    ref_logprobs: (B, T) log pi_ref(token)
+    ref_logprobs: (B, T) log pi_ref(token); without a reference the policy is its own
     kl:           (B, T) KL(pi || pi_ref) at this position, exact over the vocabulary, with gradient
     entropy:      (B, T) of pi at this position
     """
@@ -49,7 +49,8 @@ def token_scores(
     hidden, ref_hidden (M, H); head, ref_head (V, H); tokens (M,) int64. `chunk` tokens at a time
     (by default as many as make 2^24 logits), and each chunk's logits are computed again in the
     backward pass: so memory grows with the chunk only. Both distributions are taken at the sampling
-    `temperature`. Without a reference, ref_logprobs and kl are zero.
+    `temperature`. Without a reference the policy is its own: ref_logprobs are its log-probs, held
+    fixed, and kl is zero, so that every KL term is zero too, and so is its gradient.
     """
     chunk = chunk or max(1, 2**24 // len(head))
 
@@ -63,7 +64,7 @@ def token_scores(
         with torch.no_grad():
             entropy = -(p * logp).sum(-1)
             if ref_hidden is None:
-                return logprobs, torch.zeros_like(logprobs), torch.zeros_like(logprobs), entropy
+                return logprobs, logprobs.detach(), torch.zeros_like(logprobs), entropy
             ref_logp = log_softmax(ref_hidden, ref_head)
         kl = (p * (logp - ref_logp)).sum(-1)
         return logprobs, ref_logp.gather(-1, tokens[:, None])[:, 0], kl, entropy
@@ -103,17 +104,25 @@ def subtract_baseline(
     return centred * count / (count - 1).clamp_min(1)
 
 
+def deviation(values: Tensor, dim: int | None = None, present: Tensor | None = None) -> Tensor:
+    """Their standard deviation over `dim` (default: all), which stays, with size 1.
+
+    0 where there is none but rounding; what is absent (present 0) counts nowhere.
+    """
+    present = torch.ones_like(values) if present is None else present
+    over = {"dim": tuple(range(values.ndim)) if dim is None else dim, "keepdim": True}
+    count = present.sum(**over).clamp_min(1)
+    mean = (values * present).sum(**over) / count
+    std = (((values - mean) * present).square().sum(**over) / count).sqrt()
+    return torch.where(std > 1e-6, std, 0)
+
+
 def divide_by_std(
     advantages: Tensor, dim: int | None = None, present: Tensor | None = None
 ) -> Tensor:
     """Divided by their standard deviation over `dim` (default: all). No variance: 0, never NaN."""
-    present = torch.ones_like(advantages) if present is None else present
-    over = {"dim": tuple(range(advantages.ndim)) if dim is None else dim, "keepdim": True}
-    count = present.sum(**over).clamp_min(1)
-    mean = (advantages * present).sum(**over) / count
-    deviation = (((advantages - mean) * present).square().sum(**over) / count).sqrt()
-    scaled = advantages / deviation.clamp_min(1e-6)
-    return torch.where(deviation > 1e-6, scaled, torch.zeros_like(advantages))
+    std = deviation(advantages, dim, present)
+    return torch.where(std > 0, advantages / std, 0)
 
 
 def spread(per_turn: Tensor, rollout) -> Tensor:

@@ -13,7 +13,7 @@ rows. With several processes each has its share of the N failures and of the row
 gathered from all of them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,23 +21,31 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import trange
 
 from evaluate import Exam, conclude, with_controls
-from loss import BASELINES, KL_KINDS, divide_by_std, spread, subtract_baseline
+from loss import BASELINES, KL_KINDS, deviation, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from tasks.env import Verdicts
 from training import distributed
+from training.announce import announce, announce_time
 from training.batches import pick, share_of
 from training.checkpoint import write_text
-from training.distributed import exchange, gather, on_first, own, rank
+from training.distributed import exchange, gather, on_first, own
 from training.failures import check_day, read_failures, write_failures
-from training.flags import KL_HELP, TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.flags import (
+    KL_HELP,
+    RUN,
+    TrainConfig,
+    exit_on_bad_input,
+    flag,
+    parse_args,
+)
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
-from training.run import contents_of, open_run, saving
+from training.progress import over
+from training.run import contents_of, has_state, open_run, saving
 from training.setup import prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
@@ -56,11 +64,11 @@ PAPER = {
 
 @dataclass
 class Config(TrainConfig):
-    output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed")
+    output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed", group=RUN)
     preset: str | None = flag(
-        None, f"paper: {PAPER} in place of these flags' defaults", choices=("paper",)
+        None, f"paper: {PAPER} where these flags are not given", choices=("paper",)
     )
-    steps: int = flag(250, "training steps")
+    steps: int = flag(250, "training steps", grows=True)
     lr: float = flag(5e-4, "peak learning rate of AdamW")
     schedule: str = flag("cosine", "after the warm-up", choices=("constant", "cosine"))
 
@@ -110,6 +118,17 @@ class Config(TrainConfig):
         True,
         "False leaves out the table after the base model's failures, most of the time at the end",
     )
+
+    @property
+    def rows(self) -> int:
+        return self.failures_per_step * self.group_size * self.retries
+
+    @property
+    def passes(self) -> int:
+        return 22 if self.controls else 5  # see evaluate.with_controls
+
+    presets = {"paper": PAPER}
+    shown = {"retry": "reward", "kl_reflection": "kl_t2"}
 
 
 class Episodes(NamedTuple):
@@ -202,7 +221,8 @@ def make_batch(episodes: Episodes, config) -> Batch:
     per_token = [spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coef)]
     if held is not None:
         per_token[1] += weights[0] * held  # not sampled here, so that `spread` gave it 0
-    figures = {"stage": 1}
+    std = deviation(subtract_baseline(rewards.mean(-1), config.baseline, present), 1, present)
+    figures = {"stage": 1, "advantage_std": float(std.sum() / (std > 0).sum().clamp_min(1))}
     if present.any():
         figures["reward"] = float(rewards[present.bool()].mean())
     return Batch(rollout, *per_token, len(advantages), figures, held)
@@ -214,7 +234,7 @@ def collect(env, sampler, queries: list[dict], config) -> tuple[list[dict], floa
     The rate is that of the first answers; later ones are asked of the queries still unfailed.
     """
     waiting, failures, success = list(queries), [], None
-    for attempt in trange(config.tries, desc="collecting failures", disable=rank() > 0):
+    for attempt in over(range(config.tries), "collecting failures", sampler):
         right = []
         for start in range(0, len(waiting), PIECE):
             piece = waiting[start : start + PIECE]
@@ -259,7 +279,6 @@ def known_pool(queries: list[dict], env, sampler, config) -> list | None:
 
 
 def check(config) -> None:
-    check_counts(config)
     if config.temperature <= 0:
         raise ValueError(
             "--temperature must be above 0 in training: greedy reflections have no policy gradient"
@@ -281,17 +300,8 @@ def check(config) -> None:
         )
 
 
-def with_preset(config):
-    """The paper's numbers in place of all flags that are at their defaults."""
-    paper = PAPER if config.preset == "paper" else {}
-    return replace(
-        config, **{k: v for k, v in paper.items() if getattr(config, k) == getattr(Config, k)}
-    )
-
-
 def main(config: Config) -> None:
     distributed.start()
-    config = with_preset(config)
     with exit_on_bad_input():
         check(config)
         limits = {"train": config.queries, "validation": config.final_problems}
@@ -306,9 +316,10 @@ def main(config: Config) -> None:
             found = collect(env, sampler, queries, config)
             write_failures(Path(config.failures), found, sampler.model, config, env.day)
             return distributed.finish()
+        announce(config, env, sampler, splits)
         pool, success = known_pool(queries, env, sampler, config), None
         exam = Exam(env, config, "reflect_retry")
-        if not config.resume:
+        if not has_state(config):
             probe(partial(exam, sampler), queries, config, ["retry_given_failure"])
         if pool is None:
             pool, success = collect(env, sampler, queries, config)
@@ -326,6 +337,7 @@ def main(config: Config) -> None:
         episodes.rollout.cache = None  # its memory is wanted for the update
         return make_batch(episodes, config)
 
+    announce_time(config, exam.pace(), len(validation))
     watch = exam.watcher(sampler, validation, WATCHED)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
     results, text = with_controls(exam, run, validation, config.controls)

@@ -21,26 +21,30 @@ import torch
 from torch import Tensor
 
 from evaluate import Exam, conclude
-from loss import BASELINES, divide_by_std, spread, subtract_baseline
+from loss import BASELINES, deviation, divide_by_std, spread, subtract_baseline
 from report.curves import plot_curves
 from sampling.rollout import Rollout
 from tasks.env import Verdicts
 from training import distributed
+from training.announce import announce, announce_time
 from training.batches import pick
 from training.distributed import gather, own
-from training.flags import TrainConfig, check_counts, exit_on_bad_input, flag, parse_args
+from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, parse_args
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
-from training.run import check_run, contents_of, open_run
+from training.run import check_run, contents_of, has_state, open_run
 from training.setup import load_sampler, prepare, probe
+
+CALM = 10  # steps in a row with little KL, before --kl_target lets go
+BETA2_RANGE = 100  # how far from --beta2 it may move, as a factor either way
 
 
 @dataclass
 class Config(TrainConfig):
-    output_dir: str = flag("runs/score", "the run's directory: new, or to be resumed")
-    stage1_steps: int = flag(60, "steps of Stage I (Eq. 3); 0 leaves it out")
-    stage2_steps: int = flag(260, "steps of Stage II (Eq. 4)")
+    output_dir: str = flag("runs/score", "the run's directory: new, or to be resumed", group=RUN)
+    stage1_steps: int = flag(60, "steps of Stage I (Eq. 3); 0 leaves it out", least=0)
+    stage2_steps: int = flag(260, "steps of Stage II (Eq. 4)", least=0, grows=True)
     single_turn: bool = flag(
         False, "train first attempts alone, in all steps: the paper's 'w/o multi-turn training'"
     )
@@ -53,14 +57,17 @@ class Config(TrainConfig):
         10.0, "weight of the bonus alpha * (r2 - r1) on the second attempt in Stage II; 0: no bonus"
     )
     gamma: float = flag(
-        0.0, "share of the second attempt's reward credited to the first; the paper uses 0"
+        0.0, "share of the second attempt's reward credited to the first; the paper uses 0", most=1
     )
     beta1: float = flag(
         0.05, "KL weight of every attempt, but of the first in Stage I (the paper: 0.01)"
     )
     beta2: float = flag(1.0, "KL weight of the first attempt in Stage I (the paper: 0.1 and 0.25)")
     kl_target: float | None = flag(
-        None, "adapt beta2 to keep the first attempt's KL in Stage I near this many nats"
+        None,
+        "adapt beta2 to keep the first attempt's KL in Stage I near this many nats: it rises by "
+        f"half beyond 1.5 of them, and falls by a third after {CALM} steps below 1 / 1.5",
+        above=0,
     )
     reference: str = flag(
         "base",
@@ -88,6 +95,11 @@ class Config(TrainConfig):
     @property
     def steps(self) -> int:
         return self.stage1_steps + self.stage2_steps
+
+    @property
+    def rows(self) -> int:
+        each = 1 if self.single_turn else self.second_attempts
+        return self.problems * self.group_size * each
 
     @property
     def last_stage(self) -> int:
@@ -148,27 +160,44 @@ def returns(r1: Tensor, r2: Tensor | None, stage: int, config) -> tuple[Tensor, 
     return first + config.gamma * second.mean(-1), second
 
 
-def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline=False) -> Tensor:
-    """The advantage of every token of each turn: (B, turns). Offline, the first attempt has none.
+def raw_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline=False) -> Tensor:
+    """What each attempt got more than those that it is compared with: (B, turns).
 
     A second attempt is compared with the K after the same first one, or where there is just one
-    with those of its problem.
+    with those of its problem. Offline, the first attempt has no advantage.
     """
     first, second = returns(r1, r2, stage, config)
     a1 = subtract_baseline(first, config.baseline)
     if second is None:
-        advantages = a1.reshape(-1, 1)
-    else:
-        P, G, K = second.shape
-        siblings = second.view(P * G, K) if K > 1 else second.view(P, G)
-        a2 = subtract_baseline(siblings, config.baseline)
-        a1 = a1[..., None].expand(P, G, K) * (not offline)
-        advantages = torch.stack([a1.reshape(-1), a2.reshape(-1)], dim=1)
-    if config.normalise == "none":
-        return advantages
-    # a turn that is not trained doesn't count in the joint deviation
-    trained = advantages.ne(0).any(dim=0).expand_as(advantages).to(advantages)
-    return divide_by_std(advantages, 0 if config.normalise == "per_turn" else None, trained)
+        return a1.reshape(-1, 1)
+    P, G, K = second.shape
+    siblings = second.view(P * G, K) if K > 1 else second.view(P, G)
+    a2 = subtract_baseline(siblings, config.baseline)
+    a1 = a1[..., None].expand(P, G, K) * (not offline)
+    return torch.stack([a1.reshape(-1), a2.reshape(-1)], dim=1)
+
+
+def turn_advantages(r1: Tensor, r2: Tensor | None, stage: int, config, offline=False) -> Tensor:
+    """The advantage of every token of each turn: (B, turns)."""
+    raw = raw_advantages(r1, r2, stage, config, offline)
+    return raw if config.normalise == "none" else divide_by_std(raw, *spread_over(raw, config))
+
+
+def spread_over(raw: Tensor, config) -> tuple[int | None, Tensor]:
+    """What is to have one deviation: (dimension of `raw`, or None: all of it; what counts there).
+
+    A turn that is not trained doesn't count in the joint deviation.
+    """
+    trained = raw.ne(0).any(dim=0).expand_as(raw).to(raw)
+    return 0 if config.normalise == "per_turn" else None, trained
+
+
+def deviations(raw: Tensor, config) -> dict[str, float]:
+    """What `turn_advantages` divides by; with --normalise none: what joint would."""
+    stds = deviation(raw, *spread_over(raw, config)).flatten().tolist()
+    if config.normalise == "per_turn":
+        return {f"advantage_std_t{turn}": std for turn, std in enumerate(stds, 1)}
+    return {"advantage_std": stds[0]}
 
 
 def turn_kl_coefs(stage: int, beta2: float, config) -> list[float]:
@@ -176,13 +205,22 @@ def turn_kl_coefs(stage: int, beta2: float, config) -> list[float]:
     return [beta2 if stage == 1 else config.beta1, config.beta1]  # Eq. 2 and 4
 
 
-def adapt_beta2(beta2: float, kl: float | None, config) -> float:
-    """Half as much again when the first attempt's KL is beyond 1.5 targets, less below 1 / 1.5."""
-    if config.kl_target is None or kl is None:
-        return beta2
-    if kl > 1.5 * config.kl_target:
-        return beta2 * 1.5
-    return beta2 * (1 / 1.5 if kl < config.kl_target / 1.5 else 1.0)
+def adapt_beta2(state: dict, config) -> None:
+    """--kl_target: moves state["beta2"] by the first attempt's KL in the last step, if it had any.
+
+    KL starts at 0, whatever beta2 is: so beta2 rises at once, but falls only after CALM steps in a
+    row with too little KL, none of them of the warm-up.
+    """
+    last, target = state["last"], config.kl_target
+    if target is None or "kl_t1" not in last:
+        return
+    calm = last["kl_t1"] < target / 1.5 and last["step"] >= config.warmup
+    state["calm"] = state["calm"] + 1 if calm else 0
+    if last["kl_t1"] > 1.5 * target:
+        state["beta2"] = min(state["beta2"] * 1.5, config.beta2 * BETA2_RANGE)
+    elif state["calm"] == CALM:
+        state["beta2"] = max(state["beta2"] / 1.5, config.beta2 / BETA2_RANGE)
+        state["calm"] = 0
 
 
 def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
@@ -194,6 +232,7 @@ def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
     advantages = turn_advantages(r1, r2, stage, config, offline)  # (B, turns)
     kl_coef = torch.tensor(turn_kl_coefs(stage, beta2, config)).expand(len(advantages), 2)
     figures = {"stage": stage, "beta2": beta2}
+    figures |= deviations(raw_advantages(r1, r2, stage, config, offline), config)
     if r2 is not None:
         figures["acc_t2"] = float(r2.mean())
     if not offline:  # another model's first attempts are no measure of this one
@@ -206,13 +245,9 @@ def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
 
 
 def check(config) -> None:
-    check_counts(config, "stage1_steps", "stage2_steps")
     if config.stage1_steps + config.stage2_steps == 0:
         raise ValueError("--stage1_steps and --stage2_steps are both 0: nothing to train")
-    if config.baseline == "leave_one_out" and config.group_size < 2:
-        raise ValueError(
-            "--group_size 1 has nothing to leave out: use --baseline none, or groups of at least 2"
-        )
+    check_groups(config)
     if config.temperature <= 0:
         raise ValueError(
             "--temperature must be above 0 in training: greedy attempts have no policy gradient"
@@ -229,6 +264,33 @@ def check(config) -> None:
         raise ValueError(
             "--offline_ratio is about second attempts: leave it out with --single_turn"
         )
+    check_kl_target(config)
+
+
+def check_groups(config) -> None:
+    """What would be compared with itself alone, and so never trained."""
+    if config.baseline != "none" and config.group_size < 2:
+        raise ValueError(
+            "--group_size 1 has nothing to compare with: use --baseline none, or groups of 2 and up"
+        )
+    if config.normalise != "none" and config.problems * config.group_size == 1:
+        raise ValueError(
+            "--problems 1 --group_size 1: one attempt has no deviation to be divided by: use "
+            "--normalise none, or more problems"
+        )
+
+
+def check_kl_target(config) -> None:
+    if config.kl_target is None:
+        return
+    if config.single_turn or not config.stage1_steps:
+        raise ValueError(
+            "--kl_target adapts Stage I: there is none; give --stage1_steps, and no --single_turn"
+        )
+    if config.beta2 == 0:
+        raise ValueError("--kl_target multiplies --beta2, and 0 stays 0: give --beta2 above 0")
+    if config.offline_ratio == 1:
+        raise ValueError("--kl_target is about own first attempts: there are none, leave it out")
 
 
 def probed_figures(task, config) -> list[str]:
@@ -244,8 +306,9 @@ def main(config: Config) -> None:
         env, sampler, splits = prepare(config, counts, day=check_run(config))
         offline = replace(config, offline_ratio=1.0) if env.task.given else config
         check(offline)  # where the data gives first attempts, it does so in every step
+        announce(config, env, sampler, splits)
         exam = Exam(env, config, "self_correct")
-        if not config.resume:
+        if not has_state(config):
             keys = probed_figures(env.task, config)
             probe(partial(exam, sampler), splits["train"], config, keys)
         run = open_run(config, contents_of(env, sampler.model, splits), env.day)
@@ -259,16 +322,18 @@ def main(config: Config) -> None:
         stage = stage_of(step, config)
         if step == config.stage1_steps and config.reference == "stage1":
             scorer.reference.load_state_dict(scorer.model.state_dict())
+            state["own_reference"] = True  # saved with the run, since no file has it
         if stage == 1 and "last" in state:
-            state["beta2"] = adapt_beta2(state["beta2"], state["last"].get("kl_t1"), config)
+            adapt_beta2(state, config)
         mine = pick(splits["train"], config.problems, config.seed, step)
         writer = base if is_offline(step, config) else None
         attempts = roll_out(env, sampler, mine, config, writer)
         attempts.rollout.cache = None  # its memory is wanted for the update
         return make_batch(attempts, stage, state["beta2"], config)
 
+    announce_time(config, exam.pace(), len(splits["validation"]))
     watch = exam.watcher(sampler, splits["validation"])
-    state = {"beta2": config.beta2}
+    state = {"beta2": config.beta2, "calm": 0}
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), state)
     results = exam.before_and_after(run, splits["validation"])
     conclude(run, results, len(splits["validation"]))

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import score
 from tasks.tiny import enumerate_steps, tiny_splits
 from training.checkpoint import save_model
 from training.flags import exit_on_bad_input, flag, parse_args
+from training.progress import over
+from training.run import require_writable
 
 WORDS = "<pad> <end> <user> <assistant> make fix ok bad judge yes no reflect got try retry".split()
 WORDS += "+ - * / = ;".split()
@@ -56,7 +57,7 @@ class Config:
     lr: float = flag(3e-3, "peak AdamW learning rate of embeddings and norms")
     muon_lr: float = flag(0.02, "peak Muon learning rate of the layers' matrices")
     rl_steps: int = flag(240, "steps of single-turn RL")
-    seed: int = flag(0, "seed of weights, data and RL")
+    seed: int = flag(0, "seed of weights, data and RL", least=0, most=2**31)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -224,8 +225,7 @@ def pretrain(model, config: Config) -> float:
     muon = torch.optim.Muon(inner, lr=config.muon_lr, weight_decay=0.01)
     adamw = torch.optim.AdamW(outer, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
     conversations = Conversations(config.rows, config.seed)
-    progress = trange(config.steps, desc="pretraining")
-    for step in progress:
+    for step in over(range(config.steps), "pretraining"):
         scale = min(1, step / 100) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
         muon.param_groups[0]["lr"] = config.muon_lr * scale
         adamw.param_groups[0]["lr"] = config.lr * scale
@@ -240,8 +240,6 @@ def pretrain(model, config: Config) -> float:
         for optimizer in (muon, adamw):
             optimizer.step()
             optimizer.zero_grad()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{total:.3f}")
     return total
 
 
@@ -252,6 +250,8 @@ def main(config: Config) -> None:
             if path.exists():
                 way_out = "move it away, or name others with --work_dir and --output"
                 raise ValueError(f"{path} exists: {way_out}")
+        require_writable(work, "--work_dir")
+        require_writable(output.parent, "the directory of --output")
     torch.set_num_threads(1)  # so that the same weights come out on any number of cores
     if not (work / "pretrained").exists():  # else an earlier run got that far
         torch.manual_seed(config.seed)

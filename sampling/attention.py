@@ -11,7 +11,10 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+
+# Our attention functions by name. transformers gets to know them when one is first switched on: to
+# import it takes seconds, which --help and a misspelt flag should not.
+OURS = {}
 
 
 def require(condition, message: str) -> None:
@@ -36,7 +39,10 @@ def check_layer(module, attention_mask, window, kwargs) -> None:
 
 @contextmanager
 def attention_is(model, name: str):
-    """All layers use the registered attention function `name`; afterwards what they used before."""
+    """All layers use the attention function OURS[name]; afterwards what they used before."""
+    from transformers import AttentionInterface, PreTrainedModel
+
+    AttentionInterface.register(name, OURS[name])
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     configs = {id(m.config): m.config for m in parts}.values()
     before = [(config, config._attn_implementation) for config in configs]
@@ -185,4 +191,4 @@ def ragged_attention(
     return attend(query, key, value, seen, scaling, positions.spans), None
 
 
-AttentionInterface.register("ragged", ragged_attention)
+OURS["ragged"] = ragged_attention

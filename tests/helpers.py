@@ -70,7 +70,8 @@ def refusal(script, capsys, *flags) -> str:
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 FORKS = multiprocessing.get_context("forkserver")
 OURS = ["score", "rrr", "baselines", "helpers"]
-FORKS.set_forkserver_preload([*OURS, "torch._dynamo", "matplotlib.pyplot"])
+LATE = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers.models.auto"]
+FORKS.set_forkserver_preload([*OURS, *LATE, "torch._dynamo", "matplotlib.pyplot"])
 
 
 def start(function, *arguments, world=0, log="/dev/null") -> list:

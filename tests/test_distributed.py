@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import helpers
 import rrr
@@ -72,7 +72,7 @@ def one_step(script, model_dir, config):
 def all_steps(model_dir, out):
     distributed.start()
     if rank():  # only the first one may read the files
-        AutoModelForCausalLM.from_pretrained = models.AutoTokenizer.from_pretrained = None
+        AutoModelForCausalLM.from_pretrained = AutoTokenizer.from_pretrained = None
     steps = {}
     for name, flags in WAYS.items():
         if not distributed.together() and name in ("copies", "offloaded"):

@@ -524,7 +524,7 @@ def test_a_final_table_that_was_stopped_goes_on_and_ends_as_if_it_was_not(script
     assert (
         capsys.readouterr()
         .err.strip()
-        .endswith(f"interrupted: what is done is in {path}: go on with --resume")
+        .endswith(f"stopped by Ctrl-C: what is done is in {path}: go on with --resume")
     )
     with open(path, "a") as file:
         file.write('{"pass": ["cut off')
@@ -623,7 +623,9 @@ def test_the_final_table_is_announced_with_what_is_there_and_the_pace_so_far(tok
 
 def test_an_evaluation_says_first_what_it_is_and_what_is_there(tmp_path, monkeypatch, capsys):
     config, _ = stopped_evaluation(tmp_path, monkeypatch)
-    said = "models/tiny: 344,064 parameters, cpu, float32; task tiny, 3 problems of validation, "
+    threads = torch.get_num_threads()
+    said = f"models/tiny: 344,064 parameters, float32 on cpu ({threads} threads); tiny, "
+    said += "3 validation problems, "
     assert capsys.readouterr().out == f"{said}self_correct\n"
     evaluate.main(config)
     first = capsys.readouterr().out.splitlines()[0]
@@ -642,11 +644,11 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept_and_exit_code_130(tmp_path, m
     kept = f"what is done is in {path}: the same call goes on from there"
     said = [kept, kept, "nothing is kept without --output"]
     name = Path(sys.argv[0]).name
-    assert ends == [(130, f"{name}: interrupted: {text}\n") for text in said]
+    assert ends == [(130, f"{name}: stopped by Ctrl-C: {text}\n") for text in said]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(evaluate, "prepare", ctrl_c)
         evaluate.main(evaluate.Config(output=str(tmp_path / "f.json")))
-    assert "interrupted: nothing was done yet\n" in capsys.readouterr().err
+    assert "stopped by Ctrl-C: nothing was done yet\n" in capsys.readouterr().err
 
 
 def ctrl_c(*arguments):

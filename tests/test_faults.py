@@ -23,6 +23,7 @@ import evaluate
 import helpers
 import rrr
 import score
+import tiny
 from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
@@ -30,6 +31,8 @@ from training import checkpoint, distributed, models, policy
 from training import loop as training
 from training import run as run_module
 
+UMASK = os.umask(0o022)
+os.umask(UMASK)
 SCRIPTS = {"score": score, "rrr": rrr}
 both = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -50,10 +53,10 @@ def references(model_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(model_dir, tmp_path_factory):
-    """Runs that were killed after the state of step 2, {script: directory}: to be copied first."""
+    """Runs killed after the states of 2 and 4 steps, {script: directory}: to be copied first."""
     runs = tmp_path_factory.mktemp("stopped")
     for script in SCRIPTS:
-        harm = partial(helpers.die_after_save, 2)
+        harm = partial(helpers.die_after_save, 4)
         assert helpers.run(script, model_dir, runs / script, harm=harm) == [-signal.SIGKILL]
     return {script: runs / script for script in SCRIPTS}
 
@@ -117,46 +120,145 @@ def die_at_file_operation(number: int, directory: str):
 @pytest.mark.slow
 @both
 def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_path, references):
-    """Every other one at a file operation, mostly within a save; runs not hit start again."""
+    """The very same command again and again, as a job script has it; the earliest at once.
+
+    Every other one at a file operation, mostly within a save; runs not hit start again.
+    """
     rng, kills, runs, duration = random.Random(script), 0, 0, 2.0
     while kills < 20:
         out, done, started = tmp_path / f"{runs}", None, time.monotonic()
         while done != 0:
-            flags = ["--resume"] if (out / "config.json").exists() else []
             harm = None
             if kills % 2 == 1 and kills < 20:
                 harm = partial(die_at_file_operation, rng.randrange(1, 120), str(out))
-            (process,) = helpers.start_run(script, model_dir, out, *flags, harm=harm)
+            (process,) = helpers.start_run(script, model_dir, out, "--resume", harm=harm)
             if kills % 2 == 0 and kills < 20:
-                process.join(rng.uniform(0.2, duration))
+                process.join(rng.uniform(0.0, duration))
                 process.kill()
             (done,) = helpers.finish([process])
             assert done in (0, -signal.SIGKILL), said(out)
             kills += done != 0
-            if not (out / "config.json").exists():
-                shutil.rmtree(out, ignore_errors=True)  # killed before there was a run
         assert_same(out, references[script])
         assert_only_states(out)
         duration, runs = min(duration, time.monotonic() - started), runs + 1
 
 
 @both
-@pytest.mark.parametrize("step", [0, 2, 3, 4])
-def test_a_run_killed_at_step_0_at_the_stage_boundary_or_after_the_last_step_goes_on(
-    script, step, model_dir, tmp_path, references, capsys
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_run_killed_at_the_stage_boundary_or_after_the_last_step_goes_on(
+    script, step, model_dir, tmp_path, references
 ):
-    out = tmp_path / "run"
+    out, flags = tmp_path / "run", ("--save_every", "1", "--resume")
     harm = partial(helpers.die_after_save, step)
-    assert helpers.run(script, model_dir, out, "--save_every", "1", harm=harm) == [-signal.SIGKILL]
+    assert helpers.run(script, model_dir, out, *flags, harm=harm) == [-signal.SIGKILL]
     (out / "states" / "old_step_000000").mkdir()  # as if killed in that save, maybe the last one
-    assert helpers.run(script, model_dir, out, "--save_every", "1", "--resume") == [0]
+    assert helpers.run(script, model_dir, out, *flags) == [0]
     assert_only_states(out)
     # --save_every is also the window of the best checkpoint: only metrics are the reference's
     assert helpers.metrics(out) == helpers.metrics(references[script])
     assert "trained" in json.loads((out / "results.json").read_text())
-    flags = resume_flags(script, model_dir, out, "--save_every", "1")
-    refused = helpers.refusal(SCRIPTS[script], capsys, *flags)
-    assert "is complete" in refused  # no zero steps that look like a success
+
+
+@both
+def test_a_complete_run_says_so_and_is_left_as_it_is(script, model_dir, tmp_path, references):
+    out = shutil.copytree(references[script], tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert helpers.run(script, model_dir, out, "--resume") == [0]  # a job of one line has an end
+    assert "is complete" in said(out) and said(out).count("\n") == 1
+    assert helpers.run(script, model_dir, out) == [2]
+    assert "holds a finished run: name another" in said(out) and "run_2 is free" in said(out)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@both
+def test_a_complete_run_is_made_longer_as_if_it_had_been_from_the_start(
+    script, model_dir, tmp_path, references
+):
+    more = {"score": "--stage2_steps 4", "rrr": "--steps 6"}[script].split()
+    more += ["--schedule", "constant"]
+    same = [] if script == "score" else ["--schedule", "constant"]
+    out = tmp_path / "run"
+    assert helpers.run(script, model_dir, out, *same) == [0]
+    short = (out / "results.json").read_bytes()
+    assert helpers.run(script, model_dir, out, *more, "--resume") == [0]
+    assert helpers.run(script, model_dir, tmp_path / "whole", *more) == [0]
+    assert_same(out, tmp_path / "whole")
+    assert (out / "results_step_000004.json").read_bytes() == short
+
+
+@both
+def test_max_minutes_end_a_run_with_a_state_and_a_checkpoint_time_and_again(
+    script, model_dir, tmp_path, references
+):
+    out, flags = tmp_path / "run", ("--max_minutes", "1e-6", "--resume")
+    for step in (1, 2, 3, 4):
+        assert helpers.run(script, model_dir, out, *flags) == [0]
+        assert names_of_states(out)[0] == f"step_00000{step}"
+        assert (out / "checkpoint" / "model.safetensors").is_file()
+        last = said(out).splitlines()[-1]
+        assert f"{step} of 4 steps after --max_minutes 1e-06" in last and "--resume" in last
+    assert not (out / "results.json").exists()
+    assert helpers.run(script, model_dir, out, "--resume") == [0]
+    assert_same(out, references[script])
+
+
+@both
+def test_a_state_has_what_is_trained_and_none_is_made_before_a_step(script, model_dir, stopped):
+    out, weights = stopped[script], sum(p.numel() for p in tiny.build_model().parameters())
+    assert names_of_states(out) == ["step_000004", "step_000002"]
+    held = 12 * weights + 4 * weights * (script == "score")  # it has Stage I as its reference
+    size = (out / "states" / "step_000004" / "tensors" / "__0_0.distcp").stat().st_size
+    assert held < size < 1.2 * held  # a name and a place for each tensor, of which there are many
+
+
+def test_a_checkpoint_is_in_the_models_own_dtype_and_readable_by_all(tmp_path):
+    path = tmp_path / "half"
+    model = tiny.build_model().bfloat16()
+    checkpoint.save_model(model, tiny.build_tokenizer(), path)
+    read, tokenizer = models.load_model(str(path))
+    assert read.dtype == torch.float32  # it is trained in
+    checkpoint.save_model(read, tokenizer, tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        ours = tmp_path / "again" / name
+        assert ours.stat().st_size == (path / name).stat().st_size  # tied weights once, too
+        assert ours.stat().st_mode & 0o777 == 0o666 & ~UMASK
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("place", ["/proc/not_here", "file/run", "file"])
+def test_a_directory_that_cant_be_is_refused_before_anything_is_loaded(
+    place, model_dir, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(score, "prepare", lambda *a, **k: 1 / 0)
+    refused = helpers.refusal(score, capsys, "--output_dir", tmp_path / place)
+    assert refused.count("\n") == 1 and f"{place} can't be written: " in refused
+
+
+def test_resume_starts_where_there_is_no_more_than_a_log_or_what_a_kill_left(tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in (".lock", "config.json.new"):
+        (out / name).write_text("")
+    assert run_module.check_run(score.Config(output_dir=str(out)))
+    (out / "log.txt").write_text("")  # of python score.py ... > run/log.txt
+    with pytest.raises(ValueError, match="is in use, and holds no run"):
+        run_module.check_run(score.Config(output_dir=str(out)))
+    assert run_module.check_run(score.Config(output_dir=str(out), resume=True))
+    (out / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="is in use, and holds no run"):
+        run_module.check_run(score.Config(output_dir=str(out), resume=True))
+
+
+def test_a_run_goes_on_with_its_model_and_data_elsewhere_if_they_are_the_same(
+    model_dir, stopped, tmp_path, references
+):
+    out = shutil.copytree(stopped["score"], tmp_path / "run")
+    shutil.rmtree(checkpoint.states(out)[0])
+    moved = shutil.copytree(model_dir, tmp_path / "moved")
+    assert helpers.run("score", moved, out, "--resume") == [0]
+    assert_same(out, references["score"])
+    assert json.loads((out / "config.json").read_text())["model"] == str(moved)
 
 
 # Told to stop
@@ -180,10 +282,15 @@ def slow_generation(step: int, marker: Path):
     Sampler.extend = slowly
 
 
-@both
-@pytest.mark.parametrize("world", [0, 2])
-def test_sigterm_during_generation_saves_the_state_and_exits_143(
-    script, world, model_dir, tmp_path, references
+STOPS = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
+
+
+@pytest.mark.parametrize("script, world, number", [
+    ("score", 0, signal.SIGTERM), ("score", 2, signal.SIGTERM), ("score", 0, signal.SIGINT),
+    ("rrr", 0, signal.SIGINT), ("rrr", 2, signal.SIGINT), ("rrr", 2, signal.SIGTERM),
+])  # fmt: skip
+def test_sigterm_or_ctrl_c_during_generation_saves_the_state_and_says_one_line(
+    script, world, number, model_dir, tmp_path, references
 ):
     out, marker = tmp_path / "run", tmp_path / "generating"
     harm = partial(slow_generation, 1, marker)
@@ -191,9 +298,12 @@ def test_sigterm_during_generation_saves_the_state_and_exits_143(
     wait_for(marker)
     time.sleep(0.2)
     for process in processes:
-        process.terminate()
-    assert set(helpers.finish(processes)) == {143}
-    assert checkpoint.states(out)[0].name == "step_000001" and "stopped by SIGTERM" in said(out)
+        os.kill(process.pid, number)
+    name, code = STOPS[number]
+    assert set(helpers.finish(processes)) == {code}
+    assert checkpoint.states(out)[0].name == "step_000001" and "\r" not in said(out)
+    assert f"stopped by {name}: the newest saved state is step_000001" in said(out).splitlines()[-1]
+    assert "Traceback" not in said(out)
     assert checkpoint.damage(checkpoint.states(out)[0]) is None
     if world == 0:
         assert helpers.run(script, model_dir, out, "--resume") == [0]
@@ -254,7 +364,21 @@ def test_a_second_sigterm_exits_at_once(script, model_dir, tmp_path):
         process.terminate()
         time.sleep(0.3)
     assert helpers.finish([process]) == [143]
-    assert names_of_states(out) == ["step_000000"]
+    assert names_of_states(out) == ["step_000002"]
+
+
+@both
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_before_the_first_step_ends_without_a_state_or_a_traceback(
+    script, number, model_dir, tmp_path
+):
+    out, marker = tmp_path / "run", tmp_path / "generating"
+    (process,) = helpers.start_run(script, model_dir, out, harm=partial(slow_generation, 0, marker))
+    wait_for(marker)
+    os.kill(process.pid, number)
+    name, code = STOPS[number]
+    assert helpers.finish([process]) == [code] and names_of_states(out) == []
+    assert f"stopped by {name}: the newest saved state is none" in said(out).splitlines()[-1]
 
 
 # Disk and files
@@ -300,7 +424,7 @@ def test_a_full_disk_leaves_the_state_before_it_and_says_so(
     assert set(helpers.run(script, model_dir, out, world=world, harm=partial(harm, 3))) == {1}
     (line,) = [line for line in said(out).splitlines() if "can't be written" in line]
     assert "the newest saved state is step_000002" in line and "Traceback" not in said(out)
-    assert names_of_states(out) == ["step_000002", "step_000000"]
+    assert names_of_states(out) == ["step_000002"]
     assert checkpoint.damage(out / "states" / "step_000002") is None
     if world == 0 and harm is full_disk:
         assert helpers.run(script, model_dir, out, "--resume") == [0]
@@ -330,11 +454,11 @@ def test_a_damaged_state_is_named_and_never_used(
     script, change, file, message, model_dir, stopped, tmp_path, capsys
 ):
     out = shutil.copytree(stopped[script], tmp_path / "run")
-    change(out / "states" / "step_000002" / file)
+    change(out / "states" / "step_000004" / file)
     refused = helpers.refusal(SCRIPTS[script], capsys, *resume_flags(script, model_dir, out))
-    for part in ("step_000002 is damaged", message, "--skip_damaged"):
+    for part in ("step_000004 is damaged", message, "--skip_damaged"):
         assert part in refused
-    assert (out / "states" / "step_000002").exists()
+    assert (out / "states" / "step_000004").exists()
     run_module._locks.clear()
 
 
@@ -343,14 +467,14 @@ def test_the_state_before_a_damaged_one_is_used_only_if_told_so(
     script, model_dir, stopped, tmp_path, references
 ):
     out = shutil.copytree(stopped[script], tmp_path / "run")
-    flip_one_bit(out / "states" / "step_000002" / "tensors" / "__0_0.distcp")
-    (out / "states" / "new_000004" / "tensors").mkdir(parents=True)  # a save that was cut off
+    flip_one_bit(out / "states" / "step_000004" / "tensors" / "__0_0.distcp")
+    (out / "states" / "new_000006" / "tensors").mkdir(parents=True)  # a save that was cut off
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"stage": 2, "st')  # and a line
     assert helpers.run(script, model_dir, out, "--resume", "--skip_damaged") == [0]
     assert_same(out, references[script])
     names = {path.name for path in (out / "states").iterdir()}
-    assert names == {"step_000004", "step_000002", "damaged_step_000002"}
+    assert names == {"step_000004", "step_000002", "damaged_step_000004"}
 
 
 def test_without_any_whole_state_nothing_is_made_up(model_dir, stopped, tmp_path, capsys):
@@ -530,7 +654,7 @@ def test_torchrun_ends_all_ranks_when_one_is_killed(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
         run = subprocess.Popen(command, cwd=helpers.ROOT, stdout=log, stderr=log, env=env)
-    wait_for(tmp_path / "run" / "metrics.jsonl")
+    wait_for(tmp_path / "run" / "states" / "step_000001")
     ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     assert len(ranks) == 2
     os.kill(int(ranks[1]), signal.SIGKILL)
@@ -600,9 +724,8 @@ def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
     step_of = training.train_step
 
     def trained(scorer, optimizer) -> list[torch.Tensor]:
-        tensors = checkpoint.tensors_of(scorer, optimizer)
-        names = [name for name in tensors if not name.startswith("scorer.reference.")]
-        return [tensors[name].clone() for name in names]
+        tensors = checkpoint.tensors_of(scorer, optimizer, with_reference=False)
+        return [tensor.clone() for tensor in tensors.values()]
 
     def one_step(config, scorer, sampler, optimizer, step, *rest):
         before = trained(scorer, optimizer)
@@ -624,7 +747,7 @@ def poisoned_run(script, model_dir, out, poison, bad, seen, *flags):
 @pytest.mark.parametrize("what", POISONS)
 def test_what_is_not_finite_changes_no_weight_and_is_counted(script, what, model_dir, tmp_path):
     seen, bad = [], {1: float("nan"), 2: float("inf")}
-    how = POISONS[what], bad, seen, "--eval_every", "0"
+    how = POISONS[what], bad, seen, "--eval_every", "0", "--seed", "1"  # with 0 a step is idle
     rows = poisoned_run(script, model_dir, tmp_path / "run", *how)
     assert seen == [(0, False), (1, True), (1, True), (0, False)]
     assert what in rows[1]["not_finite"] and what in rows[2]["not_finite"]
@@ -656,7 +779,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_published(model_dir, 
         with pytest.raises(SystemExit):
             helpers.train_here(score, model_dir, tmp_path / "run", *flags)
     assert "after 1 steps the weights are not finite" in capsys.readouterr().err
-    assert names_of_states(tmp_path / "run") == ["step_000000"]
+    assert names_of_states(tmp_path / "run") == []
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
@@ -671,6 +794,7 @@ def test_equal_rewards_and_groups_of_one_train_on(script, flags, model_dir, tmp_
     rows = train_only(script, model_dir, tmp_path / "run", *flags, *more)
     assert len(rows) == 4 and not any(row["skipped"] for row in rows)
     assert all(row["zero_advantage"] == 1 and row["reward"] == 0 for row in rows)
+    assert all(row["idle"] for row in rows)  # the policy stays the base, so no KL acts either
 
 
 @both

@@ -1,6 +1,7 @@
 """Scorer, micro-batches, optimiser, run directory; on random models of a few thousand weights."""
 
 import copy
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import loss
 import score
 import tiny
 from loss import divide_by_std, later_in_turn, subtract_baseline, token_scores
-from training import batches, checkpoint, models, policy, run
+from training import batches, checkpoint, loop, models, policy, run
 from training.scorer import Scorer
 
 
@@ -99,6 +100,22 @@ def test_scores_equal_a_plain_forward_and_a_full_softmax(pad):
             torch.testing.assert_close(found, torch.stack(expected), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("kind", loss.KL_KINDS)
+def test_without_a_reference_no_kl_has_a_value_or_a_gradient_however_rare_a_token(kind):
+    ones, turn = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.long)
+    results = []
+    for kl_coef in (0.0, 0.7):
+        hidden = torch.tensor([[100.0, 0.0], [0.0, 300.0]], requires_grad=True)
+        scores = token_scores(hidden, torch.eye(2), torch.tensor([1, 0]))
+        assert scores.logprobs.tolist() == [-100, -300]  # exp(100) is infinite
+        assert not scores.ref_logprobs.requires_grad
+        scores = loss.Scores(*(x[None] for x in scores))
+        value = policy.policy_loss(scores, ones, kl_coef * ones, ones.bool(), turn, 1, kind)
+        value.backward()
+        results.append(torch.cat([value.detach()[None], hidden.grad.flatten()]))
+    assert results[0].isfinite().all() and torch.equal(*results)
+
+
 def test_no_logits_are_kept_for_the_backward_pass():
     M, H, V, kept = 40, 8, 1000, []
     hidden, head = torch.randn(M, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
@@ -162,6 +179,14 @@ def test_leave_one_out_leaves_out_its_own_reward():
         subtract_baseline(rewards[:, :1])
 
 
+def test_the_deviation_logged_is_the_one_that_advantages_are_divided_by():
+    values = torch.tensor([[1.0, 5.0], [-1.0, 9.0], [7.0, 5.0]])
+    for dim in (None, 0):
+        torch.testing.assert_close(divide_by_std(values, dim) * loss.deviation(values, dim), values)
+    present = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    assert loss.deviation(values, 0, present).tolist() == [[1.0, 0.0]]
+
+
 def test_advantages_without_variance_become_zeros_not_nan():
     assert (divide_by_std(torch.full((4, 2), 3.0)) == 0).all()
     columns = divide_by_std(torch.tensor([[1.0, 5.0], [-1.0, 5.0]]), dim=0)
@@ -186,6 +211,19 @@ def test_chunking_changes_neither_values_nor_gradients():
         results.append(torch.cat([h.grad.flatten(), s.kl.detach()]))
     torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=0)
     torch.testing.assert_close(results[2], results[1], atol=1e-12, rtol=0)
+
+
+def test_a_ratio_is_outside_beyond_a_tenth_either_way_and_of_sampled_tokens_alone():
+    rollout, zero = made_up_rollout(), torch.zeros(7, made_up_rollout().ids.shape[1])
+    rollout.stopped = torch.ones(7, 2, dtype=torch.bool)
+    places = rollout.action_mask.nonzero()[:4]
+    ratios = torch.tensor([0.89, 0.91, 1.09, 1.11])
+    rollout.logprobs[tuple(places.T)] = -ratios.log()
+    rollout.logprobs[~rollout.action_mask] = 5.0
+    batch = policy.Batch(rollout, zero, zero, 7, {})
+    row = loop.token_metrics(batch, loss.Scores(zero, zero, zero, zero), with_kl=False)
+    assert row["ratio_outside"] == 2 / int(rollout.action_mask.sum())
+    assert row["ratio_error"] == pytest.approx(-math.log(0.89))
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():

@@ -79,6 +79,15 @@ def test_absent_episodes_count_nowhere():
     torch.testing.assert_close(adv[:, 0], torch.tensor([1.0, -1.0, 0.0]))
 
 
+def test_advantage_std_is_the_mean_deviation_of_the_groups_that_have_any(model_dir):
+    episodes, _, _, config, _ = make_rollout(model_dir, retries=2)
+    for right, std in (([1, 1, 0, 0, 1, 0, 1, 0, 1, 1, 1, 0], 0.375), ([1, 0] * 6, 0.0)):
+        episodes.retries.right[:] = torch.tensor(right)
+        for normalise in (True, False):
+            config.normalise = normalise
+            assert rrr.make_batch(episodes, config).figures["advantage_std"] == std
+
+
 def make_rollout(model_dir, retries=2, reflection_tokens=6):
     model, tokenizer = models.load_model(model_dir)
     sampler, env = Sampler(model, tokenizer), Env(TASKS["tiny"], tokenizer)
@@ -250,8 +259,8 @@ def test_an_episode_batch_without_a_failure_teaches_nothing(model_dir, monkeypat
     batch = rrr.make_batch(episodes, config)
     assert len(episodes.rollout.ids) == 0 and "reward" not in batch.figures
     optimizer, before = torch.optim.AdamW(model.parameters()), copy.deepcopy(model.state_dict())
-    _, norm, wrong = policy.update(Scorer(model), optimizer, batch, config)
-    assert norm == 0 and not wrong and not optimizer.state
+    done = policy.update(Scorer(model), optimizer, batch, config)
+    assert done.norm == 0 and not done.wrong and done.idle and not optimizer.state
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -272,12 +281,6 @@ def test_first_attempts_that_the_data_gives_are_the_failures(model_dir, tmp_path
     train_here(model_dir, tmp_path / "run")
     _, *failures = (tmp_path / "run" / "failures.jsonl").read_text().splitlines()
     assert failures and {json.loads(row)["answer"] for row in failures} == {"1 + 1 = 2"}
-
-
-def test_the_papers_preset_leaves_given_flags_alone():
-    config = rrr.with_preset(rrr.Config(preset="paper", steps=5))
-    assert (config.steps, config.beta, config.lr, config.failures_per_step) == (5, 0.001, 5e-7, 256)
-    assert rrr.with_preset(rrr.Config(steps=5)) == rrr.Config(steps=5)
 
 
 def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):

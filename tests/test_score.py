@@ -68,6 +68,26 @@ def test_per_turn_normalisation_cancels_alpha_as_its_help_says(normalise, alpha_
     assert torch.allclose(one, ten, atol=1e-5) != alpha_matters
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("normalise, keys", [
+    ("none", ["advantage_std"]), ("joint", ["advantage_std"]),
+    ("per_turn", ["advantage_std_t1", "advantage_std_t2"]),
+])  # fmt: skip
+def test_advantage_std_is_what_advantages_were_divided_by(normalise, keys, stage):
+    generator = torch.Generator().manual_seed(0)
+    r1 = torch.randint(2, (4, 4), generator=generator).float()
+    r2 = torch.randint(2, (4, 4, 4), generator=generator).float()
+    config = score.Config(normalise=normalise)
+    raw = score.raw_advantages(r1, r2, stage, config)
+    found = score.deviations(raw, config)
+    assert list(found) == keys
+    advantages = score.turn_advantages(r1, r2, stage, config)
+    stds = torch.tensor([*found.values()] if normalise != "none" else [1.0])
+    torch.testing.assert_close(advantages * stds, raw)
+    if stage == 1 and normalise != "per_turn":  # the turn that is not trained doesn't count
+        assert found["advantage_std"] == pytest.approx(float(raw[:, 1].std(correction=0)))
+
+
 def test_a_baseline_within_one_first_attempt_turns_the_bonus_into_a_weight():
     generator = torch.Generator().manual_seed(0)
     r1 = torch.randint(2, (4, 4), generator=generator).float()
@@ -78,9 +98,35 @@ def test_a_baseline_within_one_first_attempt_turns_the_bonus_into_a_weight():
     torch.testing.assert_close(bonus[:, 0], plain[:, 0])
 
 
-def test_beta2_follows_the_kl_target():
-    config = score.Config(kl_target=0.1)
-    assert [score.adapt_beta2(1.0, kl, config) for kl in (0.2, 0.1, 0.05)] == [1.5, 1.0, 1 / 1.5]
+def adapted(kls, **flags):
+    """beta2 after each step whose first attempts had this KL; None: offline, they have none."""
+    config = score.Config(**{"kl_target": 0.1, "warmup": 0, **flags})
+    state, found = {"beta2": config.beta2, "calm": 0}, []
+    for step, kl in enumerate(kls):
+        state["last"] = {"step": step} | ({} if kl is None else {"kl_t1": kl})
+        score.adapt_beta2(state, config)
+        found.append(state["beta2"])
+    return found
+
+
+def test_beta2_rises_at_once_and_falls_after_ten_calm_steps_in_a_row():
+    assert adapted([0.2, 0.2, 0.14, 0.07]) == [1.5, 2.25, 2.25, 2.25]
+    low, within = 0.06, 0.1
+    assert adapted([low] * 21) == [1.0] * 9 + [1 / 1.5] * 10 + [1 / 1.5 / 1.5] * 2
+    assert adapted([low] * 9 + [within] + [low] * 9) == [1.0] * 19  # not in a row
+    assert adapted([low] * 9 + [0.2] + [low] * 10) == [1.0] * 9 + [1.5] * 10 + [1.0]
+    assert adapted([low] * 5 + [None] * 9 + [low] * 5) == [1.0] * 18 + [1 / 1.5]
+    assert adapted([low] * 40, kl_target=None) == [1.0] * 40
+
+
+def test_the_kl_of_zero_that_a_run_starts_with_does_not_let_go_of_beta2():
+    assert adapted([0.0] * 17, warmup=7) == [1.0] * 16 + [1 / 1.5]
+    assert adapted([0.2] * 3, warmup=7) == [1.5, 1.5**2, 1.5**3]  # too much is too much
+
+
+def test_beta2_stays_within_a_hundredth_and_a_hundred_times_what_was_given():
+    assert adapted([9.0] * 30, beta2=2.0)[-1] == 200
+    assert adapted([0.0] * 300, beta2=2.0)[-1] == 0.02
 
 
 def test_a_run_writes_its_directory_and_its_update_is_on_policy(model_dir, tmp_path):
@@ -99,9 +145,17 @@ def test_a_run_writes_its_directory_and_its_update_is_on_policy(model_dir, tmp_p
     models.load_model(str(tmp_path / "run" / "checkpoint"))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypatch):
-    flags = "--stage1_steps 2 --stage2_steps 4 --reference stage1 --kl_target 0.001".split()
+@pytest.mark.parametrize("flags", [
+    "--stage1_steps 2 --stage2_steps 4 --reference stage1 --kl_target 0.001",
+    "--stage1_steps 6 --stage2_steps 0 --kl_target 1000 --warmup 0",  # cut while it counts
+])  # fmt: skip
+def test_a_resumed_run_equals_an_uninterrupted_one(flags, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "CALM", 2)
+    flags = flags.split()
     whole = train_here(model_dir, tmp_path / "whole", *flags)
+    if "1000" in flags:
+        lets_go = [1, 1, 1 / 1.5, 1 / 1.5, 1 / 1.5 / 1.5, 1 / 1.5 / 1.5]
+        assert [row["beta2"] for row in whole] == lets_go
 
     logged = training.log
 
@@ -110,10 +164,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model_dir, tmp_path, monkeypa
         if row["step"] == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "log", stop_at_5)
-    with pytest.raises(KeyboardInterrupt):
-        train_here(model_dir, tmp_path / "cut", *flags)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "log", stop_at_5)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(model_dir, tmp_path / "cut", *flags)
     resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
     assert helpers.without_times(resumed) == helpers.without_times(whole)
     results = [(tmp_path / name / "results.json").read_text() for name in ("cut", "whole")]
@@ -289,6 +343,13 @@ def test_the_picture_is_drawn_anew_at_every_saved_state(model_dir, tmp_path, mon
     (["--offline_ratio", "1.5"], "--offline_ratio 1.5"),
     (["--single_turn", "--reference", "stage1"], "--reference stage1"),
     (["--stage1_steps", "0", "--reference", "stage1"], "--reference stage1"),
+    (["--group_size", "1", "--baseline", "group_mean"], "--group_size 1"),
+    (["--problems", "1", "--group_size", "1", "--baseline", "none"], "--normalise none"),
+    (["--kl_target", "0"], "--kl_target 0: must be above 0"),
+    (["--kl_target", "0.1", "--stage1_steps", "0"], "--kl_target adapts Stage I"),
+    (["--kl_target", "0.1", "--single_turn"], "--kl_target adapts Stage I"),
+    (["--kl_target", "0.1", "--beta2", "0"], "--kl_target multiplies --beta2"),
+    (["--kl_target", "0.1", "--offline_ratio", "1"], "--kl_target is about"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_exit_code_2_and_nothing_written(
     flags, message, model_dir, tmp_path, capsys

@@ -55,10 +55,22 @@ def plain_scores(model, reference, ids, mask, temperature):
     return Scores(*(torch.nn.functional.pad(x, (1, 0)) * mask for x in scores))
 
 
-@pytest.mark.parametrize("stem", [0, 6])
+def test_a_stem_is_cut_off_only_where_that_leaves_attention_less_to_do(monkeypatch):
+    def found(stem, T):
+        ids = torch.zeros(2, T, dtype=torch.long)
+        ids[1, stem] = 1
+        return prefix_tree(ids, ids >= 0).stem
+
+    assert [found(*sizes) for sizes in ((64, 250), (64, 270), (63, 70))] == [64, 0, 0]
+    monkeypatch.setitem(scorer_module.MASKED, "cpu", 2.0)
+    assert [found(*sizes) for sizes in ((64, 84), (64, 90), (640, 840))] == [64, 0, 640]
+
+
+@pytest.mark.parametrize("stem, masked", [(0, 0.0), (6, 0.0), (6, 9.0)])  # 9: too dear
 @pytest.mark.parametrize("name", TINY)
-def test_scores_and_gradients_equal_those_of_whole_rows(name, stem, monkeypatch):
+def test_scores_and_gradients_equal_those_of_whole_rows(name, stem, masked, monkeypatch):
     monkeypatch.setattr(scorer_module, "STEM", 3)
+    monkeypatch.setitem(scorer_module.MASKED, "cpu", masked)
     config_class, options = TINY[name]
     refused = "final_logit_softcapping"  # by `load_model`
     options = {k: v for k, v in options.items() if k != refused}
@@ -66,7 +78,7 @@ def test_scores_and_gradients_equal_those_of_whole_rows(name, stem, monkeypatch)
     ids, lengths, real = random_rows(B=12, T=14, vocabulary=VOCAB if name == "llama_mha" else 3)
     ids[:, :stem], real[:, :stem] = ids[0, :stem], True  # what all rows begin with
     mask = real & (torch.arange(14) % 5 > 1)
-    assert prefix_tree(ids, real).stem >= stem
+    assert (prefix_tree(ids, real).stem >= 6) == (stem == 6 and not masked)
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
     results = []
     ways = [Scorer(model, reference, chunk=7, checkpointing=c) for c in (False, True)]

@@ -3,8 +3,8 @@
 Any number of processes can read what another number has written. A state is a directory
 run/states/step_000020 with
 
-    tensors/         weights of policy and reference, the optimiser's moments, in the format of
-                     torch.distributed.checkpoint
+    tensors/         what is trained and the optimiser's moments, float32, in the format of
+                     torch.distributed.checkpoint; the reference only where it is not --model
     memory.json      all else: the step, the best window so far, the algorithm's own memory
     best/            the best model so far, in Hugging Face format; run/checkpoint is a copy of it
     manifest.json    size and SHA-256 of every file, written last
@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from training import distributed
 
@@ -37,11 +36,21 @@ STATE = re.compile(r"step_\d+")
 
 
 def save_model(model, tokenizer, path: Path, weights: dict | None = None) -> None:
-    """In Hugging Face format, complete or not at all; `weights` in place of the model's own."""
+    """In Hugging Face format, complete or not at all; `weights` in place of the model's own.
+
+    They are written in the dtype that the model was published in (models.ready).
+    """
     fresh = path.with_name(path.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    model.save_pretrained(fresh, state_dict=weights)
+    dtype = getattr(model, "saved_dtype", model.dtype)
+    weights = dict(model.named_parameters()) if weights is None else weights
+    model.save_pretrained(fresh, state_dict={k: w.detach().to(dtype) for k, w in weights.items()})
     tokenizer.save_pretrained(fresh)
+    config = json.loads((fresh / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")  # not what it was trained in
+    write_text(fresh / "config.json", json.dumps(config, indent=2) + "\n")
+    for file in fresh.iterdir():  # safetensors lets nobody else read its files
+        shutil.copymode(fresh / "config.json", file)
     publish(fresh, path)
 
 
@@ -49,7 +58,8 @@ def save_policy(scorer, model, tokenizer, path: Path) -> None:
     """The trained policy, built as `model` is; one spread over ranks is collected by the first."""
     weights = None
     if distributed.together():
-        pairs = ((name, tensor.cpu()) for name, tensor in distributed.whole_tensors(scorer.model))
+        dtype = getattr(model, "saved_dtype", model.dtype)
+        pairs = ((k, w.to("cpu", dtype)) for k, w in distributed.whole_tensors(scorer.model))
         weights = dict(pairs) if distributed.rank() == 0 else {name: None for name, _ in pairs}
     distributed.on_first(save_model, model, tokenizer, path, weights)
 
@@ -100,16 +110,22 @@ def states(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def tensors_of(scorer, optimizer) -> dict:
-    """Of a state, by name; the optimiser's are made if it has none yet."""
-    tensors = {f"scorer.{name}": tensor for name, tensor in scorer.state_dict().items()}
+def tensors_of(scorer, optimizer, with_reference: bool) -> dict:
+    """Of a state, by name; the optimiser's moments are made if it has none yet.
+
+    The reference is read again from --model, unless an algorithm has changed it.
+    """
+    tensors = {}
     for name, parameter in scorer.model.named_parameters():
         moments = optimizer.state[parameter]
         if not moments:
             zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             step = torch.zeros((), dtype=torch.float32, device=zeros["exp_avg"].device)
             moments.update(step=step, **zeros)
+        tensors[f"scorer.model.{name}"] = parameter.detach()
         tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    for name, parameter in scorer.reference.named_parameters() if with_reference else ():
+        tensors[f"scorer.reference.{name}"] = parameter
     return tensors
 
 
@@ -139,19 +155,25 @@ def save_state(run: Path, scorer, optimizer, memory: dict, save_best, keep: int)
             old.rename(here / f"old_{old.name}")
         clean(run)
 
+    import torch.distributed.checkpoint as dcp  # takes a second
+
     distributed.on_first(begin)
     if save_best is not None:
         save_best(fresh / "best")
     alone = not distributed.together()
-    dcp.save(tensors_of(scorer, optimizer), checkpoint_id=fresh / "tensors", no_dist=alone)
+    tensors = tensors_of(scorer, optimizer, memory["state"].get("own_reference", False))
+    dcp.save(tensors, checkpoint_id=fresh / "tensors", no_dist=alone)
     distributed.on_first(end)
 
 
 def load_state(path: Path, scorer, optimizer) -> dict:
     """All tensors into their places, over whatever ranks they are spread; returns the memory."""
-    tensors = tensors_of(scorer, optimizer)
+    import torch.distributed.checkpoint as dcp  # takes a second
+
+    memory = distributed.on_first(lambda: json.loads((path / "memory.json").read_text()))
+    tensors = tensors_of(scorer, optimizer, memory["state"].get("own_reference", False))
     dcp.load(tensors, checkpoint_id=path / "tensors", no_dist=not distributed.together())
-    return distributed.on_first(lambda: json.loads((path / "memory.json").read_text()))
+    return memory
 
 
 def clean(run: Path) -> None:

@@ -3,7 +3,7 @@
 `torchrun` starts them; without it there is one, and everything here does nothing. All that ranks
 must agree on goes through `exchange`, so that control flow never depends on one rank's data: a rank
 that went its own way would leave the others waiting. It is also where a run that was told to stop
-(SIGTERM) stops, on all ranks at the same place.
+(SIGTERM, Ctrl-C) stops, on all ranks at the same place.
 """
 
 import os
@@ -16,31 +16,31 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-STOPPED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM ended, as a shell would report it
+HEARD = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others
 
 
 class Stopped(BaseException):
     """The run was told to stop, and every rank has come to the same place.
 
-    No Exception, so that nothing swallows it.
+    No Exception, so that nothing swallows it. Its argument is the signal.
     """
+
+    def __str__(self) -> str:
+        return f"stopped by {HEARD[self.args[0]]}"
+
+    @property
+    def code(self) -> int:
+        """The exit code, as a shell would report it."""
+        return 128 + self.args[0]
 
 
 class _Interrupted(BaseException):
     """This rank was told to stop, in the midst of work that may be left undone."""
 
 
-_told = False  # SIGTERM came
+_told = 0  # the signal that came
 _may_stop = False  # it may end this very line
 _inside = False  # we are within `interruptible`
 
@@ -48,8 +48,11 @@ _inside = False  # we are within `interruptible`
 def start() -> None:
     """Joins the other processes that torchrun has started, if it has.
 
-    Only the first one says anything on stdout.
+    Only the first one says anything on stdout, and says it at once, in a log file too. Ctrl-C is
+    heard even where a shell has told a job in its background not to.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(line_buffering=True)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     backend = "gloo"
@@ -101,8 +104,9 @@ def exchange(x=None) -> list:
     parts = [(x, _told)] * world()
     if world() > 1:
         dist.all_gather_object(parts, (x, _told))
-    if _inside and any(told for _, told in parts):
-        raise Stopped
+    told = max(told for _, told in parts)
+    if _inside and told:
+        raise Stopped(told)
     _may_stop = before
     return [x for x, _ in parts]
 
@@ -135,33 +139,34 @@ def on_first(function, *arguments):
 
 @contextmanager
 def listening():
-    """Within it SIGTERM no longer kills: it asks for an end where `interruptible` says.
+    """Within it SIGTERM and Ctrl-C don't kill: they ask for an end where `interruptible` says.
 
     A second one exits at once.
     """
 
-    def hear(*_):
+    def hear(number, _):
         global _told
         if _told:
-            os._exit(STOPPED)
-        _told = True
+            os._exit(128 + number)
+        _told = number
         if _may_stop:
             raise _Interrupted
 
     global _told
-    before = signal.signal(signal.SIGTERM, hear)
+    before = {number: signal.signal(number, hear) for number in HEARD}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        told, _told = _told, False
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        told, _told = _told, 0
     if told:  # after the last place to stop at
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), told)
 
 
 @contextmanager
 def interruptible():
-    """Around work that may be left undone: SIGTERM on any rank ends it, with Stopped on all.
+    """Around work that may be left undone: a signal to any rank ends it, with Stopped on all.
 
     It ends at once on the rank that was told, on the others where ranks next meet.
     """
@@ -191,19 +196,33 @@ def shard(
     `replicas` > 1 keeps so many copies, each spread over its own group of neighbours (HSDP: one for
     each node, say).
     """
+    # Here and below only where it is used: to import it takes a second.
+    from torch.distributed import fsdp
+
     shape, names = (world(),), ("shard",)
     if replicas > 1:
         shape, names = (replicas, world() // replicas), ("copy", "shard")
     kind = device().type
     mesh = dist.init_device_mesh(kind, shape, mesh_dim_names=names)
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = (
+        fsdp.CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else fsdp.OffloadPolicy()
+    )
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for part in [*(block for model in models for block in model.get_decoder().layers), module]:
-        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
     for part in module.modules():
-        if isinstance(part, FSDPModule):
+        if isinstance(part, fsdp.FSDPModule):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)  # else gloo lacks what a factor takes
+
+
+def is_sharded(tensor) -> bool:
+    """Whether it is spread over ranks (a DTensor)."""
+    if not together():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def all_tensors(model) -> list[Tensor]:
@@ -224,7 +243,9 @@ def send(model, *copies) -> None:
             tensor.copy_(source)
         dist.broadcast(tensor, 0)
         for target in targets:
-            if isinstance(target, DTensor):
+            if is_sharded(target):
+                from torch.distributed.tensor import distribute_tensor
+
                 where = target.device_mesh, target.placements
                 placed = distribute_tensor(tensor, *where, src_data_rank=None)
                 target.to_local().copy_(placed.to_local())
@@ -236,11 +257,11 @@ def whole_tensors(model) -> Iterator[tuple[str, Tensor]]:
     """(name, parameter) with all ranks' values, one at a time, on this rank's device; float32."""
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
-        if isinstance(tensor, DTensor):
+        if is_sharded(tensor):
             local = tensor.to_local().to(device())  # offloaded ones are on the CPU
             where = tensor.device_mesh, tensor.placements
             size = {"shape": tensor.shape, "stride": tensor.stride()}
-            tensor = DTensor.from_local(local, *where, run_check=False, **size).full_tensor()
+            tensor = type(tensor).from_local(local, *where, run_check=False, **size).full_tensor()
         yield name, tensor
 
 

@@ -32,7 +32,7 @@ def check_day(config) -> str:
     if config.collect:
         return on_first(today)
     day = check_run(config)
-    given = config.failures if config.group == "failure" and not config.resume else None
+    given = config.failures if config.group == "failure" else None
     return on_first(_day_of, given) if given else day
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import trange
 
 from loss import Scores
 from training import checkpoint, distributed
-from training.distributed import Stopped, exchange, interruptible, listening, on_first, rank
+from training.distributed import Stopped, exchange, interruptible, listening, on_first
 from training.policy import Batch, finite_weights, set_lr, update
-from training.run import cut_logs, log, log_sizes, newest, saving, stop
+from training.progress import bar, counted
+from training.run import cut_logs, log, log_sizes, newest, saving, stop, time_is_up
 from training.scorer import Scorer
+
+RATIOS = (0.9, 1.1)  # of pi / pi_sampler; an on-policy update has 1, up to rounding
 
 
 class Hooks(NamedTuple):
@@ -38,12 +40,13 @@ class Hooks(NamedTuple):
 
 
 def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict) -> None:
-    """`config.steps` steps, from the newest saved state if the run is resumed.
+    """`config.steps` steps, from the newest saved state if there is one.
 
     `state` is the algorithm's own memory between steps; it is saved and resumed with the rest, and
     holds the last step's figures under "last". The model kept in run/checkpoint is the one after
     the `save_every` steps with the highest mean of `config.judged_by` (RL: the training reward),
-    counting steps of `config.last_stage` only. SIGTERM: a saved state, and exit code 143.
+    counting steps of `config.last_stage` only. SIGTERM and Ctrl-C: a saved state, and exit code 143
+    or 130; --max_minutes: the same, with a checkpoint, and 0.
     """
     parameters = scorer.model.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
@@ -51,40 +54,52 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
     save_best = partial(checkpoint.save_policy, scorer, sampler.model, sampler.tokenizer)
     # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
     memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "state": state}
-    if not (config.resume and resume(run, scorer, sampler, optimizer, memory)):
-        save(memory)
-    steps, first = config.steps, memory["step"]
-    progress = trange(first, steps, initial=first, total=steps, disable=rank() > 0)
-    try:
-        with listening():
-            for step in progress:
+    resume(run, scorer, sampler, optimizer, memory)
+    steps, first, over = config.steps, memory["step"], False
+    with listening(), bar("training", steps, first) as progress:
+        try:
+            for step in range(first, steps):
                 safe, text = copy.deepcopy(memory), ""
                 if memory["row"] is None:
-                    row = train_step(
-                        config, scorer, sampler, optimizer, step, hooks, memory["state"]
-                    )
-                    memory["row"] = memory["state"]["last"] = row
+                    with counted(progress, sampler):
+                        learnt = (scorer, sampler, optimizer, step, hooks, memory["state"])
+                        memory["row"] = memory["state"]["last"] = train_step(config, *learnt)
                     safe = copy.deepcopy(memory)
                 if config.eval_every and (step + 1) % config.eval_every == 0:
                     with interruptible():
                         figures, text = hooks.evaluate(step)
                     memory["row"] |= figures
                 end_step(config, run, memory, text, progress)
-                last = memory["step"] == steps
+                last, over = memory["step"] == steps, time_is_up(config)
                 if last or memory["step"] % config.save_every == 0:
                     save(memory, save_best if close_window(memory, last) else None)
                     on_first(hooks.plot, run)
+                elif over:
+                    save(memory)
+                if over:
+                    break
             safe = None  # all is saved
             with interruptible():
-                pass  # a SIGTERM that came since is heard here, on every rank
-    except Stopped:
-        if safe is not None:
-            save(safe)
-        stop(f"stopped by SIGTERM: {newest(run)}, go on with --resume", distributed.STOPPED)
+                pass  # a signal that came since is heard here, on every rank
+        except Stopped as stopped:
+            if safe is not None and (safe["step"] or safe["row"]):
+                save(safe)
+            stop(f"{stopped}: {newest(run)}, go on with --resume", stopped.code)
+    if over or time_is_up(config):
+        end_early(config, run, memory, save_best)
     if first == steps:  # resumed after its last state, maybe before its picture
         on_first(hooks.plot, run)
     if distributed.together():
         distributed.drop_weights(sampler.model)
+
+
+def end_early(config, run: Path, memory: dict, save_best) -> None:
+    """Ends a run whose time is up, just after a state was saved, with a model to look at."""
+    if not on_first((run / "checkpoint").exists):
+        with saving(run):
+            save_best(run / "checkpoint")  # no window has closed yet: the model of now
+    done = f"{memory['step']} of {config.steps} steps after --max_minutes {config.max_minutes:g}"
+    stop(f"{done}: {newest(run)}, go on with --resume", code=0)
 
 
 def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, state: dict) -> dict:
@@ -95,11 +110,12 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
         batch = hooks.step_batch(step, state)
     sampled = time.perf_counter()
     with given_up(scorer, sampler.model):
-        scores, norm, wrong = update(scorer, optimizer, batch, config)
+        scores, norm, wrong, idle = update(scorer, optimizer, batch, config)
     tokens = token_metrics(batch, scores, with_kl=scorer.reference is not None)
     first = {"stage": batch.figures["stage"], "step": step}  # what a line begins with
     row = first | batch.figures | tokens
-    row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "skipped": int(bool(wrong))}
+    row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+    row |= {"skipped": int(bool(wrong)), "idle": int(idle)}
     row["seconds_rollout"] = sampled - started
     row["seconds_update"] = time.perf_counter() - sampled
     row["memory_mib"] = max(exchange(memory_mib()))
@@ -125,33 +141,38 @@ def token_metrics(batch: Batch, scores: Scores, with_kl: bool) -> dict:
     """Figures that mean the same for every algorithm, over the rows of all ranks.
 
     kl_*: nats an attempt; the others are of a sampled token. ratio_error: the largest
-    |log pi - log pi_sampler|: 0 up to rounding while sampler and scorer agree. zero_advantage:
-    share of sampled tokens without a policy gradient. truncated: attempts cut off by the limit.
+    |log pi - log pi_sampler|: 0 up to rounding while sampler and scorer agree. ratio_outside: share
+    of tokens whose pi / pi_sampler is not within RATIOS. zero_advantage: share of tokens without a
+    policy gradient. truncated: attempts cut off by the limit.
     """
     rollout, sampled = batch.rollout, batch.rollout.action_mask
-    kl = {
-        f"kl_t{turn + 1}": float(scores.kl.double()[rollout.turn == turn].sum())
-        for turn in rollout.turn[batch.scored].unique().tolist()
-    }
     stopped = rollout.stopped[:, rollout.turn[sampled].unique()]  # (B, turns sampled here)
-    mine = (kl if with_kl else {}) | {
+    log_ratio = (scores.logprobs - rollout.logprobs)[sampled]
+    outside = (log_ratio.exp() < RATIOS[0]) | (log_ratio.exp() > RATIOS[1])
+    mine = {
         "entropy": float(scores.entropy[sampled].double().sum()),
         "zero_advantage": int((batch.advantages[sampled] == 0).sum()),
+        "ratio_outside": int(outside.sum()),
         "truncated": int((~stopped).sum()),
         "tokens": int(sampled.sum()),
         "attempts": stopped.numel(),
         "rows": len(rollout.ids),
     }
-    error = (scores.logprobs - rollout.logprobs)[sampled].abs()
-    ranks = exchange((mine, float(error.max()) if len(error) else 0.0))
-    keys = sorted({key for part, _ in ranks for key in part})
-    total = {key: sum(part.get(key, 0) for part, _ in ranks) for key in keys}
+    for turn in rollout.turn[batch.scored].unique().tolist() if with_kl else ():
+        mine[f"kl_t{turn + 1}"] = float(scores.kl.double()[rollout.turn == turn].sum())
+    ranks = exchange((mine, float(log_ratio.abs().max()) if len(log_ratio) else 0.0))
+    return token_row([part for part, _ in ranks]) | {"ratio_error": max(e for _, e in ranks)}
+
+
+def token_row(parts: list[dict]) -> dict:
+    """The means of what each rank has summed; a rank may lack a turn that others have."""
+    keys = sorted({key for part in parts for key in part})
+    total = {key: sum(part.get(key, 0) for part in parts) for key in keys}
     row = {key: total[key] / max(1, total["rows"]) for key in total if key.startswith("kl_")}
-    row |= {key: total[key] / max(1, total["tokens"]) for key in ("entropy", "zero_advantage")}
-    row["truncated"] = total["truncated"] / max(1, total["attempts"])
-    row |= {"ratio_error": max(worst for _, worst in ranks), "tokens": total["tokens"]}
-    row["response_length"] = total["tokens"] / max(1, total["attempts"])
-    return row
+    of_tokens = ("entropy", "zero_advantage", "ratio_outside")
+    row |= {key: total[key] / max(1, total["tokens"]) for key in of_tokens}
+    row |= {"truncated": total["truncated"] / max(1, total["attempts"]), "tokens": total["tokens"]}
+    return row | {"response_length": total["tokens"] / max(1, total["attempts"])}
 
 
 def memory_mib() -> float:
@@ -170,8 +191,8 @@ def save_memory(config, run: Path, scorer, optimizer, memory: dict, save_best=No
         checkpoint.save_state(run, scorer, optimizer, whole, save_best, config.keep)
 
 
-def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> bool:
-    """Goes on from the newest state, which `open_run` has checked; False if there is none yet."""
+def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> None:
+    """Goes on from the newest state, which `open_run` has checked, if there is one yet."""
     found = on_first(checkpoint.states, run)
     if found:
         memory.update(checkpoint.load_state(found[0], scorer, optimizer))
@@ -181,7 +202,6 @@ def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> bool:
         on_first(cut_logs, run, memory.pop("sizes", {}))
         on_first(checkpoint.clean, run)
         on_first(checkpoint.publish_best, run, found[0] if found else None)
-    return bool(found)
 
 
 def end_step(config, run: Path, memory: dict, text: str, progress) -> None:
@@ -189,7 +209,7 @@ def end_step(config, run: Path, memory: dict, text: str, progress) -> None:
     row = memory["row"]
     with saving(run):
         on_first(log, run, row, text)
-    show(progress, row)
+    show(progress, row, config.shown)
     memory["bad"] = memory["bad"] + 1 if row["skipped"] else 0
     if memory["bad"] == config.max_skipped:
         fault = f"not finite in {memory['bad']} steps in a row: {row['not_finite']}"
@@ -210,8 +230,9 @@ def close_window(memory: dict, last: bool) -> bool:
     return last and memory["best"] is None
 
 
-def show(progress, row: dict) -> None:
-    keys = ("reward", "acc_t1", "acc_t2", "kl_t1", "response_length")
-    shown = {key: f"{row[key]:.3f}" for key in keys if key in row}
+def show(progress, row: dict, names: dict[str, str]) -> None:
+    """The step's figures beside the bar, by `names` {shown as: figure}."""
+    shown = {name: f"{row[key]:.3f}" for name, key in names.items() if key in row}
     speed = f"{row['tokens'] / row['seconds_rollout']:.0f}"
-    progress.set_postfix(stage=row["stage"], **shown, tokens_s=speed)
+    progress.set_postfix({"stage": row["stage"], **shown, "tokens_s": speed}, refresh=False)
+    progress.update()

@@ -24,14 +24,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from training import distributed
 from training.scorer import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
-logging.disable_progress_bar()  # "Loading weights" on every load
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -78,10 +75,10 @@ def read_model(name: str):
     def read():
         model, tokenizer = _read_files(name)
         models.append(model)
-        return model.config, model.generation_config, tokenizer
+        return model.config, model.generation_config, model.saved_dtype, tokenizer
 
-    config, generation_config, tokenizer = distributed.on_first(read)
-    return models[0] if models else _without_values(config, generation_config), tokenizer
+    *build, tokenizer = distributed.on_first(read)
+    return models[0] if models else _without_values(*build), tokenizer
 
 
 def _read_files(name: str):
@@ -97,10 +94,16 @@ def _read_files(name: str):
             f"--model {name}: no weights there (*.safetensors); was the directory copied whole?"
         )
     source = str(path) if path.exists() else name
+    # only here, since it takes seconds, which --help and a misspelt flag should not
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # "Loading weights" on every load
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
+        published = AutoConfig.from_pretrained(source).dtype or torch.float32
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        return ready(model), tokenizer
+        return ready(model, published), tokenizer
     except Exception as error:  # whatever a damaged file or an unknown name makes of itself
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"--model {name} can't be loaded: {reason[:300]}") from None
@@ -108,18 +111,21 @@ def _read_files(name: str):
 
 def skeleton(model):
     """Another model of the same build, all shapes and no values."""
-    return _without_values(model.config, model.generation_config)
+    saved_dtype = getattr(model, "saved_dtype", model.dtype)
+    return _without_values(model.config, model.generation_config, saved_dtype)
 
 
-def _without_values(config, generation_config):
+def _without_values(config, generation_config, saved_dtype):
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
     model.generation_config = generation_config
-    return ready(model)
+    return ready(model, saved_dtype)
 
 
-def ready(model):
-    """In eval mode, and every word learns.
+def ready(model, saved_dtype: torch.dtype):
+    """In eval mode, and every word learns; checkpoints are saved as the model was published.
 
     An embedding drops the gradient of its `padding_idx`, which is often the very token that ends a
     turn; no padding is ever fed that it could spare.
@@ -127,6 +133,7 @@ def ready(model):
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
+    model.saved_dtype = saved_dtype
     return model.eval()
 
 

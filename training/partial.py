@@ -69,7 +69,7 @@ def interrupted(path: Path | None, way_on: str):
         kept = "nothing was done yet" if path else "nothing is kept without --output"
         if path and path.exists():
             kept = f"what is done is in {path}: {way_on}"
-        stop(f"interrupted: {kept}", 128 + signal.SIGINT)
+        stop(f"stopped by Ctrl-C: {kept}", 128 + signal.SIGINT)
 
 
 def check_output(output: str) -> None:

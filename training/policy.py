@@ -8,11 +8,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from loss import Scores, policy_loss
 from training import distributed
 from training.scorer import Scorer
+
+# Nats a token under which a KL moves nothing by itself. Its gradient is rounding noise there, of
+# which AdamW, which divides by the gradient's own size, makes whole steps of size lr. Measured:
+# 0 while policy and reference are the same, up to 2e-8 in float32 where they differ in a last bit;
+# one real step makes 7e-6 and more (models/tiny, lr 1.5e-5), or 1e-3 (SmolLM2-135M, lr 5e-6).
+KL_FLOOR = 1e-6
 
 
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
@@ -85,24 +90,44 @@ def accumulate_gradients(
     return Scores(*kept), float(loss)
 
 
-def update(scorer: Scorer, optimizer, batch: Batch, config) -> tuple[Scores, float, list[str]]:
-    """One on-policy step on the batch, or `config.epochs` of them.
+class Update(NamedTuple):
+    """What `update` did.
 
-    Returns (scores before the first, (B, T) each; norm of the last gradient; what was not finite).
-    If anything was not, that step is not made, and no other after it. A batch with a denominator of
-    0 has nothing to learn from: it is scored, and makes no step.
+    scores: before the first step, (B, T) each
+    norm:   of the last gradient, before it was clipped
+    wrong:  what was not finite, by name; then that step was not made, and no other after it
+    idle:   nothing was there to learn from, so no step was made, not of the momentum either
     """
-    before, wrong, learns = None, [], bool(batch.denominator)
-    for _ in range(config.epochs if learns else 1):
+
+    scores: Scores
+    norm: float
+    wrong: list[str]
+    idle: bool
+
+
+def update(scorer: Scorer, optimizer, batch: Batch, config) -> Update:
+    """One on-policy step on the batch, or `config.epochs` of them, or none."""
+    before = None
+    for _ in range(config.epochs):
         old_logprobs = None if before is None else before.logprobs  # (B, T)
         scores, loss = accumulate_gradients(scorer, batch, config, old_logprobs)
-        before, wrong = before or scores, not_finite(batch, loss)
-        wanted = learns and not wrong
+        if before is None:
+            before, idle = scores, not teaches(batch, scores)
+        wrong = not_finite(batch, loss)
+        wanted = not (wrong or idle)
         norm = apply_gradients(scorer.model, optimizer, config.max_grad_norm, wanted)
         wrong += [] if math.isfinite(norm) else ["gradient"]
-        if wrong:
+        if wrong or idle:
             break
-    return before, norm, wrong
+    return Update(before, norm, wrong, idle and not wrong)
+
+
+def teaches(batch: Batch, scores: Scores) -> bool:
+    """Whether there is an advantage, or a KL that moves by itself, on any rank."""
+    kl = scores.kl[batch.scored & (batch.kl_coef > 0)].double()
+    mine = bool(batch.advantages[batch.scored].any()), float(kl.sum()), len(kl)
+    advantage, nats, tokens = zip(*distributed.exchange(mine), strict=True)
+    return any(advantage) or sum(nats) > KL_FLOOR * sum(tokens)
 
 
 def not_finite(batch: Batch, loss: float) -> list[str]:
@@ -120,7 +145,7 @@ def not_finite(batch: Batch, loss: float) -> list[str]:
 
 def finite_weights(model) -> bool:
     """Of all ranks."""
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    parts = (p.to_local() if distributed.is_sharded(p) else p for p in model.parameters())
     return all(distributed.exchange(all(bool(part.isfinite().all()) for part in parts)))
 
 
@@ -130,7 +155,7 @@ def apply_gradients(model, optimizer, max_norm: float, wanted: bool = True) -> f
     Where that is not finite, no step is made either.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = float(norm.full_tensor() if distributed.is_sharded(norm) else norm)
     if wanted and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -31,18 +31,32 @@ class _Lines:
         self.file.flush()
 
 
+@contextmanager
 def bar(what: str, total: int, first: int = 0, leave: bool = True, delay: float = 0.0):
-    """A tqdm bar of the first rank, to be closed or used with `with`; in a log file its lines.
+    """Around a phase: a tqdm bar of the first rank; in a log file its lines.
 
-    delay: seconds in which it says nothing: what ends before that (in a log file: before the first
-    line is due) never says anything.
+    leave: whether a terminal keeps it when the phase is over. delay: seconds in which it says
+    nothing; a phase that ends before says nothing at all.
     """
     options = {"desc": what, "total": total, "initial": first, "disable": rank() > 0}
     options["delay"] = delay
     if sys.stderr.isatty():
-        return tqdm(**options, leave=leave, dynamic_ncols=True)
+        with tqdm(**options, leave=leave, dynamic_ncols=True) as drawn:
+            yield drawn
+        return
     slowly = {"mininterval": EVERY, "maxinterval": EVERY, "miniters": 1, "bar_format": LINE}
-    return tqdm(**options, **slowly, file=_Lines(sys.stderr))
+    with tqdm(**options, **slowly, leave=False, file=_Lines(sys.stderr)) as drawn:
+        yield drawn
+        if not drawn.disable and drawn._time() >= drawn.start_t + delay:
+            drawn.refresh()  # the last line, unless something else is to be said of its end
+
+
+def over(things, what: str, *samplers):
+    """The things, one after the other, with a bar of those that are done and of sampled tokens."""
+    with bar(what, len(things), leave=False) as drawn, counted(drawn, *samplers):
+        for thing in things:
+            yield thing
+            drawn.update()
 
 
 @contextmanager
@@ -51,20 +65,20 @@ def counted(bar, *samplers):
 
     The samplers' own hooks are in use meanwhile.
     """
-    count = 0
+    if bar.disable:  # it has no clock then
+        yield
+        return
+    count, before = 0, f"{bar.postfix}, " if bar.postfix else ""
 
     def grow(rows, ids):
         nonlocal count
         count += sum(map(len, ids))
-        bar.set_postfix_str(f"{count:,} tokens", refresh=False)
+        bar.set_postfix_str(f"{before}{count:,} tokens", refresh=False)
         now = bar._time()
         if now >= bar.start_t + bar.delay and now - bar.last_print_t >= bar.mininterval:
             bar.refresh()
             bar.last_print_t = now
 
-    if bar.disable:  # it has no clock then
-        yield
-        return
     for sampler in samplers:
         sampler.on_tokens = grow
     try:

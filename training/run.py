@@ -2,63 +2,109 @@
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import sys
-from contextlib import contextmanager
-from dataclasses import asdict
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 from sampling.turns import today
+from tasks.base import PROMPTS
 from training import checkpoint
+from training.command import BEGAN
 from training.distributed import exchange, on_first, rank
 from training.models import fingerprint
 
-# flags that change no result, and may differ when a run is resumed
-FREE = ("resume", "output_dir", "skip_damaged", "keep", "hsdp", "cpu_offload", "checkpointing")
 LOGS = ("metrics.jsonl", "transcripts.txt")
+OURS = {*LOGS, "config.json", "states", "checkpoint", "results.json", "failures.jsonl"}
+EMPTY = {".lock", "config.json.new"}  # what a run that was killed as it began may have left
 _locks = {}  # of this process, held until it ends
 
 
 def check_run(config) -> str:
     """The day of the run's prompts (sampling/turns.py): on which it is, or was, started.
 
-    Refuses a directory that is in use, or to resume what is not there. Writes nothing.
+    Refuses a directory that can't be written or that holds something, unless --resume goes on with
+    it (training/command.py has compared the flags). One that is complete ends here, with exit code
+    0: a job that is started again until it succeeds has an end. Writes nothing.
     """
-    return on_first(_check_run, config)
+    day, complete = on_first(_check_run, config)
+    if complete:
+        stop(complete, code=0)
+    return day
 
 
-def _check_run(config) -> str:
+def _check_run(config) -> tuple[str, str]:
+    """(the day, what is said of a run that is complete)"""
     run = Path(config.output_dir)
-    if not config.resume:
-        if run.is_file() or run.is_dir() and any(run.iterdir()):
-            raise ValueError(
-                f"--output_dir {run} is in use: name another, or go on with it with --resume"
-            )
-        return today()
-    if not (run / "config.json").is_file():
-        raise ValueError(
-            f"--resume: {run} has no config.json to go on from; start a new run elsewhere"
-        )
-    flags, before = asdict(config), json.loads((run / "config.json").read_text())
-    # a flag that a run does not know had its default's effect
-    changed = [k for k in flags if k not in FREE and k in before and flags[k] != before[k]]
-    if changed:
-        was = ", ".join(f"--{k} was {before.get(k)}, is {flags[k]}" for k in changed)
-        raise ValueError(f"--resume: {run} was started with other flags: {was}")
-    if (run / "results.json").exists():
-        raise ValueError(
-            f"--resume: {run} is complete, its results are in results.json: nothing is left to do"
-        )
-    return before.get("day") or today()
+    require_writable(run, "--output_dir")
+    there = {path.name for path in run.iterdir()} - EMPTY if run.is_dir() else set()
+    if not there or config.resume and not there & OURS:
+        return today(), ""
+    file = run / "config.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if not config.resume or "contents" not in before:
+        raise ValueError(f"--output_dir {run} {what_holds(run, there, config, before)}")
+    complete = "results.json" in there and not has_grown(config, before)
+    said = f"{run} is complete, its figures are in results.json; {longer(config, before)}"
+    return before.get("day") or today(), said if complete else ""
+
+
+def what_holds(run: Path, there: set[str], config, before: dict) -> str:
+    """Why no run can begin in this directory, and what else can be done."""
+    others = (run.with_name(f"{run.name}_{number}") for number in itertools.count(2))
+    free = next(path for path in others if not path.exists())
+    said = f"name another ({free} is free)"
+    if "contents" not in before:
+        return f"is in use, and holds no run that could go on: {said}"
+    if "results.json" in there:
+        return f"holds a finished run: {said}; {longer(config, before)}"
+    return f"is in use by a run that has not ended: go on with it (--resume), or {said}"
+
+
+def longer(config, before: dict) -> str:
+    """How a run is made longer."""
+    more = [f"--{name} above {before.get(name)}" for name in growing(config)]
+    return f"to make it longer: --resume {more[0]}" if more else "a longer one is a new run"
+
+
+def growing(config) -> list[str]:
+    """The flags by which a run can be made longer."""
+    return [f.name for f in fields(config) if f.metadata.get("grows")]
+
+
+def has_grown(config, before: dict) -> bool:
+    return any(getattr(config, name) > before.get(name, 0) for name in growing(config))
+
+
+def require_writable(path: Path, name: str) -> None:
+    """ValueError unless files can be made in this directory, which is made for a moment."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {path} can't be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):  # another process is there already
+            for folder in missing:
+                folder.rmdir()
+
+
+def has_state(config) -> bool:
+    """Whether a saved state is there, from which the run goes on; else it starts."""
+    return bool(on_first(checkpoint.states, Path(config.output_dir)))
 
 
 def open_run(config, contents: dict[str, str], day: str) -> Path:
-    """The run's directory, made with its config.json unless it is resumed, and locked.
+    """The run's directory, made if need be, with its config.json, and locked.
 
     contents: of `contents_of`; those that the run was started with, else a ValueError. day: of its
     prompts.
@@ -73,20 +119,33 @@ def open_run(config, contents: dict[str, str], day: str) -> Path:
 
 
 def _open_run(config, contents: dict[str, str], day: str) -> None:
-    _check_run(config)
+    _check_run(config)  # what was free may have been taken
     run = Path(config.output_dir)
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
-    if not config.resume:
-        text = json.dumps(asdict(config) | {"contents": contents, "day": day}, indent=2)
-        return checkpoint.write_text(run / "config.json", text + "\n")
-    before = json.loads((run / "config.json").read_text()).get("contents", {})
-    changed = [name for name in contents if contents[name] != before.get(name)]
-    if changed:
-        raise ValueError(
-            f"--resume: {run} was started with another content of: {', '.join(changed)}"
-        )
-    checkpoint.newest_state(run, config.skip_damaged)
+    flags = {k: v for k, v in asdict(config).items() if k not in ("resume", "skip_damaged")}
+    file = run / "config.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        known = before.get("contents", {})
+        changed = [name for name in contents if contents[name] != known.get(name, contents[name])]
+        if changed:
+            raise ValueError(
+                f"--resume: {run} was started with another content of: {', '.join(changed)}"
+            )
+        newest_state = checkpoint.newest_state(run, config.skip_damaged)
+        if has_grown(config, before) and (run / "results.json").exists():
+            # of a shorter run, which this one no longer is
+            (run / "results.json").rename(run / f"results_{newest_state.name}.json")
+    text = json.dumps(flags | {"contents": contents, "day": day}, indent=2)
+    checkpoint.write_text(file, text + "\n")
+
+
+def time_is_up(config) -> bool:
+    """Whether --max_minutes are over; the same on all ranks."""
+    if config.max_minutes is None:
+        return False
+    return on_first(lambda: time.monotonic() - BEGAN > 60 * config.max_minutes)
 
 
 def lock(run: Path) -> None:
@@ -119,6 +178,7 @@ def contents_of(env, model, splits: dict[str, list], failures: list | None = Non
         for name, problems in splits.items()
     }
     data |= {} if failures is None else {"failures": failures}
+    data["what is said between turns"] = [env.seam(name) for name in PROMPTS[1:]]
     named = {name: digest(x) for name, x in data.items()}
     return {"the model's weights": fingerprint(model), "the tokenizer": digest(words)} | named
 
@@ -126,6 +186,9 @@ def contents_of(env, model, splits: dict[str, list], failures: list | None = Non
 @contextmanager
 def saving(run: Path):
     """Around what writes to the run's directory: a failure is one line that says what is safe."""
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint.api import CheckpointException  # takes a second
+
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:

@@ -1,0 +1,85 @@
+"""What a run says before its first step: in five lines, what it is about to do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from training import distributed
+from training.distributed import rank, world
+from training.progress import about
+
+SHOWN = 160  # characters of a prompt's beginning, and as many of its end
+
+
+def announce(config, env, sampler, splits: dict[str, list]) -> None:
+    """The first four lines, as soon as they are known: before a probe that may take minutes."""
+    if rank() > 0:
+        return
+    model, first = sampler.model, next(iter(splits.values()))
+    counts = ", ".join(f"{len(problems):,} {name}" for name, problems in splits.items())
+    print(f"model   {config.model}: {parameters(model):,} parameters, {machine(model)}")
+    print(f"task    {config.task}: {counts} problems; {config.steps:,} steps of {config.rows} rows")
+    print(f"prompt  {shortened(env.tokenizer.decode(env.prompts(first[:1])[0]))}")
+    print(f"run     {config.output_dir}, {disk(config, parameters(model), model.saved_dtype)}")
+
+
+def parameters(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def machine(model) -> str:
+    """What a model computes in, and on what."""
+    device = model.device
+    name = f"{torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    ranks = f", {world()} ranks" if distributed.together() else ""
+    return f"{str(model.dtype).removeprefix('torch.')} on {device.type} ({name}{ranks})"
+
+
+def shortened(text: str) -> str:
+    """On one line, as a JSON string; without the middle if it is long."""
+    if len(text) > 2 * SHOWN:
+        text = f"{text[:SHOWN]} ... {text[-SHOWN:]}"
+    return json.dumps(text, ensure_ascii=False)
+
+
+def disk(config, count: int, dtype: torch.dtype) -> str:
+    """What a run of `count` parameters takes on disk, at most, and what is free.
+
+    A state has weights and two moments in float32, and the next one is written before the oldest
+    goes; of checkpoints there are the best and one that is about to replace it.
+    """
+    needed = (config.keep + 1) * 12 * count + 2 * dtype.itemsize * count
+    path = Path(config.output_dir).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    return f"takes up to {size(needed)} of the {size(free)} free on its disk"
+
+
+def size(count: float) -> str:
+    """Bytes, as people say them: 8.4 GB."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} GB" if count < 1000 else f"{count:,.0f} GB"
+
+
+def announce_time(config, pace: float | None, validation: int) -> None:
+    """The fifth line. pace: seconds a conversation of the probe, None without one.
+
+    A guess: an update takes about as long as its rollout, of which a row is cheaper than one of the
+    probe's, since there are more of them at once.
+    """
+    if rank() > 0:
+        return
+    if pace is None:
+        print("time    not known before the first steps, since nothing was probed")
+        return
+    evaluations = config.steps // config.eval_every if config.eval_every else 0
+    watched = evaluations * min(config.eval_problems, validation)
+    seconds = pace * (config.steps * config.rows + watched + config.passes * validation)
+    print(f"time    {about(seconds)}, a guess from the probe that the bar will correct")

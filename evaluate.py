@@ -204,8 +204,8 @@ def controls(base, trained) -> dict[str, tuple]:
     return named
 
 
-def with_controls(exam: Exam, run: Path, problems, full: bool) -> tuple[dict, str]:
-    """(figures of both models and, if `full`, of the `controls`; reflections before and after).
+def with_controls(exam: Exam, run: Path, problems, full: bool) -> dict:
+    """Figures of both models and, if `full`, of the `controls`; reflections.txt in the run.
 
     What begins with the base model's first attempts goes on from the same ones: its own figures
     are those of one of the controls.
@@ -227,7 +227,10 @@ def with_controls(exam: Exam, run: Path, problems, full: bool) -> tuple[dict, st
             results["trained"][mode] = summarize(try_all("trained", mode, {"": own})[""])
     if not full:
         del results["controls"]
-    return results, format_reflections(talks[BEFORE], talks[AFTER])
+    text = format_reflections(talks[BEFORE], talks[AFTER])
+    with saving(run):
+        on_first(checkpoint.write_text, run / "reflections.txt", text)
+    return results
 
 
 def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:

@@ -30,15 +30,14 @@ from tasks.env import Verdicts
 from training import distributed
 from training.announce import announce, announce_time
 from training.batches import pick, share_of
-from training.checkpoint import write_text
-from training.distributed import exchange, gather, on_first, own
+from training.distributed import exchange, gather, own
 from training.failures import check_day, read_failures, write_failures
 from training.flags import KL_HELP, RUN, TrainConfig, exit_on_bad_input, flag, parse_args
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
 from training.progress import over
-from training.run import contents_of, has_state, open_run, saving
+from training.run import contents_of, has_state, open_run
 from training.setup import prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
@@ -333,9 +332,7 @@ def main(config: Config) -> None:
     announce_time(config, exam.pace(), len(validation))
     watch = exam.watcher(sampler, validation, WATCHED)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
-    results, text = with_controls(exam, run, validation, config.controls)
-    with saving(run):
-        on_first(write_text, run / "reflections.txt", text)
+    results = with_controls(exam, run, validation, config.controls)
     conclude(run, results, len(validation), COLUMNS)
     distributed.finish()
 

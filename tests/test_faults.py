@@ -710,7 +710,7 @@ def train_only(script, model_dir, out, *flags):
     """`helpers.train_here` without the evaluation at the end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate.Exam, "before_and_after", lambda *arguments: {})
-        patch.setattr(rrr, "with_controls", lambda *arguments: ({}, ""))
+        patch.setattr(rrr, "with_controls", lambda *arguments: {})
         patch.setattr(SCRIPTS[script], "conclude", lambda *arguments: None)
         return helpers.train_here(SCRIPTS[script], model_dir, out, *helpers.FEW[script], *flags)
 

@@ -215,7 +215,8 @@ def test_controls_that_share_first_attempts_have_the_figures_of_each_alone(
             exam.env, "first_attempts", lambda s, p, *a, **k: (
                 asked.append(len(p)), first_attempts(s, p, *a, **k))[1]
         )  # fmt: skip
-        results, text = evaluate.with_controls(exam, run, problems, True)
+        results = evaluate.with_controls(exam, run, problems, True)
+    text = (run / "reflections.txt").read_text()
     assert sum(asked) == 4 * 12 and len(asked) > 4  # two models, two modes
     paths = two_models[1], str(run / "checkpoint")
     base, trained = (load_sampler(path, exam.env, exam.config) for path in paths)
@@ -229,7 +230,8 @@ def test_controls_that_share_first_attempts_have_the_figures_of_each_alone(
     pair = [alone[f"{name}, reflect_retry", "sampled"] for name in ("base", "trained")]
     assert text == format_reflections(*pair) and text.count("before: ") > 1
     results.pop("controls")
-    assert evaluate.with_controls(exam, run, problems, False) == (results, text)
+    assert evaluate.with_controls(exam, run, problems, False) == results
+    assert (run / "reflections.txt").read_text() == text
 
 
 def test_without_controls_the_rest_of_a_run_is_the_same(model_dir, tmp_path):

@@ -256,7 +256,8 @@ def main(config: Config) -> None:
     if not (work / "pretrained").exists():  # else an earlier run got that far
         torch.manual_seed(config.seed)
         tokenizer, model = build_tokenizer(), build_model()
-        pretrain(model, config)
+        with exit_on_bad_input():  # nothing is kept of a pretraining that is interrupted
+            pretrain(model, config)
         work.mkdir(parents=True, exist_ok=True)
         save_model(model, tokenizer, work / "pretrained")
     flags = {"model": str(work / "pretrained"), "output_dir": str(work / "rl"), "seed": config.seed}

@@ -52,7 +52,8 @@ def start() -> None:
     heard even where a shell has told a job in its background not to.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no need of it
+        sys.stdout.reconfigure(line_buffering=True)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     backend = "gloo"

@@ -51,6 +51,7 @@ def _check_run(config) -> tuple[str, str]:
     before = json.loads(file.read_text()) if file.exists() else {}
     if not config.resume or "contents" not in before:
         raise ValueError(f"--output_dir {run} {what_holds(run, there, config, before)}")
+    lock(run)  # a job that was started twice should not load a model to learn it
     complete = "results.json" in there and not has_grown(config, before)
     said = f"{run} is complete, its figures are in results.json; {longer(config, before)}"
     return before.get("day") or today(), said if complete else ""

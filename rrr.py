@@ -1,6 +1,6 @@
 """Reflect, Retry, Reward (arXiv 2505.24726): teaches a language model to write helpful reflections.
 
-    python rrr.py                                     # the tiny model, four minutes on two cores
+    python rrr.py                                     # the tiny model, three minutes on two cores
     python rrr.py --collect --failures FILE.jsonl     # only gathers failures, for later runs
 
 A failed attempt stands in context; the model is told that it was wrong, reflects, and tries again.

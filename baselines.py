@@ -62,6 +62,7 @@ class Config(TrainConfig):
     )
 
     judged_by = "eval_acc_t2"  # a batch of old samples has no reward
+    shown = {"round": "stage", "t1": "acc_t1", "t2": "acc_t2"}
 
     @property
     def rows(self) -> int:

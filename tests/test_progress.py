@@ -44,7 +44,7 @@ def test_a_run_says_in_five_lines_what_it_is_about_to_do(model_dir, tmp_path, ca
         'prompt  "<user> 14 6 14 make 5 <assistant>"',
     ]
     assert re.fullmatch(rf"run     {tmp_path}/run, takes up to 15.1 MB of the .* free .*", said[3])
-    assert re.fullmatch(r"time    about \d+ \w+, a guess from the probe .*", said[4])
+    assert re.fullmatch(r"time    about \d+ \w+ to \d+ \w+, a guess from the probe .*", said[4])
     assert "now the final table: 16 conversations, about " in said[5]
 
 
@@ -71,12 +71,12 @@ def test_a_long_prompt_is_shown_with_its_end_on_one_line():
 def test_a_log_file_gets_lines_without_carriage_returns_and_the_last_one(log):
     with progress.bar("training", 3) as bar:
         for step in range(3):
-            row = {"stage": 2, "reward": step, "kl_t2": 0.5, "tokens": 8, "seconds_rollout": 4}
+            row = {"reward": float(step), "kl_t2": 0.5, "tokens": 8, "seconds_rollout": 4}
             show(bar, row, rrr.Config.shown)
     text = log()
     first, *_, last = lines = text.splitlines()
     assert first.startswith("training: 0 of 3") and "training: 3 of 3" in last and len(lines) == 4
-    assert last.endswith("stage=2, retry=2.000, kl_reflection=0.500, tokens_s=2")
+    assert last.endswith("left, retry=2.000, kl_reflection=0.500, tokens_s=2")
     assert "\r" not in text and "\x1b" not in text
 
 

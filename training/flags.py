@@ -168,4 +168,4 @@ class TrainConfig(TaskConfig):
     last_stage = 1  # in which the best checkpoint is looked for
     judged_by = "reward"  # the figure of a step by which it is
     # what the bar shows: {name: figure}, what matters most first
-    shown = {"t1": "acc_t1", "t2": "acc_t2", "kl_t1": "kl_t1"}
+    shown = {"stage": "stage", "t1": "acc_t1", "t2": "acc_t2", "kl_t1": "kl_t1"}

@@ -232,7 +232,8 @@ def close_window(memory: dict, last: bool) -> bool:
 
 def show(progress, row: dict, names: dict[str, str]) -> None:
     """The step's figures beside the bar, by `names` {shown as: figure}."""
-    shown = {name: f"{row[key]:.3f}" for name, key in names.items() if key in row}
-    speed = f"{row['tokens'] / row['seconds_rollout']:.0f}"
-    progress.set_postfix({"stage": row["stage"], **shown, "tokens_s": speed}, refresh=False)
+    figures = {name: row[key] for name, key in names.items() if key in row}
+    figures["tokens_s"] = round(row["tokens"] / row["seconds_rollout"])
+    said = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in figures.items()}
+    progress.set_postfix(said, refresh=False)
     progress.update()

@@ -3,8 +3,10 @@
 Limits on the clock here are for a test that hangs; none is for one that is slow.
 """
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -209,6 +211,16 @@ def test_workers_that_others_end_or_stop_twice_are_a_fault(grader_that_crashes, 
     with pytest.raises(RuntimeError, match="two grading workers were killed or stopped"):
         grader.equivalent("5", fault)
     assert replies == [b"", b""] and grader.equivalent("5", "5")
+
+
+def test_a_worker_whose_asker_is_gone_says_nothing(no_server, capfd):
+    caller, pid = grader._start_worker()
+    caller.shutdown(socket.SHUT_RD)  # as after Ctrl-C in the midst of a verdict
+    caller.sendall(json.dumps(["5", "5", 5.0]).encode() + b"\n")
+    caller.shutdown(socket.SHUT_WR)
+    while Path(f"/proc/{pid}").exists():
+        time.sleep(0.01)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_forked_child_has_workers_of_its_own():

@@ -53,7 +53,8 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
     save = partial(save_memory, config, run, scorer, optimizer)
     save_best = partial(checkpoint.save_policy, scorer, sampler.model, sampler.tokenizer)
     # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
-    memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "state": state}
+    memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "idle": 0}
+    memory["state"] = state
     resume(run, scorer, sampler, optimizer, memory)
     steps, first, over = config.steps, memory["step"], False
     with listening(), bar("training", steps, first) as progress:
@@ -209,7 +210,8 @@ def end_step(config, run: Path, memory: dict, text: str, progress) -> None:
     row = memory["row"]
     with saving(run):
         on_first(log, run, row, text)
-    show(progress, row, config.shown)
+    memory["idle"] += row["idle"]
+    show(progress, row, config.shown, memory["idle"])
     memory["bad"] = memory["bad"] + 1 if row["skipped"] else 0
     if memory["bad"] == config.max_skipped:
         fault = f"not finite in {memory['bad']} steps in a row: {row['not_finite']}"
@@ -230,9 +232,10 @@ def close_window(memory: dict, last: bool) -> bool:
     return last and memory["best"] is None
 
 
-def show(progress, row: dict, names: dict[str, str]) -> None:
-    """The step's figures beside the bar, by `names` {shown as: figure}."""
+def show(progress, row: dict, names: dict[str, str], idle: int) -> None:
+    """The step's figures beside the bar, by `names` {shown as: figure}, and idle steps so far."""
     figures = {name: row[key] for name, key in names.items() if key in row}
+    figures |= {"idle": idle} if idle else {}
     figures["tokens_s"] = round(row["tokens"] / row["seconds_rollout"])
     said = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in figures.items()}
     progress.set_postfix(said, refresh=False)

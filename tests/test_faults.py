@@ -186,6 +186,13 @@ def test_a_complete_run_is_made_longer_as_if_it_had_been_from_the_start(
     assert (out / "results_step_000004.json").read_bytes() == short
 
 
+def test_a_complete_run_without_its_states_keeps_its_figures(model_dir, tmp_path, references):
+    out = shutil.copytree(references["score"], tmp_path / "run")
+    shutil.rmtree(out / "states")
+    assert helpers.run("score", model_dir, out, "--stage2_steps", "4", "--resume") == [2]
+    assert "has no saved state left" in said(out) and (out / "results.json").exists()
+
+
 @both
 def test_max_minutes_end_a_run_with_a_state_and_a_checkpoint_time_and_again(
     script, model_dir, tmp_path, references

@@ -134,10 +134,11 @@ def _open_run(config, contents: dict[str, str], day: str) -> None:
             raise ValueError(
                 f"--resume: {run} was started with another content of: {', '.join(changed)}"
             )
-        newest_state = checkpoint.newest_state(run, config.skip_damaged)
-        if has_grown(config, before) and (run / "results.json").exists():
-            # of a shorter run, which this one no longer is
-            (run / "results.json").rename(run / f"results_{newest_state.name}.json")
+        state = checkpoint.newest_state(run, config.skip_damaged)
+        if (run / "results.json").exists():  # it has grown: they are of a shorter run
+            if state is None:
+                raise ValueError(f"--resume: {run} has no saved state left to be made longer from")
+            (run / "results.json").rename(run / f"results_{state.name}.json")
     text = json.dumps(flags | {"contents": contents, "day": day}, indent=2)
     checkpoint.write_text(file, text + "\n")
 

@@ -57,7 +57,7 @@ def test_the_ends_of_a_range_are_within(flags):
     ("--max_grad_norm 0", "above 0"), ("--kl_target 0", "above 0"), ("--problems 0", "at least 1"),
     ("--max_minutes 0", "above 0"), ("--code_timeout 0", "above 0"), ("--seed 1e3", "invalid int"),
     ("--lr x", "invalid float"), ("--resume maybe", "neither True nor False"),
-    ("--kl_target nan", "above 0"), ("--baseline mean", "invalid choice"),
+    ("--kl_target nan", "a finite number"), ("--baseline mean", "invalid choice"),
 ])  # fmt: skip
 def test_what_is_beyond_a_range_is_told_the_range(flags, must, capsys):
     assert must in refused(capsys, score, *flags.split())

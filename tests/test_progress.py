@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -137,3 +138,11 @@ def test_tokens_are_counted_while_they_come_beside_what_is_shown(log):
 ])  # fmt: skip
 def test_a_time_is_said_as_people_say_it(seconds, said):
     assert progress.about(seconds) == said
+
+
+def test_what_takes_a_while_says_so_and_what_does_not_says_nothing(capsys):
+    with progress.said_if_slow("loading", seconds=60):
+        pass
+    with progress.said_if_slow("still loading", seconds=0.01):
+        time.sleep(0.5)
+    assert capsys.readouterr().out == "still loading\n"

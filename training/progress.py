@@ -5,6 +5,7 @@ without end.
 """
 
 import sys
+import threading
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -95,6 +96,19 @@ def counted(bar, *samplers):
     finally:
         for sampler in samplers:
             sampler.on_tokens = None
+
+
+@contextmanager
+def said_if_slow(text: str, seconds: float = 5.0):
+    """Around what has nothing to count, a large model's loading: a line if it takes a while."""
+    timer = threading.Timer(seconds, print, [text])
+    timer.daemon = True
+    if rank() == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def about(seconds: float) -> str:

@@ -10,6 +10,7 @@ from tasks.sources import naming
 from training.batches import pick_things
 from training.distributed import rank
 from training.models import compute_dtype, load_model
+from training.progress import said_if_slow
 
 
 def prepare(
@@ -21,8 +22,9 @@ def prepare(
     day: of the prompts (sampling/turns.py), the same on all ranks.
     """
     task, splits = load_task(config, counts)
-    model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
-    sampler, env = Sampler(model, tokenizer), Env(task, tokenizer, day)
+    with said_if_slow(f"loading {config.model} ..."):
+        model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
+        sampler, env = Sampler(model, tokenizer), Env(task, tokenizer, day)
     require_end(env, sampler)
     chosen = {}
     for name, count in counts.items():

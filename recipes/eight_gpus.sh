@@ -2,7 +2,7 @@
 # Rehearsed on CPU (gloo, two processes, the embedded model, a few steps); has not run on a GPU yet.
 # SCoRe with a model of yours on Countdown, one node:
 #   MODEL=DIR_OR_HUB_NAME NPROC=4 recipes/eight_gpus.sh --stage1_steps 500
-#   recipes/eight_gpus.sh --resume    goes on where it was stopped, with another NPROC too
+# Called again, it goes on where it was stopped, with another NPROC too.
 # By the arithmetic of docs/gpus.md a model of 7B needs about 35 GiB on each of eight GPUs.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -14,4 +14,4 @@ NPROC=${NPROC:-8}
 
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$root/score.py" \
   --model "$MODEL" --task "$TASK" --output_dir "$OUT" \
-  --max_new_tokens 256 --lr 5e-6 --checkpointing True "$@"
+  --max_new_tokens 256 --lr 5e-6 --checkpointing True --resume "$@"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Rehearsed on CPU (gloo, two agents of one machine, Slurm's commands faked); not on GPUs.
-#SBATCH --job-name=score --nodes=2 --ntasks-per-node=1 --gpus-per-node=8
+#SBATCH --job-name=score --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --requeue
 # SCoRe on two nodes that share their file system; each keeps a copy of the weights (--hsdp 2):
 #   HOST=first-node recipes/two_nodes.sh    on each node, the same line
 #   sbatch recipes/two_nodes.sh             from the repository, with Slurm
+# Called again, or queued again, it goes on where it was stopped.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 # sbatch runs a copy of this file that lies elsewhere
@@ -25,4 +26,4 @@ fi
 "${on_each[@]}" "$PYTHON" -m torch.distributed.run --nnodes 2 --nproc-per-node "$NPROC" \
   --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-1}" --rdzv-endpoint "$HOST:$PORT" \
   "$root/score.py" --model "$MODEL" --task "$TASK" --output_dir "$OUT" --hsdp 2 \
-  --max_new_tokens 256 --lr 5e-6 --checkpointing True "$@"
+  --max_new_tokens 256 --lr 5e-6 --checkpointing True --resume "$@"

@@ -31,7 +31,7 @@ from training.announce import announce, announce_time
 from training.batches import pick, pick_things, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, on_first
-from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, parse_args
+from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
@@ -236,4 +236,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run_script(main, Config)

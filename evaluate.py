@@ -20,7 +20,7 @@ from training import checkpoint, distributed, partial
 from training.announce import machine, parameters
 from training.batches import row_seeds
 from training.distributed import exchange, on_first, share, world
-from training.flags import TaskConfig, exit_on_bad_input, flag, parse_args
+from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
 from training.progress import about, bar, counted
 from training.run import saving, stop, time_is_up
@@ -45,7 +45,7 @@ class Config(TaskConfig):
     reflector: str | None = flag(None, "model that writes the reflections; default: --model")
     max_new_tokens: int = flag(16, "token limit of an attempt")
     max_reflection_tokens: int = flag(72, "token limit of a reflection or critique")
-    seed: int = flag(0, "seed of the sampling", least=0, most=2**31)
+    seed: int = flag(0, "seed of the sampling")
     output: str | None = flag(
         None,
         "new JSON file for the figures and conversations; an evaluation that was stopped goes on "
@@ -213,21 +213,21 @@ def with_controls(exam: Exam, run: Path, problems, full: bool) -> dict:
     needed = {"greedy": [BEFORE], "sampled": [BEFORE, AFTER]}
     needed = dict.fromkeys(MODES, [*controls(None, None)]) if full else needed
     count = sum(len(names) + 1 for names in needed.values())  # and the trained model's own
-    results = {"base": {}, "trained": {}, "controls": {}}
+    results, talks = {"base": {}, "trained": {}, "controls": {}}, {}
     with exam.final_table(run, problems, count) as try_all:
         paths = models_of(exam.config, run)
         base, trained = (load_sampler(path, exam.env, exam.config) for _, path in paths)
         after_base, own = controls(base, trained), ((trained, trained, trained), exam.method)
         for mode in MODES:
             ways = {name: after_base[name] for name in needed[mode]}
-            talks = try_all("base", mode, ways)
+            talks[mode] = try_all("base", mode, ways)
             for name in ways:
-                results["controls"].setdefault(name, {})[mode] = summarize(talks[name])
+                results["controls"].setdefault(name, {})[mode] = summarize(talks[mode][name])
             results["base"][mode] = results["controls"][BEFORE][mode]
             results["trained"][mode] = summarize(try_all("trained", mode, {"": own})[""])
     if not full:
         del results["controls"]
-    text = format_reflections(talks[BEFORE], talks[AFTER])
+    text = format_reflections(talks["sampled"][BEFORE], talks["sampled"][AFTER])
     with saving(run):
         on_first(checkpoint.write_text, run / "reflections.txt", text)
     return results
@@ -250,8 +250,6 @@ def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
 def check(config: Config) -> None:
     if config.split not in SPLITS:
         raise ValueError(f"--split {config.split}: choose one of {', '.join(SPLITS)}")
-    if config.temperature < 0:
-        raise ValueError(f"--temperature {config.temperature:g}: must be 0 (greedy) or above")
     if config.samples > 1 and not config.temperature:
         raise ValueError(
             f"--samples {config.samples} would all be the same: give a --temperature above 0"
@@ -319,4 +317,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run_script(main, Config)

@@ -32,12 +32,12 @@ from training.announce import announce, announce_time
 from training.batches import pick, share_of
 from training.distributed import exchange, gather, own
 from training.failures import check_day, read_failures, write_failures
-from training.flags import KL_HELP, RUN, TrainConfig, exit_on_bad_input, flag, parse_args
+from training.flags import KL_HELP, RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
 from training.progress import over
-from training.run import contents_of, has_state, open_run
+from training.run import contents_of, has_state, open_run, saving
 from training.setup import prepare, probe
 
 PIECE = 1024  # answers sampled in one go while failures are collected
@@ -319,7 +319,8 @@ def main(config: Config) -> None:
         run = open_run(config, contents_of(env, sampler.model, splits, failures), env.day)
         if success is not None:
             path = run / "failures.jsonl"
-            write_failures(path, (pool, success), sampler.model, config, env.day)
+            with saving(run):
+                write_failures(path, (pool, success), sampler.model, config, env.day)
         scorer = make_scorer(sampler.model, config)
 
     def step_batch(step: int, state: dict) -> Batch:
@@ -338,4 +339,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run_script(main, Config)

@@ -29,7 +29,7 @@ from training import distributed
 from training.announce import announce, announce_time
 from training.batches import pick
 from training.distributed import gather, own
-from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, parse_args
+from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
@@ -89,7 +89,7 @@ class Config(TrainConfig):
         choices=("none", "joint", "per_turn"),
     )
     offline_ratio: float = flag(
-        0.0, "share of steps in which the base model writes the first attempts"
+        0.0, "share of steps in which the base model writes the first attempts", most=1
     )
 
     @property
@@ -256,10 +256,6 @@ def check(config) -> None:
         raise ValueError(
             "--reference stage1: there is no Stage I; give --stage1_steps, and no --single_turn"
         )
-    if not 0 <= config.offline_ratio <= 1:
-        raise ValueError(
-            f"--offline_ratio {config.offline_ratio:g}: a share of steps is from 0 to 1"
-        )
     if config.single_turn and config.offline_ratio:
         raise ValueError(
             "--offline_ratio is about second attempts: leave it out with --single_turn"
@@ -273,7 +269,7 @@ def check_groups(config) -> None:
         raise ValueError(
             "--group_size 1 has nothing to compare with: use --baseline none, or groups of 2 and up"
         )
-    if config.normalise != "none" and config.problems * config.group_size == 1:
+    if config.normalise != "none" and config.rows == 1:
         raise ValueError(
             "--problems 1 --group_size 1: one attempt has no deviation to be divided by: use "
             "--normalise none, or more problems"
@@ -341,4 +337,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run_script(main, Config)

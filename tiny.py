@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import score
 from tasks.tiny import enumerate_steps, tiny_splits
 from training.checkpoint import save_model
-from training.flags import exit_on_bad_input, flag, parse_args
+from training.flags import exit_on_bad_input, flag, run_script
 from training.progress import over
 from training.run import require_writable
 
@@ -57,7 +57,7 @@ class Config:
     lr: float = flag(3e-3, "peak AdamW learning rate of embeddings and norms")
     muon_lr: float = flag(0.02, "peak Muon learning rate of the layers' matrices")
     rl_steps: int = flag(240, "steps of single-turn RL")
-    seed: int = flag(0, "seed of weights, data and RL", least=0, most=2**31)
+    seed: int = flag(0, "seed of weights, data and RL")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -256,8 +256,7 @@ def main(config: Config) -> None:
     if not (work / "pretrained").exists():  # else an earlier run got that far
         torch.manual_seed(config.seed)
         tokenizer, model = build_tokenizer(), build_model()
-        with exit_on_bad_input():  # nothing is kept of a pretraining that is interrupted
-            pretrain(model, config)
+        pretrain(model, config)
         work.mkdir(parents=True, exist_ok=True)
         save_model(model, tokenizer, work / "pretrained")
     flags = {"model": str(work / "pretrained"), "output_dir": str(work / "rl"), "seed": config.seed}
@@ -268,4 +267,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args(Config))
+    run_script(main, Config)

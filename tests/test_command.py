@@ -157,10 +157,16 @@ def test_without_a_run_there_resume_takes_what_is_given(tmp_path):
     assert parse_args(score.Config, [*flags]).lr == 1e-3
 
 
-def test_the_config_of_something_else_is_no_runs(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+@pytest.mark.parametrize("text", ['{"model_type": "llama"}', "", '{"model', "3", "\x00"])
+def test_the_config_of_something_else_and_a_damaged_one_are_named(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
     said = refused(capsys, score, "--output_dir", tmp_path, "--resume")
     assert "config.json is not of a run" in said
+
+
+@pytest.mark.parametrize("flags", ["--seed 1" + 400 * "0", "--shots 2147483648"])
+def test_a_whole_number_without_end_is_refused(flags, capsys):
+    assert "at most 2,147,483,647" in refused(capsys, score, *flags.split())
 
 
 def test_help_comes_in_groups_and_loads_neither_transformers_nor_what_saves_states():

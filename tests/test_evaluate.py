@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import signal
 import sys
 import weakref
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
 from training import checkpoint, methods, partial, progress, setup
+from training.distributed import Stopped
 
 
 def slow_edit_distance(a, b):
@@ -231,7 +233,7 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(
     def stop_at_the_fourth(*arguments):
         calls.append(1)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
         return converse(*arguments)
 
     monkeypatch.setattr(evaluate, "converse", stop_at_the_fourth)
@@ -255,7 +257,7 @@ def stop_at(monkeypatch, number: int) -> None:
     def stop(*arguments):
         left[0] -= 1
         if left[0] == 0:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
         return converse(*arguments)
 
     monkeypatch.setattr(evaluate, "CACHE_TOKENS", 1)  # a piece for every problem
@@ -332,7 +334,7 @@ def test_what_was_left_is_there_at_every_moment_of_going_on(tmp_path, monkeypatc
     left = path.read_text()
 
     def killed(file):
-        raise KeyboardInterrupt
+        raise Stopped(signal.SIGINT)
 
     monkeypatch.setattr(checkpoint, "sync", killed)
     with pytest.raises(SystemExit):
@@ -493,7 +495,7 @@ def count_pieces(patch, stop=None) -> list:
     def counted(*arguments):
         made.append(1)
         if len(made) == stop:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGINT)
         return converse(*arguments)
 
     patch.setattr(evaluate, "converse", counted)
@@ -587,7 +589,7 @@ def test_a_short_evaluation_says_nothing_and_its_first_tokens_wait_for_the_delay
     assert capsys.readouterr().err == "" and sampler.on_tokens is None
     monkeypatch.setattr(evaluate, "MOMENT", 0.0)
     try_out(sampler, [PROBLEM] * 2)
-    assert "self_correct: 2 of 2, " in capsys.readouterr().err
+    assert "evaluation: 2 of 2, " in capsys.readouterr().err
 
 
 def test_other_ranks_count_no_tokens(monkeypatch, capsys):
@@ -652,7 +654,7 @@ def test_ctrl_c_is_one_line_that_says_what_is_kept_and_exit_code_130(tmp_path, m
 
 
 def ctrl_c(*arguments):
-    raise KeyboardInterrupt
+    raise Stopped(signal.SIGINT)
 
 
 def full_disk(*arguments):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +32,7 @@ from training import checkpoint, distributed, models, policy
 from training import loop as training
 from training import run as run_module
 
+STOPS = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 SCRIPTS = {"score": score, "rrr": rrr}
@@ -133,7 +135,7 @@ def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_pat
                 harm = partial(die_at_file_operation, rng.randrange(1, 120), str(out))
             (process,) = helpers.start_run(script, model_dir, out, "--resume", harm=harm)
             if kills % 2 == 0 and kills < 20:
-                process.join(rng.uniform(0.0, duration))
+                process.join(rng.uniform(0, duration) if kills else rng.uniform(0, 1))
                 process.kill()
             (done,) = helpers.finish([process])
             assert done in (0, -signal.SIGKILL), said(out)
@@ -141,6 +143,57 @@ def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_pat
         assert_same(out, references[script])
         assert_only_states(out)
         duration, runs = min(duration, time.monotonic() - started), runs + 1
+
+
+def command_line(out: Path, *flags) -> list[str]:
+    """A short run of score.py on the embedded model, as a user or a job script starts it."""
+    sizes = "--problems 2 --group_size 2 --second_attempts 2 --probe 4 --eval_every 2"
+    sizes += (
+        " --eval_problems 4 --final_problems 4 --save_every 2 --stage1_steps 2 --stage2_steps 2"
+    )
+    command = [sys.executable, "score.py", *sizes.split(), "--output_dir", str(out)]
+    return [*command, "--resume", *flags]
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def started(command: list[str], log: Path, **options):
+    with open(log, "a") as file:
+        options |= {"stdout": file, "stderr": file, "env": ONE_THREAD, "cwd": helpers.ROOT}
+        return subprocess.Popen(command, **options)
+
+
+@pytest.mark.slow
+def test_the_very_command_line_can_be_killed_from_its_first_second_on(tmp_path):
+    rng = random.Random(0)
+    assert started(command_line(tmp_path / "whole"), tmp_path / "log").wait(300) == 0
+    for moment in (0.2, 0.9, *(rng.uniform(1, 12) for _ in range(6))):
+        with suppress(subprocess.TimeoutExpired):
+            process = started(command_line(tmp_path / "run"), tmp_path / "log")
+            process.wait(moment)
+        process.kill()
+        process.wait()
+    assert started(command_line(tmp_path / "run"), tmp_path / "log").wait(300) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_model_loads_is_one_line_in_a_job_of_the_background_too(number, tmp_path):
+    code = "import signal, sys, time; sys.argv[0] = 'score.py'\n"
+    code += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"  # as `score.py &` in a script
+    code += "from training import command\nimport score\n"
+    code += "score.prepare = lambda *a, **k: print('loading', flush=True) or time.sleep(60)\n"
+    code += "command.run_script(score.main, score.Config)\n"
+    command = [sys.executable, "-c", code, "--output_dir", str(tmp_path / "run")]
+    process = started(command, tmp_path / "log")
+    while not (tmp_path / "log").read_text():
+        time.sleep(0.05)
+    process.send_signal(number)
+    name, exit_code = STOPS[number]
+    assert process.wait(60) == exit_code
+    said = f"loading\nscore.py: stopped by {name}: what was saved is as it was\n"
+    assert (tmp_path / "log").read_text() == said and not (tmp_path / "run").exists()
 
 
 @both
@@ -191,6 +244,8 @@ def test_a_complete_run_without_its_states_keeps_its_figures(model_dir, tmp_path
     shutil.rmtree(out / "states")
     assert helpers.run("score", model_dir, out, "--stage2_steps", "4", "--resume") == [2]
     assert "has no saved state left" in said(out) and (out / "results.json").exists()
+    (out / "results.json").unlink()
+    assert helpers.run("score", model_dir, out, "--resume") == [2] and (out / "checkpoint").exists()
 
 
 @both
@@ -232,14 +287,44 @@ def test_a_checkpoint_is_in_the_models_own_dtype_and_readable_by_all(tmp_path):
     assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("place", ["/proc/not_here", "file/run", "file"])
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("place", ["/proc/not_here", "file/run", "file", "x" * 300, "\udcff"])
 def test_a_directory_that_cant_be_is_refused_before_anything_is_loaded(
-    place, model_dir, tmp_path, capsys, monkeypatch
+    place, resumed, model_dir, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(score, "prepare", lambda *a, **k: 1 / 0)
-    refused = helpers.refusal(score, capsys, "--output_dir", tmp_path / place)
-    assert refused.count("\n") == 1 and f"{place} can't be written: " in refused
+    places = "--output_dir", tmp_path / place, "--resume", resumed
+    refused = helpers.refusal(score, capsys, *places)
+    told = ascii(place)[1:-1].replace("\\", "\\\\")
+    assert refused.count("\n") == 1 and re.search(f"{told} can't be (written|read): ", refused)
+
+
+def test_a_run_without_stage_2_is_not_made_longer_by_one(model_dir, tmp_path, capsys):
+    flags = [*helpers.FEW["score"], "--stage2_steps", "0", "--reference", "base"]
+    helpers.train_here(score, model_dir, tmp_path / "run", *flags)
+    places = "--model", model_dir, "--output_dir", tmp_path / "run", "--resume"
+    assert "--stage2_steps was 0, is 4" in helpers.refusal(
+        score, capsys, *places, "--stage2_steps", "4"
+    )
+
+
+def test_a_log_that_has_lost_lines_is_named(model_dir, stopped, tmp_path, capsys):
+    out = shutil.copytree(stopped["score"], tmp_path / "run")
+    os.truncate(out / "metrics.jsonl", 10)
+    refused = helpers.refusal(score, capsys, *resume_flags("score", model_dir, out))
+    assert "metrics.jsonl has lost lines: 10 bytes of " in refused
+
+
+def test_a_tokenizer_with_several_templates_is_published_with_them(tmp_path):
+    tokenizer = tiny.build_tokenizer()
+    tokenizer.chat_template = {"default": tiny.CHAT_TEMPLATE, "tool_use": tiny.CHAT_TEMPLATE}
+    checkpoint.save_model(tiny.build_model(), tokenizer, tmp_path / "state" / "best")
+    checkpoint.publish_best(tmp_path, tmp_path / "state")
+    folder = tmp_path / "checkpoint" / "additional_chat_templates"
+    assert [file.name for file in folder.iterdir()] == ["tool_use.jinja"]
+    weights = [path / "model.safetensors" for path in (folder.parent, tmp_path / "state" / "best")]
+    assert len({path.stat().st_ino for path in weights}) == 1
 
 
 def test_resume_starts_where_there_is_no_more_than_a_log_or_what_a_kill_left(tmp_path, capsys):
@@ -287,9 +372,6 @@ def slow_generation(step: int, marker: Path):
 
     score.pick = rrr.pick = noting
     Sampler.extend = slowly
-
-
-STOPS = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
 
 
 @pytest.mark.parametrize("script, world, number", [

@@ -9,6 +9,7 @@ import helpers
 import score
 from helpers import save_random_model
 from tasks import TASKS
+from training.command import parse_args
 from training.setup import prepare
 
 LENGTHS = (3, 250, 4, 160, 5, 200, 6)  # numbers of a problem, for 192 positions
@@ -83,5 +84,5 @@ def test_training_leaves_out_and_evaluation_stops_unless_told(
         "--resume",
     )  # fmt: skip
     assert "problem 3" in helpers.refusal(evaluate, capsys, "--model", model_dir, *more[:2])
-    evaluate.main(evaluate.parse_args(evaluate.Config, ["--model", model_dir, *more, "drop"]))
+    evaluate.main(parse_args(evaluate.Config, ["--model", model_dir, *more, "drop"]))
     assert "4 validation problems" in capsys.readouterr().out

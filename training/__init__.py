@@ -11,7 +11,10 @@ To be read in this order; each module's docstring says more.
     run.py          the run's directory: its lock, its logs, what is said when it can't be used
     checkpoint.py   saved states: complete or not at all
     distributed.py  many processes: what they tell each other, weights spread over them
-    flags.py        the flags that scripts share, and how bad input is said
+    flags.py        the flags that scripts share
+    command.py      flags read, checked, taken from a run that goes on; bad input said
+    announce.py     five lines before the first step
+    progress.py     bars, which are lines in a log file
     failures.py     a file of failures, for rrr.py to reflect on
     methods.py      several attempts at a problem, which evaluate.py makes figures of
     partial.py      what is done of an evaluation, kept in case it is stopped

@@ -22,7 +22,8 @@ def announce(config, env, sampler, splits: dict[str, list]) -> None:
     print(f"model   {config.model}: {parameters(model):,} parameters, {machine(model)}")
     print(f"task    {config.task}: {counts} problems; {config.steps:,} steps of {config.rows} rows")
     print(f"prompt  {shortened(env.tokenizer.decode(env.prompts(first[:1])[0]))}")
-    print(f"run     {config.output_dir}, {disk(config, parameters(model), model.saved_dtype)}")
+    weights = parameters(model) * model.saved_dtype.itemsize
+    print(f"run     {config.output_dir}, {disk(config, parameters(model), weights)}")
 
 
 def parameters(model) -> int:
@@ -46,13 +47,15 @@ def shortened(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def disk(config, count: int, dtype: torch.dtype) -> str:
-    """What a run of `count` parameters takes on disk, at most, and what is free.
+def disk(config, count: int, exported: int) -> str:
+    """What a run takes on disk, at most, and what is free.
 
-    A state has weights and two moments in float32, and the next one is written before the oldest
-    goes; of checkpoints there are the best and one that is about to replace it.
+    count: parameters; exported: bytes of a model as it is published. A state has weights and two
+    moments in float32, the reference if it is not --model, and the best model as of then; the next
+    one is written before the oldest goes.
     """
-    needed = (config.keep + 1) * 12 * count + 2 * dtype.itemsize * count
+    own_reference = getattr(config, "reference", "base") == "stage1"
+    needed = (config.keep + 1) * ((16 if own_reference else 12) * count + exported)
     path = Path(config.output_dir).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     free = shutil.disk_usage(there).free

@@ -24,6 +24,7 @@ import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def save_model(model, tokenizer, path: Path, weights: dict | None = None) -> Non
     config = json.loads((fresh / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")  # not what it was trained in
     write_text(fresh / "config.json", json.dumps(config, indent=2) + "\n")
-    for file in fresh.iterdir():  # safetensors lets nobody else read its files
+    for file in fresh.glob("*.safetensors"):  # which nobody else may read, if left as they are
         shutil.copymode(fresh / "config.json", file)
     publish(fresh, path)
 
@@ -185,12 +186,14 @@ def clean(run: Path) -> None:
 
 def link(source: Path, target: Path) -> None:
     """A copy of an exported model, whose weights take no second place on the disk, if it can."""
-    target.mkdir()
-    for file in source.iterdir():
-        try:
-            (os.link if file.suffix == ".safetensors" else shutil.copy2)(file, target / file.name)
-        except OSError:
-            shutil.copy2(file, target / file.name)
+
+    def copy(file: str, place: str) -> None:
+        if file.endswith(".safetensors"):
+            with suppress(OSError):
+                return os.link(file, place)
+        shutil.copy2(file, place)
+
+    shutil.copytree(source, target, copy_function=copy)
 
 
 def publish_best(run: Path, state: Path | None) -> None:

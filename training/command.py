@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import get_args
 
+from training.distributed import HEARD, Stopped
+
 BEGAN = time.monotonic()  # of this process, for --max_minutes
 DATA, ALGORITHM, RUN, MACHINE = "model and data", "algorithm", "run", "machine"
 GROUPS = (DATA, ALGORITHM, RUN, MACHINE)  # of --help, in this order
+LARGEST = {int: 2**31 - 1, float: math.inf}  # unless a flag says otherwise
 OF_THIS_CALL = ("resume", "output_dir", "skip_damaged", "max_minutes")  # never taken from a run
 
 
@@ -37,22 +41,35 @@ def first_of_node() -> bool:
 
 @contextmanager
 def exit_on_bad_input():
-    """Around a script's preparations: a ValueError is the user's to mend: one line, exit code 2.
-
-    Ctrl-C is one line as well, exit code 130: nothing has been begun that could be saved.
-    """
+    """Around a script's preparations: a ValueError is the user's to mend: one line, exit code 2."""
     try:
         yield
     except ValueError as error:
         _exit(2, f"error: {error}")
-    except KeyboardInterrupt:
-        _exit(130, "stopped by Ctrl-C: nothing was done yet")
 
 
 def _exit(code: int, message: str):
     if first_of_node():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(code) from None
+
+
+def run_script(main, config_class) -> None:
+    """`main` with the flags of the command line; SIGTERM or Ctrl-C is one line, 143 or 130.
+
+    While a run trains, or something is evaluated, they do more: `distributed.listening`,
+    `partial.interrupted`.
+    """
+    for number in HEARD:  # even where a shell has told a job in its background to ignore Ctrl-C
+        signal.signal(number, _stop)
+    try:
+        main(parse_args(config_class))
+    except Stopped as stopped:
+        _exit(stopped.code, f"{stopped}: what was saved is as it was")
+
+
+def _stop(number, _):
+    raise Stopped(number)
 
 
 def parse_args(config_class, args: list[str] | None = None):
@@ -141,14 +158,14 @@ def check_numbers(config) -> None:
         value, kind = getattr(config, f.name), type_of(f)
         if value is None or kind not in (int, float):
             continue
-        above, most = f.metadata.get("above"), f.metadata.get("most", math.inf)
+        above, most = f.metadata.get("above"), f.metadata.get("most", LARGEST[kind])
         least = f.metadata.get("least", 1 if kind is int and f.default != 0 else 0)
         must = f"above {above:g}" if above is not None else f"at least {least:g}"
-        must += f" and at most {most:g}" if most < math.inf else ""
+        must += f" and at most {most:,}" if most < LARGEST[kind] or value > most else ""
         inside = value > above if above is not None else value >= least
-        must = must if math.isfinite(value) else "a finite number"
-        if not (math.isfinite(value) and inside and value <= most):
-            raise ValueError(f"--{f.name} {value:g}: must be {must}")
+        if not (abs(value) < math.inf and inside and value <= most):  # nan is not below it either
+            must = must if abs(value) < math.inf else "a finite number"
+            raise ValueError(f"--{f.name} {value}: must be {must}")
 
 
 def flags_of_run(config_class, given: dict) -> dict:
@@ -159,11 +176,16 @@ def flags_of_run(config_class, given: dict) -> dict:
     known = {f.name: f for f in fields(config_class)}
     run = Path(given.get("output_dir", known["output_dir"].default))
     file = run / "config.json"
-    if not file.is_file():
+    try:
+        saved = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    saved = json.loads(file.read_text())
-    if "contents" not in saved:
-        raise ValueError(f"--resume: {file} is not of a run: name another --output_dir")
+    except OSError as error:
+        raise ValueError(f"--output_dir {run} can't be read: {error.strerror}") from None
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict) or "contents" not in saved:
+        raise ValueError(f"--resume: {file} is not of a run, or damaged: name another --output_dir")
     before = {name: saved.get(name, f.default) for name, f in known.items()}
     changed = [name for name in given if name in before and not _may_be(known[name], before, given)]
     if changed:
@@ -177,5 +199,5 @@ def flags_of_run(config_class, given: dict) -> dict:
 
 def _may_be(f, before: dict, given: dict) -> bool:
     old, new = before[f.name], given[f.name]
-    grown = f.metadata.get("grows") and new >= old
+    grown = f.metadata.get("grows") and new >= old > 0  # 0 leaves a whole stage out
     return new == old or grown or f.metadata.get("free") or f.name in OF_THIS_CALL

@@ -22,7 +22,7 @@ PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others
 
 
 class Stopped(BaseException):
-    """The run was told to stop, and every rank has come to the same place.
+    """The run was told to stop; while it trains every rank has come to the same place.
 
     No Exception, so that nothing swallows it. Its argument is the signal.
     """
@@ -48,10 +48,8 @@ _inside = False  # we are within `interruptible`
 def start() -> None:
     """Joins the other processes that torchrun has started, if it has.
 
-    Only the first one says anything on stdout, and says it at once, in a log file too. Ctrl-C is
-    heard even where a shell has told a job in its background not to.
+    Only the first one says anything on stdout, and says it at once, in a log file too.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no need of it
         sys.stdout.reconfigure(line_buffering=True)
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():

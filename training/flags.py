@@ -3,9 +3,17 @@
 from dataclasses import dataclass
 
 from loss import KL_KINDS
-from training.command import DATA, MACHINE, RUN, exit_on_bad_input, flag, parse_args
+from training.command import (
+    DATA,
+    MACHINE,
+    RUN,
+    exit_on_bad_input,
+    flag,
+    parse_args,
+    run_script,
+)
 
-__all__ = ["RUN", "TaskConfig", "TrainConfig", "exit_on_bad_input", "flag", "parse_args"]
+__all__ = ["RUN", "exit_on_bad_input", "flag", "parse_args", "run_script"]
 
 OVERLONG_HELP = (
     "problems whose conversation might not fit the model's context: drop leaves them out and says "
@@ -88,9 +96,7 @@ class TrainConfig(TaskConfig):
         "go on with the run in --output_dir, with its flags; start it if there is none yet",
         group=RUN,
     )
-    seed: int = flag(
-        0, "seed of the problems' order and of every sample", group=RUN, least=0, most=2**31
-    )
+    seed: int = flag(0, "seed of the problems' order and of every sample", group=RUN)
     max_new_tokens: int = flag(16, "token limit of an attempt")
     temperature: float = flag(1.0, "sampling temperature while training")
     kl: str = flag("exact", KL_HELP, choices=KL_KINDS)
@@ -149,8 +155,9 @@ class TrainConfig(TaskConfig):
     )
     max_minutes: float | None = flag(
         None,
-        "the run ends by itself after so many minutes, with a saved state and its best checkpoint; "
-        "--resume goes on",
+        "the run ends by itself after the step in which so many minutes are over, with a saved "
+        "state and its best checkpoint; --resume goes on (what comes before the first step, probe "
+        "and collection, is not cut short)",
         group=RUN,
         above=0,
     )

@@ -17,6 +17,7 @@ import torch
 
 from loss import Scores
 from training import checkpoint, distributed
+from training.command import exit_on_bad_input
 from training.distributed import Stopped, exchange, interruptible, listening, on_first
 from training.policy import Batch, finite_weights, set_lr, update
 from training.progress import bar, counted
@@ -55,43 +56,50 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
     # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
     memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "idle": 0}
     memory["state"] = state
-    resume(run, scorer, sampler, optimizer, memory)
-    steps, first, over = config.steps, memory["step"], False
-    with listening(), bar("training", steps, first) as progress:
-        try:
-            for step in range(first, steps):
-                safe, text = copy.deepcopy(memory), ""
-                if memory["row"] is None:
-                    with counted(progress, sampler):
-                        learnt = (scorer, sampler, optimizer, step, hooks, memory["state"])
+    safely, over = partial(saved_if_stopped, save, run, memory), False
+    with listening():
+        resume(run, scorer, sampler, optimizer, memory)
+        first = memory["step"]
+        with bar("training", config.steps, first) as progress:
+            while memory["step"] < config.steps and not over:
+                text = ""
+                with safely(), counted(progress, sampler):
+                    if memory["row"] is None:
+                        learnt = scorer, sampler, optimizer, memory["step"], hooks, memory["state"]
                         memory["row"] = memory["state"]["last"] = train_step(config, *learnt)
-                    safe = copy.deepcopy(memory)
-                if config.eval_every and (step + 1) % config.eval_every == 0:
-                    with interruptible():
-                        figures, text = hooks.evaluate(step)
+                if config.eval_every and (memory["step"] + 1) % config.eval_every == 0:
+                    with safely(), interruptible():
+                        figures, text = hooks.evaluate(memory["step"])
                     memory["row"] |= figures
                 end_step(config, run, memory, text, progress)
-                last, over = memory["step"] == steps, time_is_up(config)
+                last, over = memory["step"] == config.steps, time_is_up(config)
                 if last or memory["step"] % config.save_every == 0:
                     save(memory, save_best if close_window(memory, last) else None)
                     on_first(hooks.plot, run)
                 elif over:
                     save(memory)
-                if over:
-                    break
-            safe = None  # all is saved
-            with interruptible():
+            with safely(), interruptible():
                 pass  # a signal that came since is heard here, on every rank
-        except Stopped as stopped:
-            if safe is not None and (safe["step"] or safe["row"]):
-                save(safe)
-            stop(f"{stopped}: {newest(run)}, go on with --resume", stopped.code)
-    if over or time_is_up(config):
-        end_early(config, run, memory, save_best)
-    if first == steps:  # resumed after its last state, maybe before its picture
+        if over:
+            end_early(config, run, memory, save_best)
+    if first == config.steps:  # resumed after its last state, maybe before its picture
         on_first(hooks.plot, run)
     if distributed.together():
         distributed.drop_weights(sampler.model)
+
+
+@contextmanager
+def saved_if_stopped(save, run: Path, memory: dict):
+    """Around work that changes `memory`: told to stop, the run ends with a state of before it."""
+    safe = copy.deepcopy(memory)
+    try:
+        yield
+    except Stopped as stopped:
+        name = f"step_{safe['step']:06d}"
+        there = [path.name for path in on_first(checkpoint.states, run)][:1] == [name]
+        if safe["row"] or safe["step"] and not there:
+            save(safe)
+        stop(f"{stopped}: {newest(run)}, go on with --resume", stopped.code)
 
 
 def end_early(config, run: Path, memory: dict, save_best) -> None:
@@ -199,7 +207,7 @@ def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> None:
         memory.update(checkpoint.load_state(found[0], scorer, optimizer))
         if distributed.together():
             distributed.gather_weights(scorer.model, sampler.model)
-    with saving(run):
+    with exit_on_bad_input(), saving(run):
         on_first(cut_logs, run, memory.pop("sizes", {}))
         on_first(checkpoint.clean, run)
         on_first(checkpoint.publish_best, run, found[0] if found else None)

@@ -5,13 +5,13 @@ have been killed, or the disk full, at any moment: what is whole of it counts.
 """
 
 import json
-import signal
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from tasks.files import parse_json
 from training import checkpoint
+from training.distributed import Stopped
 from training.models import fingerprint
 from training.run import contents_of, stop
 
@@ -62,14 +62,14 @@ def open_table(run: Path) -> list[dict]:
 
 @contextmanager
 def interrupted(path: Path | None, way_on: str):
-    """Around an evaluation that is kept in `path`: Ctrl-C is one line that says how to go on."""
+    """Around an evaluation that is kept in `path`: a signal is one line that says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except Stopped as stopped:
         kept = "nothing was done yet" if path else "nothing is kept without --output"
         if path and path.exists():
             kept = f"what is done is in {path}: {way_on}"
-        stop(f"stopped by Ctrl-C: {kept}", 128 + signal.SIGINT)
+        stop(f"{stopped}: {kept}", stopped.code)
 
 
 def check_output(output: str) -> None:

@@ -6,7 +6,7 @@ without end.
 
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -25,11 +25,13 @@ class _Lines:
     def write(self, text: str) -> None:
         text = text.strip()
         if text not in ("", self.last):
-            self.file.write(f"{text}\n")
+            with suppress(OSError):  # no run ends because nobody reads its log any more
+                self.file.write(f"{text}\n")
             self.last = text
 
     def flush(self) -> None:
-        self.file.flush()
+        with suppress(OSError):
+            self.file.flush()
 
 
 class _Log(tqdm):
@@ -83,7 +85,7 @@ def counted(bar, *samplers):
     def grow(rows, ids):
         nonlocal count
         count += sum(map(len, ids))
-        bar.set_postfix_str(f"{before}{count:,} tokens sampled", refresh=False)
+        bar.set_postfix_str(f"{before}{count:,} tokens so far", refresh=False)
         now = bar._time()
         if now >= bar.start_t + bar.delay and now - bar.last_print_t >= bar.mininterval:
             bar.refresh()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sampling.turns import today
 from tasks.base import PROMPTS
 from training import checkpoint
-from training.command import BEGAN
+from training.command import BEGAN, OF_THIS_CALL
 from training.distributed import exchange, on_first, rank
 from training.models import fingerprint
 
@@ -48,7 +48,7 @@ def _check_run(config) -> tuple[str, str]:
     if not there or config.resume and not there & OURS:
         return today(), ""
     file = run / "config.json"
-    before = json.loads(file.read_text()) if file.exists() else {}
+    before = read_config(file)
     if not config.resume or "contents" not in before:
         raise ValueError(f"--output_dir {run} {what_holds(run, there, config, before)}")
     lock(run)  # a job that was started twice should not load a model to learn it
@@ -57,9 +57,17 @@ def _check_run(config) -> tuple[str, str]:
     return before.get("day") or today(), said if complete else ""
 
 
+def read_config(file: Path) -> dict:
+    """A run's config.json; {} if it is none."""
+    with suppress(OSError, ValueError):
+        found = json.loads(file.read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def what_holds(run: Path, there: set[str], config, before: dict) -> str:
     """Why no run can begin in this directory, and what else can be done."""
-    others = (run.with_name(f"{run.name}_{number}") for number in itertools.count(2))
+    others = (Path(f"{run.absolute() if run.name == '' else run}_{n}") for n in itertools.count(2))
     free = next(path for path in others if not path.exists())
     said = f"name another ({free} is free)"
     if "contents" not in before:
@@ -71,7 +79,7 @@ def what_holds(run: Path, there: set[str], config, before: dict) -> str:
 
 def longer(config, before: dict) -> str:
     """How a run is made longer."""
-    more = [f"--{name} above {before.get(name)}" for name in growing(config)]
+    more = [f"--{name} above {before[name]}" for name in growing(config) if before.get(name)]
     return f"to make it longer: --resume {more[0]}" if more else "a longer one is a new run"
 
 
@@ -86,13 +94,16 @@ def has_grown(config, before: dict) -> bool:
 
 def require_writable(path: Path, name: str) -> None:
     """ValueError unless files can be made in this directory, which is made for a moment."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing = []
     try:
+        missing += [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        str(path).encode()  # in UTF-8, as those who write models want it
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
-        raise ValueError(f"{name} {path} can't be written: {error.strerror or error}") from None
+    except (OSError, UnicodeEncodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name} {ascii(str(path))[1:-1]} can't be written: {why}") from None
     finally:
         with suppress(OSError):  # another process is there already
             for folder in missing:
@@ -110,8 +121,9 @@ def open_run(config, contents: dict[str, str], day: str) -> Path:
     contents: of `contents_of`; those that the run was started with, else a ValueError. day: of its
     prompts.
     """
-    on_first(_open_run, config, contents, day)
     run = Path(config.output_dir)
+    with saving(run):
+        on_first(_open_run, config, contents, day)
     if not all(exchange((run / "config.json").exists())):
         raise ValueError(
             f"--output_dir {run}: not all ranks see it; it must be on a file system that they share"
@@ -124,7 +136,7 @@ def _open_run(config, contents: dict[str, str], day: str) -> None:
     run = Path(config.output_dir)
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
-    flags = {k: v for k, v in asdict(config).items() if k not in ("resume", "skip_damaged")}
+    flags = {k: v for k, v in asdict(config).items() if k not in OF_THIS_CALL}
     file = run / "config.json"
     if file.exists():
         before = json.loads(file.read_text())
@@ -135,10 +147,11 @@ def _open_run(config, contents: dict[str, str], day: str) -> None:
                 f"--resume: {run} was started with another content of: {', '.join(changed)}"
             )
         state = checkpoint.newest_state(run, config.skip_damaged)
-        if (run / "results.json").exists():  # it has grown: they are of a shorter run
-            if state is None:
-                raise ValueError(f"--resume: {run} has no saved state left to be made longer from")
-            (run / "results.json").rename(run / f"results_{state.name}.json")
+        results, model = run / "results.json", run / "checkpoint"
+        if state is None and (results.exists() or model.exists()):
+            raise ValueError(f"--resume: {run} has no saved state left to go on from")
+        if results.exists():  # of a shorter run, which this one has outgrown
+            results.rename(run / f"results_{state.name}.json")
     text = json.dumps(flags | {"contents": contents, "day": day}, indent=2)
     checkpoint.write_text(file, text + "\n")
 
@@ -157,10 +170,12 @@ def lock(run: Path) -> None:
     file = open(run / ".lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(
             f"--output_dir {run} is in use by another process, which is still running"
         ) from None
+    except OSError as error:
+        raise ValueError(f"--output_dir {run} can't be locked: {error.strerror}") from None
     _locks[run.resolve()] = file
 
 

@@ -308,11 +308,11 @@ def main(config: Config) -> None:
     path = partial.path_of(config.output) if config.output else None
     with partial.interrupted(path, "the same call goes on from there"):
         figures, talks = evaluate_by(config, path)
-        report(config, figures, talks)
         if path:
             with partial.keeping(config.output):
                 whole = figures | {"conversations": talks}
                 on_first(partial.finish_output, config.output, whole)
+        report(config, figures, talks)
     distributed.finish()
 
 

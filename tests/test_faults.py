@@ -256,9 +256,11 @@ def test_max_minutes_end_a_run_with_a_state_and_a_checkpoint_time_and_again(
     for step in (1, 2, 3, 4):
         assert helpers.run(script, model_dir, out, *flags) == [0]
         assert names_of_states(out)[0] == f"step_00000{step}"
+        checkpoint.publish_best(out, checkpoint.states(out)[0])  # as when it is resumed
         assert (out / "checkpoint" / "model.safetensors").is_file()
         last = said(out).splitlines()[-1]
         assert f"{step} of 4 steps after --max_minutes 1e-06" in last and "--resume" in last
+        assert (out / "curves.png").is_file()
     assert not (out / "results.json").exists()
     assert helpers.run(script, model_dir, out, "--resume") == [0]
     assert_same(out, references[script])

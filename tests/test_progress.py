@@ -47,7 +47,7 @@ def test_a_run_says_in_five_lines_what_it_is_about_to_do(model_dir, tmp_path, ca
         'prompt  "<user> 14 6 14 make 5 <assistant>"',
     ]
     assert re.fullmatch(rf"run     {tmp_path}/run, takes up to 16.5 MB of the .* free .*", said[3])
-    assert re.fullmatch(r"time    about \d+ \w+ to \d+ \w+, a guess from the probe .*", said[4])
+    assert re.fullmatch(r"time    about \d+ \w+( to \d+ \w+)?, a guess from the probe .*", said[4])
     assert "now the final table: 16 conversations, about " in said[5]
 
 

@@ -345,7 +345,7 @@ def test_the_picture_is_drawn_anew_at_every_saved_state(model_dir, tmp_path, mon
     (["--single_turn", "--reference", "stage1"], "--reference stage1"),
     (["--stage1_steps", "0", "--reference", "stage1"], "--reference stage1"),
     (["--group_size", "1", "--baseline", "group_mean"], "--group_size 1"),
-    (["--problems", "1", "--group_size", "1", "--baseline", "none"], "--normalise none"),
+    ("--problems 1 --group_size 1 --second_attempts 1 --baseline none".split(), "--normalise none"),
     (["--kl_target", "0"], "--kl_target 0: must be above 0"),
     (["--kl_target", "0.1", "--stage1_steps", "0"], "--kl_target adapts Stage I"),
     (["--kl_target", "0.1", "--single_turn"], "--kl_target adapts Stage I"),

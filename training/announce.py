@@ -81,10 +81,10 @@ def announce_time(config, pace: float | None, validation: int) -> None:
     if rank() > 0:
         return
     if pace is None:
-        print("time    not known before the first steps, since nothing was probed")
+        print("time    not known before the first steps")
         return
     evaluations = config.steps // config.eval_every if config.eval_every else 0
     looks = evaluations * min(config.eval_problems, validation) + config.passes * validation
-    least, most = (pace * (each * config.steps * config.rows + looks) for each in (0.7, 3))
-    said = f"{about(least)} to {about(most).removeprefix('about ')}"
+    least, most = (about(pace * (each * config.steps * config.rows + looks)) for each in (0.7, 3))
+    said = least if least == most else f"{least} to {most.removeprefix('about ')}"
     print(f"time    {said}, a guess from the probe that the bar will correct")

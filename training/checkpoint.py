@@ -197,14 +197,12 @@ def link(source: Path, target: Path) -> None:
 
 
 def publish_best(run: Path, state: Path | None) -> None:
-    """run/checkpoint is the best model as of this state, or nothing if there was none yet."""
+    """run/checkpoint becomes the best model as of this state, if it has one."""
     fresh = run / "checkpoint.new"
     shutil.rmtree(fresh, ignore_errors=True)
     if state is not None and (state / "best").is_dir():
         link(state / "best", fresh)
         publish(fresh, run / "checkpoint")
-    else:
-        shutil.rmtree(run / "checkpoint", ignore_errors=True)
 
 
 def digests(state: Path) -> dict:

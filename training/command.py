@@ -165,7 +165,8 @@ def check_numbers(config) -> None:
         inside = value > above if above is not None else value >= least
         if not (abs(value) < math.inf and inside and value <= most):  # nan is not below it either
             must = must if abs(value) < math.inf else "a finite number"
-            raise ValueError(f"--{f.name} {value}: must be {must}")
+            shown = f"{value:g}" if kind is float else value
+            raise ValueError(f"--{f.name} {shown}: must be {must}")
 
 
 def flags_of_run(config_class, given: dict) -> dict:

@@ -48,10 +48,11 @@ _inside = False  # we are within `interruptible`
 def start() -> None:
     """Joins the other processes that torchrun has started, if it has.
 
-    Only the first one says anything on stdout, and says it at once, in a log file too.
+    Only the first one says anything on stdout; at once in a log file too, and whatever its
+    encoding lacks.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no need of it
-        sys.stdout.reconfigure(line_buffering=True)
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     backend = "gloo"

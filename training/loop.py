@@ -73,11 +73,10 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
                     memory["row"] |= figures
                 end_step(config, run, memory, text, progress)
                 last, over = memory["step"] == config.steps, time_is_up(config)
-                if last or memory["step"] % config.save_every == 0:
-                    save(memory, save_best if close_window(memory, last) else None)
+                ends = last or memory["step"] % config.save_every == 0
+                if ends or over:
+                    save(memory, save_best if ends and close_window(memory, last) else None)
                     on_first(hooks.plot, run)
-                elif over:
-                    save(memory)
             with safely(), interruptible():
                 pass  # a signal that came since is heard here, on every rank
         if over:

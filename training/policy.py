@@ -13,11 +13,12 @@ from loss import Scores, policy_loss
 from training import distributed
 from training.scorer import Scorer
 
-# Nats a token under which a KL moves nothing by itself. Its gradient is rounding noise there, of
-# which AdamW, which divides by the gradient's own size, makes whole steps of size lr. Measured:
-# 0 while policy and reference are the same, up to 2e-8 in float32 where they differ in a last bit;
-# one real step makes 7e-6 and more (models/tiny, lr 1.5e-5), or 1e-3 (SmolLM2-135M, lr 5e-6).
-KL_FLOOR = 1e-6
+# Nats a token under which a KL moves nothing by itself. AdamW divides by the gradient's own size,
+# so its steps are whole ones, of size lr, of rounding noise and of old momentum too; a KL that is
+# less than what such a step makes can only grow by it. Measured: 0 while policy and reference are
+# the same, up to 2e-8 in float32 where they differ in a last bit; one real step makes 7e-4
+# (models/tiny, lr 1.5e-4), or 1e-3 (SmolLM2-135M, lr 5e-6).
+KL_FLOOR = 1e-4
 
 
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:

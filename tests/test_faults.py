@@ -147,7 +147,7 @@ def test_sigkill_at_20_random_moments_changes_nothing(script, model_dir, tmp_pat
 
 def command_line(out: Path, *flags) -> list[str]:
     """A short run of score.py on the embedded model, as a user or a job script starts it."""
-    sizes = "--problems 2 --group_size 2 --second_attempts 2 --probe 4 --eval_every 2"
+    sizes = "--problems 2 --group_size 2 --second_attempts 2 --probe 16 --eval_every 2"
     sizes += (
         " --eval_problems 4 --final_problems 4 --save_every 2 --stage1_steps 2 --stage2_steps 2"
     )

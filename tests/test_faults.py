@@ -339,9 +339,11 @@ def test_resume_starts_where_there_is_no_more_than_a_log_or_what_a_kill_left(tmp
     with pytest.raises(ValueError, match="is in use, and holds no run"):
         run_module.check_run(score.Config(output_dir=str(out)))
     assert run_module.check_run(score.Config(output_dir=str(out), resume=True))
-    (out / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="is in use, and holds no run"):
-        run_module.check_run(score.Config(output_dir=str(out), resume=True))
+    for harm in (lambda: (out / "sources").mkdir(), lambda: (out / "metrics.jsonl").touch()):
+        harm()
+        with pytest.raises(ValueError, match="is in use, and holds no run"):
+            run_module.check_run(score.Config(output_dir=str(out), resume=True))
+        shutil.rmtree(out / "sources", ignore_errors=True)
 
 
 def test_a_run_goes_on_with_its_model_and_data_elsewhere_if_they_are_the_same(

@@ -45,7 +45,9 @@ def _check_run(config) -> tuple[str, str]:
     run = Path(config.output_dir)
     require_writable(run, "--output_dir")
     there = {path.name for path in run.iterdir()} - EMPTY if run.is_dir() else set()
-    if not there or config.resume and not there & OURS:
+    # the log of the very command that is to start it, say; but no folders, as among sources
+    only_files = not any((run / name).is_dir() for name in there)
+    if not there or config.resume and only_files and not there & OURS:
         return today(), ""
     file = run / "config.json"
     before = read_config(file)

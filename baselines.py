@@ -37,7 +37,7 @@ from training.models import make_scorer
 from training.policy import Batch
 from training.progress import over
 from training.run import check_run, contents_of, has_state, open_run, saving, stop
-from training.setup import prepare, probe
+from training.setup import prepare, probe, sampler_of
 
 ROUNDS = {"pair_sft": 1, "star": 3}
 
@@ -230,7 +230,8 @@ def main(config: Config) -> None:
     announce_time(config, exam.pace(), len(validation))
     watch = exam.watcher(sampler, validation)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
-    results = exam.before_and_after(run, validation)
+    find = partial(sampler_of, scorer, sampler, env, config)
+    results = exam.before_and_after(run, validation, find)
     conclude(run, results, len(validation))
     distributed.finish()
 

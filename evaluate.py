@@ -24,7 +24,7 @@ from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
 from training.progress import about, bar, counted
 from training.run import saving, stop, time_is_up
-from training.setup import load_sampler, prepare, prepare_reflector
+from training.setup import prepare, prepare_reflector
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
 MOMENT = 1.0  # seconds that an evaluation may take without a word
@@ -176,11 +176,11 @@ class Exam:
         said += f", {about((count - done) * pace)}" if pace else ""
         print(said)
 
-    def before_and_after(self, run: Path, problems) -> dict:
-        """Figures of the base and of the trained model, of which one is loaded at a time."""
+    def before_and_after(self, run: Path, problems, find) -> dict:
+        """Figures of the base and of the trained model; find: a model's name -> its sampler."""
 
         def both_modes(name: str, path: str) -> dict:
-            ways = {name: ((load_sampler(path, self.env, self.config),) * 3, self.method)}
+            ways = {name: ((find(path),) * 3, self.method)}
             return {mode: summarize(try_all(name, mode, ways)[name]) for mode in MODES}
 
         with self.final_table(run, problems, 2 * len(MODES)) as try_all:
@@ -204,19 +204,19 @@ def controls(base, trained) -> dict[str, tuple]:
     return named
 
 
-def with_controls(exam: Exam, run: Path, problems, full: bool) -> dict:
-    """Figures of both models and, if `full`, of the `controls`; reflections.txt in the run.
+def with_controls(exam: Exam, run: Path, problems, find) -> dict:
+    """Figures of both models and, with --controls, of the `controls`; reflections.txt in the run.
 
     What begins with the base model's first attempts goes on from the same ones: its own figures
-    are those of one of the controls.
+    are those of one of the controls. find: a model's name -> its sampler.
     """
-    needed = {"greedy": [BEFORE], "sampled": [BEFORE, AFTER]}
+    full, needed = exam.config.controls, {"greedy": [BEFORE], "sampled": [BEFORE, AFTER]}
     needed = dict.fromkeys(MODES, [*controls(None, None)]) if full else needed
     count = sum(len(names) + 1 for names in needed.values())  # and the trained model's own
     results, talks = {"base": {}, "trained": {}, "controls": {}}, {}
     with exam.final_table(run, problems, count) as try_all:
         paths = models_of(exam.config, run)
-        base, trained = (load_sampler(path, exam.env, exam.config) for _, path in paths)
+        base, trained = (find(path) for _, path in paths)
         after_base, own = controls(base, trained), ((trained, trained, trained), exam.method)
         for mode in MODES:
             ways = {name: after_base[name] for name in needed[mode]}

@@ -38,7 +38,7 @@ from training.models import make_scorer
 from training.policy import Batch
 from training.progress import over
 from training.run import contents_of, has_state, open_run, saving
-from training.setup import prepare, probe
+from training.setup import prepare, probe, sampler_of
 
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
@@ -333,7 +333,8 @@ def main(config: Config) -> None:
     announce_time(config, exam.pace(), len(validation))
     watch = exam.watcher(sampler, validation, WATCHED)
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
-    results = with_controls(exam, run, validation, config.controls)
+    find = partial(sampler_of, scorer, sampler, env, config)
+    results = with_controls(exam, run, validation, find)
     conclude(run, results, len(validation), COLUMNS)
     distributed.finish()
 

@@ -30,6 +30,7 @@ from shutil import which
 import torch
 from torch import Tensor
 
+from sampling.adapters import adapted
 from sampling.attention import KVCache, require, sampling_mode
 from sampling.checks import check_model, check_prompts, goes_on_from, position_limit, token_limits
 from sampling.draws import child_seeds, sample, uniform
@@ -54,7 +55,9 @@ class Sampler:
     at once. It stops at the tokenizer's eos and at those of the model's generation_config, of which
     nothing else is used. The constructor runs the model on two tokens, on both paths. `fused` says
     whether decoding takes the fast path (fast/), `graphs` whether its steps are replayed as CUDA
-    graphs; both may be set to False. `on_tokens(rows, ids)`, if set, is called after every
+    graphs; both may be set to False. `adapters` (sampling/adapters.py), if set, are sampled with;
+    they are not merged into the weights, so it samples from the very policy that is trained, in
+    bfloat16 too, and the model is untouched. `on_tokens(rows, ids)`, if set, is called after every
     block with the rows of the call that were decoded and the list of tokens that each has got.
     """
 
@@ -64,7 +67,7 @@ class Sampler:
         self.block = block or (4 if model.device.type == "cpu" else 16)
         self.config = config = model.config.get_text_config()
         self.fast_forward = None  # set while it samples, by `_sampling`
-        self.on_tokens = None
+        self.adapters = self.on_tokens = None
         self.fused = self._try_out()
         self.graphs = self.fused and model.device.type == "cuda"
         vocabulary, eos = range(config.vocab_size), model.generation_config.eos_token_id
@@ -128,7 +131,7 @@ class Sampler:
             return self._no_rows(rollout.stopped.shape[1] + 1)
         total, count = len(rollout.lengths), len(more_prompt_ids)
         rows = [*range(total)] if rows is None else [int(row) for row in rows]
-        ours = goes_on_from(rollout.cache, self.model, seeds)
+        ours = goes_on_from(rollout.cache, self._policy(), seeds)
         lists = f"more_prompt_ids has {count} lists, need {len(rows)}: one a row"
         require(count == len(rows), lists)
         inside = all(0 <= row < total for row in rows)
@@ -161,7 +164,7 @@ class Sampler:
         common = os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1]
         common = common if len(common) >= SHARED and len(prompts) > 1 else []
         start = rollout_of([[common]], 0, self)
-        start.cache = KVCache(1, 0, self.model.device, self.model)
+        start.cache = KVCache(1, 0, self.model.device, self._policy())
         if common:
             with self._sampling():
                 self._prefill(start, start.cache, start.cache.slots, [0], [len(common)])
@@ -169,7 +172,7 @@ class Sampler:
 
     def _no_rows(self, turns):
         rollout = rollout_of([], turns, self)
-        rollout.cache = KVCache(0, 0, self.model.device, self.model)
+        rollout.cache = KVCache(0, 0, self.model.device, self._policy())
         return rollout
 
     def _check(self, prompts, old, group_size, max_new_tokens, temperature):
@@ -186,12 +189,17 @@ class Sampler:
     @contextmanager
     def _sampling(self):
         """For one turn: the model only samples, on the fast path if it has one, as it is now."""
-        with sampling_mode(self.model):
-            self.fast_forward = fast_forward(self.model) if self.fused else None
+        self.fast_forward = fast_forward(self.model, self.adapters) if self.fused else None
+        hooked = None if self.fast_forward else self.adapters  # the fast path has none
+        with sampling_mode(self.model), adapted(self.model, hooked):
             try:
                 yield
             finally:
                 self.fast_forward = None
+
+    def _policy(self):
+        """Whose keys and values a cache holds."""
+        return self.model if self.adapters is None else self.adapters
 
     def _turn(self, before, index, prompts, seeds, limits, temperature):
         """Rows `index` (R,) of `before` plus a turn: prefilled, branched, decoded; a new Rollout.
@@ -312,9 +320,9 @@ class Sampler:
         return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def fast_forward(model) -> Callable | None:
+def fast_forward(model, adapters) -> Callable | None:
     """The fused forward pass with the weights of now; None where there is none for this model."""
-    return fused.fuse(model) if fused and fused.why_not(model) is None else None
+    return fused.fuse(model, adapters) if fused and fused.why_not(model) is None else None
 
 
 def is_fast(model, ids: Tensor, logits: Tensor) -> bool:

@@ -34,7 +34,7 @@ from training.loop import Hooks, train
 from training.models import make_scorer
 from training.policy import Batch
 from training.run import check_run, contents_of, has_state, open_run
-from training.setup import load_sampler, prepare, probe
+from training.setup import prepare, probe, sampler_of
 
 CALM = 10  # steps in a row with little KL, before --kl_target lets go
 BETA2_RANGE = 100  # how far from --beta2 it may move, as a factor either way
@@ -310,14 +310,15 @@ def main(config: Config) -> None:
         run = open_run(config, contents_of(env, sampler.model, splits), env.day)
         config = offline  # config.json has what was given, which --resume is compared with
         scorer = make_scorer(sampler.model, config)  # trains the very model that is sampled from
+    find = partial(sampler_of, scorer, sampler, env, config)
     base = None  # where the data gives first attempts, nobody writes them
     if config.offline_ratio and not env.task.given:
-        base = load_sampler(config.model, env, config)
+        base = find(config.model)
 
     def step_batch(step: int, state: dict) -> Batch:
         stage = stage_of(step, config)
         if step == config.stage1_steps and config.reference == "stage1":
-            scorer.reference.load_state_dict(scorer.model.state_dict())
+            scorer.hold()
             state["own_reference"] = True  # saved with the run, since no file has it
         if stage == 1 and "last" in state:
             adapt_beta2(state, config)
@@ -331,7 +332,7 @@ def main(config: Config) -> None:
     watch = exam.watcher(sampler, splits["validation"])
     state = {"beta2": config.beta2, "calm": 0}
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), state)
-    results = exam.before_and_after(run, splits["validation"])
+    results = exam.before_and_after(run, splits["validation"], find)
     conclude(run, results, len(splits["validation"]))
     distributed.finish()
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.cpu_kernels import compiled, linear, one_query
+from sampling.adapters import ALPHA
 from sampling.attention import KVCache, attend, ragged_mask
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -87,6 +88,22 @@ def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
     return "the fast path of fast/fused.py computes something else than the model itself"
 
 
+def _adapted_linear(library, adapters: dict, *layers: nn.Linear) -> Callable:
+    """`_linear`, and what the layers' adapters add, if they have any: two products for all."""
+    plain, own = _linear(library, *layers), [adapters[layer] for layer in layers if adapters]
+    if not own:
+        return plain
+    A = torch.cat([adapter.A for adapter in own])  # (r of all, in)
+    B = torch.block_diag(*(adapter.B * (ALPHA / len(adapter.A)) for adapter in own))
+    sizes = [layer.out_features for layer in layers]
+
+    def forward(x):
+        added = F.linear(F.linear(x, A), B).split(sizes, -1)
+        return [y.add_(more) for y, more in zip(plain(x), added, strict=True)]
+
+    return forward
+
+
 def _linear(library, *layers: nn.Linear) -> Callable:
     """x -> the outputs of several linear layers that have the same input."""
     if library is None:
@@ -101,19 +118,20 @@ def _norm(module) -> Callable:
     return lambda x: F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-def _layer(library, block) -> Layer:
+def _layer(library, adapters: dict, block) -> Layer:
     attention, mlp = block.self_attn, block.mlp
+    joined = partial(_adapted_linear, library, adapters)
     inner = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3 has them
     q_norm, k_norm = (_norm(m) if m else lambda x: x for m in inner)
     return Layer(
         norm1=_norm(block.input_layernorm),
-        qkv=_linear(library, attention.q_proj, attention.k_proj, attention.v_proj),
+        qkv=joined(attention.q_proj, attention.k_proj, attention.v_proj),
         q_norm=q_norm,
         k_norm=k_norm,
-        out=_linear(library, attention.o_proj),
+        out=joined(attention.o_proj),
         norm2=_norm(block.post_attention_layernorm),
-        gate_up=_linear(library, mlp.gate_proj, mlp.up_proj),
-        down=_linear(library, mlp.down_proj),
+        gate_up=joined(mlp.gate_proj, mlp.up_proj),
+        down=joined(mlp.down_proj),
     )
 
 
@@ -138,16 +156,18 @@ def takes_c(model) -> bool:
 
 
 @torch.no_grad()
-def fuse(model, c: bool = True) -> Callable:
+def fuse(model, adapters=None, c: bool = True) -> Callable:
     """forward(cache, ids (n, Q), positions (n, Q)) -> logits of the last position (n, V).
 
-    With the weights of now; `c` allows the C of cpu_kernels.py, where it is for this model.
+    With the weights of now, and with `adapters` (sampling/adapters.py); `c` allows the C of
+    cpu_kernels.py, where it is for this model.
     """
     decoder, config = model.get_decoder(), model.config
     group = config.num_attention_heads // config.num_key_value_heads
     size, scale = decoder.layers[0].self_attn.head_dim, decoder.layers[0].self_attn.scaling
     library = compiled(group, size) if c and takes_c(model) else None
-    layers = [_layer(library, block) for block in decoder.layers]
+    own = {} if adapters is None else adapters.by_layer(model)
+    layers = [_layer(library, own, block) for block in decoder.layers]
     head, norm = _linear(library, model.lm_head), _norm(decoder.norm)
 
     def forward(cache, ids: Tensor, positions: Tensor) -> Tensor:

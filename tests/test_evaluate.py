@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 import evaluate
 import helpers
 import rrr
+import score
 import tiny
 from report import figures
 from sampler import Sampler
@@ -546,19 +547,29 @@ def test_the_table_of_another_checkpoint_is_not_gone_on_from(tmp_path):
     assert partial.open_table(run) == []
 
 
-def test_one_model_at_a_time_is_loaded_for_the_final_table(tmp_path, monkeypatch):
-    loaded, load = [], evaluate.load_sampler
+def test_the_final_table_loads_the_checkpoint_alone_and_drops_the_policy_first(
+    tmp_path, monkeypatch
+):
+    """The base is the reference, which is there."""
+    loaded, load, make, sizes = [], setup.load_sampler, score.make_scorer, []
 
-    def alone(*arguments):
+    def spy(name, *rest):
         gc.collect()
-        assert not [model for model in loaded if model() is not None]
-        sampler = load(*arguments)
-        loaded.append(weakref.ref(sampler.model))
-        return sampler
+        loaded.append(name)
+        sizes.append([sum(p.numel() for p in model().parameters()) for model in models_there])
+        return load(name, *rest)
 
-    monkeypatch.setattr(evaluate, "load_sampler", alone)
-    run_whole("score", tmp_path, "run")
-    assert len(loaded) == 2
+    def make_and_look(*arguments):
+        scorer = make(*arguments)
+        models_there[:] = [weakref.ref(scorer.model), weakref.ref(scorer.reference)]
+        return scorer
+
+    models_there = []
+    monkeypatch.setattr(setup, "load_sampler", spy)
+    monkeypatch.setattr(score, "make_scorer", make_and_look)
+    run_whole("score", tmp_path, "run", "--reference", "base")
+    assert loaded == [str(tmp_path / "run" / "checkpoint")]
+    assert sizes[0][0] == 0 < sizes[0][1]
 
 
 def test_passes_of_the_final_table_say_their_names_and_tokens_in_lines_of_a_log(

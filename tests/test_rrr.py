@@ -210,12 +210,13 @@ def test_controls_that_share_first_attempts_have_the_figures_of_each_alone(
 ):
     run, problems = two_models[0], exam.env.task.generate("validation", 0)[:12]
     asked, first_attempts = [], exam.env.first_attempts
+    find = functools.partial(load_sampler, env=exam.env, config=exam.config)
     with monkeypatch.context() as patch:
         patch.setattr(
             exam.env, "first_attempts", lambda s, p, *a, **k: (
                 asked.append(len(p)), first_attempts(s, p, *a, **k))[1]
         )  # fmt: skip
-        results = evaluate.with_controls(exam, run, problems, True)
+        results = evaluate.with_controls(exam, run, problems, find)
     text = (run / "reflections.txt").read_text()
     assert sum(asked) == 4 * 12 and len(asked) > 4  # two models, two modes
     paths = two_models[1], str(run / "checkpoint")
@@ -230,7 +231,8 @@ def test_controls_that_share_first_attempts_have_the_figures_of_each_alone(
     pair = [alone[f"{name}, reflect_retry", "sampled"] for name in ("base", "trained")]
     assert text == format_reflections(*pair) and text.count("before: ") > 1
     results.pop("controls")
-    assert evaluate.with_controls(exam, run, problems, False) == results
+    exam.config.controls = False
+    assert evaluate.with_controls(exam, run, problems, find) == results
     assert (run / "reflections.txt").read_text() == text
 
 

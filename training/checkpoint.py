@@ -55,16 +55,6 @@ def save_model(model, tokenizer, path: Path, weights: dict | None = None) -> Non
     publish(fresh, path)
 
 
-def save_policy(scorer, model, tokenizer, path: Path) -> None:
-    """The trained policy, built as `model` is; one spread over ranks is collected by the first."""
-    weights = None
-    if distributed.together():
-        dtype = getattr(model, "saved_dtype", model.dtype)
-        pairs = ((k, w.to("cpu", dtype)) for k, w in distributed.whole_tensors(scorer.model))
-        weights = dict(pairs) if distributed.rank() == 0 else {name: None for name, _ in pairs}
-    distributed.on_first(save_model, model, tokenizer, path, weights)
-
-
 def publish(fresh: Path, path: Path) -> None:
     """Puts `fresh` where `path` is: at any moment the old or the new one is there, and whole."""
     for file in [*fresh.rglob("*"), fresh]:
@@ -117,15 +107,16 @@ def tensors_of(scorer, optimizer, with_reference: bool) -> dict:
     The reference is read again from --model, unless an algorithm has changed it.
     """
     tensors = {}
-    for name, parameter in scorer.model.named_parameters():
+    kind = "model" if scorer.adapters is None else "adapters"
+    for name, parameter in scorer.trained.named_parameters():
         moments = optimizer.state[parameter]
         if not moments:
             zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             step = torch.zeros((), dtype=torch.float32, device=zeros["exp_avg"].device)
             moments.update(step=step, **zeros)
-        tensors[f"scorer.model.{name}"] = parameter.detach()
+        tensors[f"scorer.{kind}.{name}"] = parameter.detach()
         tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
-    for name, parameter in scorer.reference.named_parameters() if with_reference else ():
+    for name, parameter in scorer.frozen.named_parameters() if with_reference else ():
         tensors[f"scorer.reference.{name}"] = parameter
     return tensors
 

@@ -187,14 +187,19 @@ def interruptible():
 
 
 def shard(
-    module: nn.Module, models: list, dtype: torch.dtype, replicas: int = 1, cpu_offload=False
+    module: nn.Module,
+    models: list,
+    dtype: torch.dtype,
+    replicas: int = 1,
+    cpu_offload=False,
+    whole: nn.Module | None = None,
 ) -> None:
     """Spreads the weights of `module` over the ranks: each block of its `models`, then the rest.
 
     Forward and backward gather a block at a time, in `dtype`; weights, gradients and their sum stay
     in float32. Gradients are added up, not averaged: each rank's loss is its part of one sum.
     `replicas` > 1 keeps so many copies, each spread over its own group of neighbours (HSDP: one for
-    each node, say).
+    each node, say). What is in `whole` stays so, on every rank.
     """
     # Here and below only where it is used: to import it takes a second.
     from torch.distributed import fsdp
@@ -208,8 +213,10 @@ def shard(
         fsdp.CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else fsdp.OffloadPolicy()
     )
     policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    how = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
+    how["ignored_params"] = {*whole.parameters()} if whole is not None else None
     for part in [*(block for model in models for block in model.get_decoder().layers), module]:
-        fsdp.fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        fsdp.fully_shard(part, **how)
     for part in module.modules():
         if isinstance(part, fsdp.FSDPModule):
             part.set_gradient_divide_factor(1.0)

@@ -27,6 +27,13 @@ class TaskConfig:
     """The flags that say what is to be done, and by which model."""
 
     model: str = flag("models/tiny", "model directory or hub name", group=DATA, free=True)
+    base: str | None = flag(
+        None,
+        "where the base model of --model is, if that is a directory of adapters, and they do not "
+        "know",
+        group=DATA,
+        free=True,
+    )
     task: str = flag(
         "tiny", "tiny, countdown, math, gsm8k, mbpp, mbpp_r, humaneval or function_call", group=DATA
     )
@@ -101,6 +108,18 @@ class TrainConfig(TaskConfig):
     temperature: float = flag(1.0, "sampling temperature while training")
     kl: str = flag("exact", KL_HELP, choices=KL_KINDS)
     lr: float = flag(1.5e-4, "peak learning rate of AdamW")
+    lora_rank: int | None = flag(
+        None,
+        "train adapters of this rank beside the linear layers (LoRA), and leave the weights as "
+        "they are; default: train the weights",
+    )
+    lora_merged: bool = flag(
+        False,
+        "save checkpoints of adapters as ordinary models, merged; default: as adapters, in PEFT's "
+        "format",
+        group=RUN,
+        free=True,
+    )
     warmup: int = flag(10, "steps of linear warm-up", least=0)
     schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine"))
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)

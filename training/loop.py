@@ -19,6 +19,7 @@ from loss import Scores
 from training import checkpoint, distributed
 from training.command import exit_on_bad_input
 from training.distributed import Stopped, exchange, interruptible, listening, on_first
+from training.models import hand_over, save_policy
 from training.policy import Batch, finite_weights, set_lr, update
 from training.progress import bar, counted
 from training.run import cut_logs, log, log_sizes, newest, saving, stop, time_is_up
@@ -49,10 +50,10 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
     counting steps of `config.last_stage` only. SIGTERM and Ctrl-C: a saved state, and exit code 143
     or 130; --max_minutes: the same, with a checkpoint, and 0.
     """
-    parameters = scorer.model.parameters()
+    parameters = scorer.trained.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     save = partial(save_memory, config, run, scorer, optimizer)
-    save_best = partial(checkpoint.save_policy, scorer, sampler.model, sampler.tokenizer)
+    save_best = partial(save_policy, scorer, sampler, config)
     # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
     memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "idle": 0}
     memory["state"] = state
@@ -83,7 +84,7 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
             end_early(config, run, memory, save_best)
     if first == config.steps:  # resumed after its last state, maybe before its picture
         on_first(hooks.plot, run)
-    if distributed.together():
+    if scorer.adapters is None:  # the final table is of another model, run/checkpoint
         distributed.drop_weights(sampler.model)
 
 
@@ -117,7 +118,7 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
     with interruptible():
         batch = hooks.step_batch(step, state)
     sampled = time.perf_counter()
-    with given_up(scorer, sampler.model):
+    with given_up(scorer, sampler):
         scores, norm, wrong, idle = update(scorer, optimizer, batch, config)
     tokens = token_metrics(batch, scores, with_kl=scorer.reference is not None)
     first = {"stage": batch.figures["stage"], "step": step}  # what a line begins with
@@ -132,17 +133,15 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
 
 
 @contextmanager
-def given_up(scorer, model):
+def given_up(scorer, sampler):
     """Around an update: where the policy is spread over ranks, its whole copy makes room.
 
-    Afterwards the copy that is sampled from is there again, with the new weights.
+    Afterwards what is sampled from is there again, with the new weights.
     """
-    if not distributed.together():
-        yield
-        return
-    distributed.drop_weights(model)
+    if distributed.together() and scorer.adapters is None:
+        distributed.drop_weights(sampler.model)
     yield
-    distributed.gather_weights(scorer.model, model)
+    hand_over(scorer, sampler)
 
 
 def token_metrics(batch: Batch, scores: Scores, with_kl: bool) -> dict:
@@ -192,7 +191,7 @@ def memory_mib() -> float:
 
 def save_memory(config, run: Path, scorer, optimizer, memory: dict, save_best=None) -> None:
     """A state of all there is; weights that are not finite end the run instead."""
-    if not finite_weights(scorer.model):
+    if not finite_weights(scorer.trained):
         stop(f"after {memory['step']} steps the weights are not finite: {newest(run)}")
     with saving(run):
         whole = memory | {"sizes": on_first(log_sizes, run)}
@@ -204,8 +203,7 @@ def resume(run: Path, scorer, sampler, optimizer, memory: dict) -> None:
     found = on_first(checkpoint.states, run)
     if found:
         memory.update(checkpoint.load_state(found[0], scorer, optimizer))
-        if distributed.together():
-            distributed.gather_weights(scorer.model, sampler.model)
+    hand_over(scorer, sampler)
     with exit_on_bad_input(), saving(run):
         on_first(cut_logs, run, memory.pop("sizes", {}))
         on_first(checkpoint.clean, run)

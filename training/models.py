@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training import distributed
+from training import checkpoint, distributed, lora
 from training.scorer import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,12 +49,14 @@ def compute_dtype(config) -> torch.dtype:
     return getattr(torch, config.dtype or ("bfloat16" if halved else "float32"))
 
 
-def load_model(name: str, device: str | None = None, dtype: torch.dtype = torch.float32):
+def load_model(name: str, device=None, dtype: torch.dtype = torch.float32, base=None):
     """(model, tokenizer) of a local directory or a hub name, in eval mode (no dropout, ever).
 
-    With torchrun the first rank reads it, and every rank gets a whole copy in `dtype`.
+    A directory of adapters gives its base model with the adapters merged in; base: where that is,
+    if not where the adapters say. With torchrun the first rank reads it, and every rank gets a
+    whole copy in `dtype`.
     """
-    source, tokenizer = read_model(name)
+    source, tokenizer = read_model(name, base)
     if distributed.together():
         model = skeleton(source)
         for parameter in model.parameters():
@@ -68,12 +70,12 @@ def load_model(name: str, device: str | None = None, dtype: torch.dtype = torch.
     return model, tokenizer
 
 
-def read_model(name: str):
+def read_model(name: str, base: str | None = None):
     """(model on the CPU in float32, tokenizer); on all ranks but the first it has no values."""
     models = []
 
     def read():
-        model, tokenizer = _read_files(name)
+        model, tokenizer = _read_files(name, base)
         models.append(model)
         return model.config, model.generation_config, model.saved_dtype, tokenizer
 
@@ -81,9 +83,36 @@ def read_model(name: str):
     return models[0] if models else _without_values(*build), tokenizer
 
 
-def _read_files(name: str):
-    # the embedded model, say, is found wherever a script is started from
-    path = Path(name) if Path(name).exists() or not (ROOT / name).exists() else ROOT / name
+def directory(name: str) -> Path:
+    """Of a model; the embedded one, say, is found wherever a script is started from."""
+    return Path(name) if Path(name).exists() or not (ROOT / name).exists() else ROOT / name
+
+
+def whereabouts(name: str) -> str:
+    """A model's name that holds from anywhere: in the project, on this machine, or on the hub."""
+    path = directory(name).resolve()
+    if not path.exists():
+        return name
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def _read_adapted(path: Path, base: str | None):
+    origin = base or lora.base_of(path)
+    try:
+        model, tokenizer = _read_files(origin)
+    except ValueError as error:
+        raise ValueError(
+            f"--model {path} has adapters of {origin}; give --base DIR if that is elsewhere: "
+            f"{error}"
+        ) from None
+    lora.merge(model, path, fingerprint(model))
+    return model, tokenizer
+
+
+def _read_files(name: str, base: str | None = None):
+    path = directory(name)
+    if lora.is_adapter(path):
+        return _read_adapted(path, base)
     looks_local = path.exists() or name.startswith((".", "/", "models/", "runs/"))
     if looks_local and not (path / "config.json").is_file():
         raise ValueError(
@@ -167,12 +196,23 @@ def make_scorer(model, config, reference: bool = True) -> Scorer:
 
     With torchrun both are spread over the ranks, in float32, and `model` keeps being a copy of the
     whole policy to sample from: it is given up for each update, and gathered again after it.
+    With --lora_rank adapters are trained, and spread, alone: every rank needs whole weights to
+    sample from, and they do for the update too.
     """
+    if config.lora_rank:
+        adapters = lora.make(model, config.lora_rank, config.seed)
+        own = getattr(config, "reference", "base") == "stage1"
+        held = copy.deepcopy(adapters) if own else None
+        frozen = model if reference else None
+        scorer = Scorer(model, frozen, adapters, held, checkpointing=config.checkpointing)
+        if distributed.together():
+            distributed.shard(scorer, [], compute_dtype(config), config.hsdp, whole=model)
+        return scorer
     if not distributed.together():
         frozen = copy.deepcopy(model) if reference else None
         return Scorer(model, frozen, checkpointing=config.checkpointing)
     distributed.drop_weights(model)
-    source, _ = read_model(config.model)  # again, since `model` may be rounded
+    source, _ = read_model(config.model, config.base)  # again, since `model` may be rounded
     models, device = [skeleton(source) for _ in range(1 + reference)], distributed.device()
     scorer = Scorer(*models, checkpointing=config.checkpointing)
     distributed.shard(scorer, models, compute_dtype(config), config.hsdp, config.cpu_offload)
@@ -181,6 +221,43 @@ def make_scorer(model, config, reference: bool = True) -> Scorer:
     del source  # of the first rank, before the next whole copy
     distributed.gather_weights(scorer.model, model)
     return scorer
+
+
+def hand_over(scorer: Scorer, sampler) -> None:
+    """What is sampled from is what is trained: `sampler` gets the weights of now."""
+    if not distributed.together():
+        sampler.adapters = scorer.adapters  # a full model is the same one anyway
+    elif scorer.adapters is None:
+        distributed.gather_weights(scorer.model, sampler.model)
+    else:
+        sampler.adapters = lora.whole(scorer.adapters, sampler.model.dtype)
+
+
+def save_policy(scorer: Scorer, sampler, config, path: Path) -> None:
+    """What is trained, collected by the first rank: a model directory, or one of adapters.
+
+    With --lora_merged adapters make a model directory too.
+    """
+    model, tensors = sampler.model, None
+    dtype = model.saved_dtype if scorer.adapters is None else torch.float32
+    if distributed.together() or scorer.adapters is not None:
+        whole = distributed.whole_tensors(scorer.trained)
+        pairs = ((name, x.to("cpu", dtype)) for name, x in whole)
+        tensors = {name: x if distributed.rank() == 0 else None for name, x in pairs}
+    if scorer.adapters is None:
+        save = checkpoint.save_model, model, sampler.tokenizer, path, tensors
+    elif config.lora_merged:
+        save = _save_merged, model, sampler.tokenizer, path, tensors
+    else:
+        save = lora.save, tensors, path, whereabouts(config.model), fingerprint(model)
+    distributed.on_first(*save)
+
+
+def _save_merged(model, tokenizer, path: Path, tensors: dict) -> None:
+    weights = {k: w.detach() for k, w in model.named_parameters()}
+    for name, weight in lora.merged(model, tensors):
+        weights[name] = weight.to(model.saved_dtype)
+    checkpoint.save_model(model, tokenizer, path, weights)
 
 
 @torch.no_grad()

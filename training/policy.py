@@ -116,7 +116,7 @@ def update(scorer: Scorer, optimizer, batch: Batch, config) -> Update:
             before, idle = scores, not teaches(batch, scores)
         wrong = not_finite(batch, loss)
         wanted = not (wrong or idle)
-        norm = apply_gradients(scorer.model, optimizer, config.max_grad_norm, wanted)
+        norm = apply_gradients(scorer.trained, optimizer, config.max_grad_norm, wanted)
         wrong += [] if math.isfinite(norm) else ["gradient"]
         if wrong or idle:
             break

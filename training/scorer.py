@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from loss import Scores, token_scores
+from sampling.adapters import adapted
 from sampling.attention import OURS, attention_is, check_layer
 
 STEM = 64  # tokens that all rows begin with (few-shot examples, say), to attend to each other once
@@ -119,12 +120,19 @@ OURS["prefix_tree"] = tree_attention
 
 
 @contextmanager
-def _checkpointed(model):
+def _reading_trees(model, adapters):
+    """The model attends as a tree wants it, with its adapters on, or (None) off."""
+    with attention_is(model, "prefix_tree"), adapted(model, adapters):
+        yield
+
+
+@contextmanager
+def _checkpointed(model, adapters):
     """Blocks keep only what they are given, and run again in the backward pass."""
     blocks = model.get_decoder().layers
 
-    def contexts():  # when run again, it is long after `_hidden`, but attention is to be the same
-        return nullcontext(), attention_is(model, "prefix_tree")
+    def contexts():  # when run again, it is long after `_hidden`, but all is to be as it was
+        return nullcontext(), _reading_trees(model, adapters)
 
     again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     try:
@@ -144,37 +152,59 @@ class Scorer(nn.Module):
     sampled there by several of them, is computed once: its scores, and with them the gradients, are
     those of every row that has it. `checkpointing` spares the memory of all activations inside the
     model's blocks, for about a third more time.
+
+    With `adapters` (LoRA) they are what is trained, and the weights of `model` are frozen. Then the
+    reference is the very same model, with its adapters off, or with `held` ones, which are frozen.
     """
 
-    def __init__(self, model, reference=None, chunk: int | None = None, checkpointing=False):
+    def __init__(
+        self, model, reference=None, adapters=None, held=None, chunk=None, checkpointing=False
+    ):
         super().__init__()
         self.model, self.reference = model, reference
+        self.adapters, self.held = adapters, held
         self.chunk, self.checkpointing = chunk, checkpointing
-        if reference is not None:
-            reference.requires_grad_(False)
+        for frozen in (reference, held, model if adapters is not None else None):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+
+    @property
+    def trained(self) -> nn.Module:
+        """What has gradients, and the optimiser's moments."""
+        return self.model if self.adapters is None else self.adapters
+
+    @property
+    def frozen(self) -> nn.Module | None:
+        """What the reference has of its own."""
+        return self.reference if self.adapters is None else self.held
+
+    def hold(self) -> None:
+        """The policy of now becomes the reference."""
+        self.frozen.load_state_dict(self.trained.state_dict())
 
     def forward(self, ids: Tensor, action_mask: Tensor, temperature: float = 1.0) -> Scores:
         needed = action_mask.flip(1).cummax(1).values.flip(1)  # up to a row's last sampled token
         tree = prefix_tree(ids, needed)
         sampled = tree.node[tree.row][action_mask]  # (M,) the nodes of sampled tokens
         chosen, back = torch.unique(sampled, return_inverse=True)
-        with _checkpointed(self.model) if self.checkpointing else nullcontext():
-            hidden, head = self._hidden(self.model, tree, chosen)
         ref_hidden = ref_head = None
-        if self.reference is not None:
+        if self.reference is not None:  # first, while no graph of the policy takes memory
             with torch.no_grad():
-                ref_hidden, ref_head = self._hidden(self.reference, tree, chosen)
+                ref_hidden, ref_head = self._hidden(self.reference, self.held, tree, chosen)
+        policy = self.model, self.adapters
+        with _checkpointed(*policy) if self.checkpointing else nullcontext():
+            hidden, head = self._hidden(*policy, tree, chosen)
         tokens = tree.ids[0, chosen]
         scores = token_scores(hidden, head, tokens, ref_hidden, ref_head, temperature, self.chunk)
         placed = (x.new_zeros(ids.shape).masked_scatter(action_mask, x[back]) for x in scores)
         return Scores(*placed)
 
     @staticmethod
-    def _hidden(model, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _hidden(model, adapters, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """What the chosen nodes (M,) are predicted from, (M, H), and the output weights (V, H)."""
         positions = tree.positions.clone()
         positions.tree = tree  # the layers hand it on to their attention
         inputs = {"input_ids": tree.ids, "position_ids": positions, "use_cache": False}
-        with attention_is(model, "prefix_tree"):
+        with _reading_trees(model, adapters):
             hidden = model.get_decoder()(**inputs).last_hidden_state  # (1, N, H)
         return hidden[0, tree.parent[chosen]], model.get_output_embeddings().weight

@@ -3,13 +3,16 @@
 All bad input is a ValueError here, before any long work.
 """
 
+from pathlib import Path
+
 from sampler import Sampler
 from tasks.env import Env
 from tasks.loading import load_task
 from tasks.sources import naming
+from training import lora
 from training.batches import pick_things
-from training.distributed import rank
-from training.models import compute_dtype, load_model
+from training.distributed import rank, together
+from training.models import compute_dtype, fingerprint, load_model
 from training.progress import said_if_slow
 
 
@@ -23,7 +26,8 @@ def prepare(
     """
     task, splits = load_task(config, counts)
     with said_if_slow(f"loading {config.model} ..."):
-        model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
+        how = {"dtype": compute_dtype(config), "base": config.base}
+        model, tokenizer = load_model(config.model, **how)
         sampler, env = Sampler(model, tokenizer), Env(task, tokenizer, day)
     require_end(env, sampler)
     chosen = {}
@@ -35,13 +39,30 @@ def prepare(
     return env, sampler, chosen
 
 
+def sampler_of(scorer, sampler, env: Env, config, name: str) -> Sampler:
+    """Of --model or of run/checkpoint (`name`); its weights are not loaded again if they are there.
+
+    That is where the reference, or what adapters belong to, is whole.
+    """
+    adapted, path = scorer.adapters is not None, Path(name)
+    if adapted and (name == config.model or lora.is_adapter(path)):
+        found = Sampler(sampler.model, env.tokenizer)
+        if name != config.model:
+            found.adapters, _ = lora.read(path, sampler.model, fingerprint(sampler.model))
+        return found
+    own = getattr(config, "reference", "base") == "stage1"
+    if name == config.model and scorer.reference is not None and not (own or together()):
+        return Sampler(scorer.reference, env.tokenizer)
+    return load_sampler(name, env, config)
+
+
 def load_sampler(name: str, env: Env, config) -> Sampler:
     """Of another model in the same conversations; ValueError if ids are other words to it.
 
     Or if it doesn't stop at the end of a turn. What is said between its turns is the env's; its own
     chat template counts for nothing.
     """
-    model, tokenizer = load_model(name, dtype=compute_dtype(config))
+    model, tokenizer = load_model(name, dtype=compute_dtype(config), base=config.base)
     if tokenizer.get_vocab() != env.tokenizer.get_vocab():
         raise ValueError(
             f"{name} has another tokenizer than --model {config.model}, and would read other words "

@@ -26,6 +26,8 @@ WAYS = {  # name: flags of a step
     "blocks again": {"checkpointing": True, "token_budget": 100},
     "copies": {"hsdp": 0},  # 0: as many as ranks
     "offloaded": {"cpu_offload": True},
+    "adapters": {"lora_rank": 2},
+    "adapters, blocks again": {"lora_rank": 2, "checkpointing": True, "token_budget": 100},
 }
 
 
@@ -44,9 +46,11 @@ def one_step(script, model_dir, config):
     env = Env(TASKS["tiny"], tokenizer)
     mine = batches.share_of(env.task.generate("train", 0)[:4], config.seed, 0)
     sampler, scorer = Sampler(model, tokenizer), models.make_scorer(model, config)
+    moved = scorer.reference if scorer.adapters is None else scorer.adapters
     with torch.no_grad():
-        for parameter in scorer.reference.parameters():
-            parameter.mul_(0.9)  # else the KL has no gradient
+        for parameter in moved.parameters():
+            parameter.mul_(0.9).add_(0.01 * (config.lora_rank or 0))  # else the KL has no gradient
+    models.hand_over(scorer, sampler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tasks.env.verify_batch", by_length)
         if script == "score":
@@ -58,10 +62,10 @@ def one_step(script, model_dir, config):
             rewards = [episodes.retries.right, episodes.present]
             batch = rrr.make_batch(episodes, config)
     rollout = batch.rollout
-    if distributed.together():
+    if distributed.together() and not config.lora_rank:
         distributed.drop_weights(model)
     _, loss = policy.accumulate_gradients(scorer, batch, config)
-    gradients = {name: parameter.grad for name, parameter in scorer.model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in scorer.trained.named_parameters()}
     whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
     rows = [row[:n] for row, n in zip(rollout.ids.tolist(), rollout.lengths.tolist(), strict=True)]
     rows = [row for part in exchange(rows) for row in part]
@@ -102,7 +106,8 @@ def steps(model_dir, tmp_path_factory):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_any_number_of_ranks_gives_the_same_rollouts_rewards_loss_and_gradients(steps, world):
     for name, (rows, rewards, loss, gradients) in steps[world].items():
-        same = steps[0][f"{name.split(',')[0]}, whole"]
+        script, way, *_ = name.split(", ")
+        same = steps[0][f"{script}, {'adapters' if way == 'adapters' else 'whole'}"]
         expected_rows, expected_rewards, expected_loss, expected = same
         assert rows == expected_rows and rewards == expected_rewards, name
         assert 0 < sum(rewards[0]) < len(rewards[0])
@@ -148,6 +153,17 @@ def test_whole_runs_of_2_and_3_ranks_end_in_the_table_of_one_and_go_on_at_anothe
         assert set(helpers.run(script, model_dir, out, "--resume", world=then)) == {0}
         assert_alike(helpers.metrics(out), helpers.metrics(tmp_path / "0"))
         assert json.loads((out / "results.json").read_text()) == expected
+
+
+def test_a_run_of_two_ranks_trains_the_adapters_of_one_and_goes_on_as_one(model_dir, tmp_path):
+    flags = ("--lora_rank", 2, "--lr", 1e-3)
+    assert helpers.run("score", model_dir, tmp_path / "0", *flags) == [0]
+    out, harm = tmp_path / "20", partial(helpers.die_after_save, 2)
+    assert set(helpers.run("score", model_dir, out, *flags, world=2, harm=harm)) == {-9}
+    assert helpers.run("score", model_dir, out, *flags, "--resume") == [0]
+    assert_alike(helpers.metrics(out), helpers.metrics(tmp_path / "0"))
+    results = [(tmp_path / name / "results.json").read_text() for name in ("0", "20")]
+    assert results[0] == results[1]
 
 
 def shares(counts):

@@ -93,7 +93,7 @@ def test_held_adapters_are_the_reference_and_do_not_move():
     assert before.kl.abs().max() > 1e-4 and not after.kl.any()
     assert torch.equal(after.ref_logprobs, after.logprobs)
     after.logprobs.sum().backward()
-    assert all(weight.grad is None for weight in scorer.held.parameters())
+    assert all(weight.grad is None for weight in scorer.ref_adapters.parameters())
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -202,9 +202,9 @@ def make_scorer(model, config, reference: bool = True) -> Scorer:
     if config.lora_rank:
         adapters = lora.make(model, config.lora_rank, config.seed)
         own = getattr(config, "reference", "base") == "stage1"
-        held = copy.deepcopy(adapters) if own else None
+        ref_adapters = copy.deepcopy(adapters) if own else None
         frozen = model if reference else None
-        scorer = Scorer(model, frozen, adapters, held, checkpointing=config.checkpointing)
+        scorer = Scorer(model, frozen, adapters, ref_adapters, checkpointing=config.checkpointing)
         if distributed.together():
             distributed.shard(scorer, [], compute_dtype(config), config.hsdp, whole=model)
         return scorer

@@ -154,17 +154,23 @@ class Scorer(nn.Module):
     model's blocks, for about a third more time.
 
     With `adapters` (LoRA) they are what is trained, and the weights of `model` are frozen. Then the
-    reference is the very same model, with its adapters off, or with `held` ones, which are frozen.
+    reference is the very same model, with its adapters off, or with `ref_adapters` on.
     """
 
     def __init__(
-        self, model, reference=None, adapters=None, held=None, chunk=None, checkpointing=False
+        self,
+        model,
+        reference=None,
+        adapters=None,
+        ref_adapters=None,
+        chunk=None,
+        checkpointing=False,
     ):
         super().__init__()
         self.model, self.reference = model, reference
-        self.adapters, self.held = adapters, held
+        self.adapters, self.ref_adapters = adapters, ref_adapters
         self.chunk, self.checkpointing = chunk, checkpointing
-        for frozen in (reference, held, model if adapters is not None else None):
+        for frozen in (reference, ref_adapters, model if adapters is not None else None):
             if frozen is not None:
                 frozen.requires_grad_(False)
 
@@ -176,7 +182,7 @@ class Scorer(nn.Module):
     @property
     def frozen(self) -> nn.Module | None:
         """What the reference has of its own."""
-        return self.reference if self.adapters is None else self.held
+        return self.reference if self.adapters is None else self.ref_adapters
 
     def hold(self) -> None:
         """The policy of now becomes the reference."""
@@ -190,7 +196,7 @@ class Scorer(nn.Module):
         ref_hidden = ref_head = None
         if self.reference is not None:  # first, while no graph of the policy takes memory
             with torch.no_grad():
-                ref_hidden, ref_head = self._hidden(self.reference, self.held, tree, chosen)
+                ref_hidden, ref_head = self._hidden(self.reference, self.ref_adapters, tree, chosen)
         policy = self.model, self.adapters
         with _checkpointed(*policy) if self.checkpointing else nullcontext():
             hidden, head = self._hidden(*policy, tree, chosen)

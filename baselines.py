@@ -92,7 +92,7 @@ def roll_out(env, sampler, mine, config) -> list[dict]:
     G, K = config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     first = sampler.generate(env.prompts(mine.items), G, seeds=mine.seeds("first", G), **limits)
-    second = sampler.extend(first, env.follow_up(first, "correct"), K, **limits)
+    second = sampler.extend(first, env.follow_up(first, "correct"), K, free=True, **limits)
     r1 = env.verdicts(first, 0, mine.items).right.repeat_interleave(K)
     r2 = env.verdicts(second, 1, mine.items).right
     rights = torch.stack([r1, r2], dim=1).int().tolist()  # (B, 2)

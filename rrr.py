@@ -158,7 +158,7 @@ def roll_out_episodes(env, sampler, mine, config) -> Episodes:
     wrong = env.verdicts(first, 0, queries).right == 0
     rows = wrong.nonzero().flatten().tolist()
     more = env.follow_up(first, "reflect", rows)
-    reflected = sampler.extend(first, more, rows=rows, **reflection_limits(config))
+    reflected = sampler.extend(first, more, rows=rows, free=True, **reflection_limits(config))
     rollout = retry(env, sampler, reflected, config)
     retries = env.verdicts(rollout, 2, queries)
     return Episodes(rollout, retries, wrong.float().view(-1, G))
@@ -167,7 +167,7 @@ def roll_out_episodes(env, sampler, mine, config) -> Episodes:
 def retry(env, sampler, reflected, config) -> Rollout:
     """R retries after each reflection, from the cache of the exact ids of all that was said."""
     more = env.follow_up(reflected, "retry")
-    return sampler.extend(reflected, more, config.retries, **answer_limits(config))
+    return sampler.extend(reflected, more, config.retries, free=True, **answer_limits(config))
 
 
 def answer_limits(config) -> dict:

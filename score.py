@@ -139,7 +139,7 @@ def roll_out(env, sampler, mine, config, base=None) -> Attempts:
         return Attempts(y1, v1, None, offline=False)
     offline = base is not None or env.task.given is not None
     seeds = mine.seeds("second", G * K) if offline else None  # else they derive from those of y1
-    y2 = sampler.extend(y1, env.follow_up(y1, "correct"), K, seeds=seeds, **limits)
+    y2 = sampler.extend(y1, env.follow_up(y1, "correct"), K, seeds=seeds, free=True, **limits)
     v2 = env.verdicts(y2, 1, mine.items)
     return Attempts(y2, v1, v2, offline)
 

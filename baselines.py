@@ -34,6 +34,7 @@ from training.distributed import exchange, on_first
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
+from training.parts import in_parts
 from training.policy import Batch
 from training.progress import over
 from training.run import check_run, contents_of, has_state, open_run, saving, stop
@@ -142,7 +143,7 @@ def collect(env, sampler, problems, turn: int, config) -> tuple[dict, list[dict]
     kept, verdicts, text = [], [], f"sampling for round {turn + 1}"
     for step in over(steps, text, sampler):
         mine = pick(problems, config.problems, config.seed, step)
-        found = exchange(roll_out(env, sampler, mine, config))
+        found = exchange(in_parts(roll_out, env, sampler, mine, config))
         groups = {}
         for trace in (trace for part in found for trace in part):
             groups.setdefault(trace["problem"], []).append(trace)

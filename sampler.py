@@ -57,6 +57,7 @@ class Sampler:
     whether decoding takes the fast path (fast/), `graphs` whether its steps are replayed as CUDA
     graphs; both may be set to False. `on_tokens(rows, ids)`, if set, is called after every
     block with the rows of the call that were decoded and the list of tokens that each has got.
+    `token_bytes` are what a token takes in the cache.
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
@@ -88,6 +89,8 @@ class Sampler:
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
         require(len(cache.layers) == layers, f"{name}: some layers keep no keys in it")
+        stores = [store for stores in cache.layers.values() for store in stores]
+        self.token_bytes = sum(store.nbytes for store in stores) // cache.capacity
         return fast
 
     def generate(self, prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, seeds=None):

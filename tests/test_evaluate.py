@@ -68,6 +68,8 @@ def test_standard_errors_treat_samples_of_one_problem_as_related():
 class ScriptedSampler:
     """Answers each turn with prepared texts instead of a model's, and keeps what it was asked."""
 
+    model, token_bytes = SimpleNamespace(device=torch.device("cpu")), 1
+
     def __init__(self, tokenizer, *turns):
         self.turns, self.tokenizer, self.asked = turns, tokenizer, []
 

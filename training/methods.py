@@ -33,6 +33,7 @@ class Protocol(NamedTuple):
     attempts: int = 2
     samples: int = 1
     seed: int = 0
+    cache_tokens: int | None = None
 
     @property
     def limits(self) -> dict:

@@ -34,6 +34,7 @@ from training.distributed import exchange, on_first
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
+from training.parts import in_parts
 from training.policy import Batch
 from training.progress import over
 from training.run import check_run, contents_of, has_state, open_run, saving, stop
@@ -92,7 +93,7 @@ def roll_out(env, sampler, mine, config) -> list[dict]:
     G, K = config.group_size, config.second_attempts
     limits = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
     first = sampler.generate(env.prompts(mine.items), G, seeds=mine.seeds("first", G), **limits)
-    second = sampler.extend(first, env.follow_up(first, "correct"), K, **limits)
+    second = sampler.extend(first, env.follow_up(first, "correct"), K, free=True, **limits)
     r1 = env.verdicts(first, 0, mine.items).right.repeat_interleave(K)
     r2 = env.verdicts(second, 1, mine.items).right
     rights = torch.stack([r1, r2], dim=1).int().tolist()  # (B, 2)
@@ -142,7 +143,7 @@ def collect(env, sampler, problems, turn: int, config) -> tuple[dict, list[dict]
     kept, verdicts, text = [], [], f"sampling for round {turn + 1}"
     for step in over(steps, text, sampler):
         mine = pick(problems, config.problems, config.seed, step)
-        found = exchange(roll_out(env, sampler, mine, config))
+        found = exchange(in_parts(roll_out, env, sampler, mine, config))
         groups = {}
         for trace in (trace for part in found for trace in part):
             groups.setdefault(trace["problem"], []).append(trace)

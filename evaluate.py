@@ -22,6 +22,7 @@ from training.batches import row_seeds
 from training.distributed import exchange, on_first, share, world
 from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
+from training.parts import cache_tokens, longest
 from training.progress import about, bar, counted
 from training.run import saving, stop, time_is_up
 from training.setup import prepare, prepare_reflector
@@ -54,6 +55,10 @@ class Config(TaskConfig):
 
     own_flags = "evaluation"  # their heading in --help
 
+    @property
+    def rows_each(self) -> int:
+        return self.samples
+
 
 def evaluate(
     cast, env, problems, protocol, done=(), keep=None, what=None
@@ -81,8 +86,10 @@ def pieces(ways, env, problems, protocol, first: int, what: str) -> Iterator[dic
     the bar. Ranks share the problems of a piece, and all get all conversations.
     """
     samples, samplers = protocol.samples, [sampler for cast, _ in ways.values() for sampler in cast]
-    longest = max(map(len, env.prompts(problems))) + env.tokens_after(protocol)
-    piece = max(1, CACHE_TOKENS // longest // samples) * world()  # problems
+    # several ways keep the first attempts beside their own rows
+    room = min(cache_tokens(protocol, sampler) for sampler in samplers) // min(len(ways), 2)
+    tokens = samples * longest(env, problems, protocol)  # of a problem
+    piece = max(1, min(CACHE_TOKENS, room) // tokens) * world()  # problems
     each = samples * len(ways)  # conversations a problem
     shown = {"total": each * len(problems), "first": each * first, "leave": False}
     with bar(what, **shown, delay=MOMENT) as progress, counted(progress, *samplers):
@@ -122,7 +129,7 @@ class Exam:
     def protocol(self, temperature: float) -> Protocol:
         config = self.config
         limits = (config.max_new_tokens, config.max_reflection_tokens, config.attempts)
-        return Protocol(self.method, temperature, *limits)
+        return Protocol(self.method, temperature, *limits, cache_tokens=config.cache_tokens)
 
     def watcher(self, sampler, problems, keys=WATCHED):
         """For the training loop: step -> (figures, a few conversations as text).

@@ -35,6 +35,7 @@ from training.failures import check_day, read_failures, write_failures
 from training.flags import KL_HELP, RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
+from training.parts import in_parts
 from training.policy import Batch
 from training.progress import over
 from training.run import contents_of, has_state, open_run, saving
@@ -116,6 +117,10 @@ class Config(TrainConfig):
         return self.failures_per_step * self.group_size * self.retries
 
     @property
+    def rows_each(self) -> int:
+        return self.group_size * self.retries
+
+    @property
     def passes(self) -> int:
         return 22 if self.controls else 5  # see evaluate.with_controls
 
@@ -158,7 +163,7 @@ def roll_out_episodes(env, sampler, mine, config) -> Episodes:
     wrong = env.verdicts(first, 0, queries).right == 0
     rows = wrong.nonzero().flatten().tolist()
     more = env.follow_up(first, "reflect", rows)
-    reflected = sampler.extend(first, more, rows=rows, **reflection_limits(config))
+    reflected = sampler.extend(first, more, rows=rows, free=True, **reflection_limits(config))
     rollout = retry(env, sampler, reflected, config)
     retries = env.verdicts(rollout, 2, queries)
     return Episodes(rollout, retries, wrong.float().view(-1, G))
@@ -167,7 +172,7 @@ def roll_out_episodes(env, sampler, mine, config) -> Episodes:
 def retry(env, sampler, reflected, config) -> Rollout:
     """R retries after each reflection, from the cache of the exact ids of all that was said."""
     more = env.follow_up(reflected, "retry")
-    return sampler.extend(reflected, more, config.retries, **answer_limits(config))
+    return sampler.extend(reflected, more, config.retries, free=True, **answer_limits(config))
 
 
 def answer_limits(config) -> dict:
@@ -230,7 +235,9 @@ def collect(env, sampler, queries: list[dict], config) -> tuple[list[dict], floa
         right = []
         for start in range(0, len(waiting), PIECE):
             piece = waiting[start : start + PIECE]
-            answers = answer_all(env, sampler, share_of(piece, config.seed, attempt, start), config)
+            mine = share_of(piece, config.seed, attempt, start)
+            answers = exchange(in_parts(answer_all, env, sampler, mine, config, each=1))
+            answers = [answer for part in answers for answer in part]
             for problem, prompt, (text, verdict, ids) in zip(
                 piece, env.prompts(piece), answers, strict=True
             ):
@@ -252,12 +259,11 @@ def collect(env, sampler, queries: list[dict], config) -> tuple[list[dict], floa
 
 
 def answer_all(env, sampler, mine, config) -> list[tuple[str, float, list[int]]]:
-    """(text, verdict, ids of the whole row) of one answer to each query, of all ranks."""
+    """(text, verdict, ids of the whole row) of one answer to each of this rank's queries."""
     seeds = mine.seeds("collect")
     rollout = env.first_attempts(sampler, mine.items, 1, seeds, **answer_limits(config))
     said = env.verdicts(rollout, 0, mine.items)
-    rows = [*zip(said.texts, said.right.tolist(), rollout.row_ids(), strict=True)]
-    return [row for part in exchange(rows) for row in part]
+    return [*zip(said.texts, said.right.tolist(), rollout.row_ids(), strict=True)]
 
 
 def known_pool(queries: list[dict], env, sampler, config) -> list | None:
@@ -326,9 +332,7 @@ def main(config: Config) -> None:
     def step_batch(step: int, state: dict) -> Batch:
         mine = pick(pool, config.failures_per_step, config.seed, step)
         sample = roll_out if config.group == "failure" else roll_out_episodes
-        episodes = sample(env, sampler, mine, config)
-        episodes.rollout.cache = None  # its memory is wanted for the update
-        return make_batch(episodes, config)
+        return make_batch(in_parts(sample, env, sampler, mine, config), config)
 
     announce_time(config, exam.pace(), len(validation))
     watch = exam.watcher(sampler, validation, WATCHED)

@@ -13,8 +13,9 @@ turn's instruction.
 
 Memory goes into the cache: 2 * layers * kv_heads * head_dim numbers for every slot of every row
 (28 KB for 28 layers with 2 heads of 128 in bfloat16), and each row has as many slots as the longest
-with its limit. A turn copies what it goes on from, so that the old rollout can be branched from
-again: free its cache (`rollout.cache = None`) when it will not be, and before an update.
+so far, and up to a quarter more: the cache grows as rows do, a layer at a time. A turn copies what
+it goes on from, so that the old rollout can be branched from again; with `free=True` the old cache
+is given up on the way, layer by layer. Before an update free the last one (`rollout.cache = None`).
 
 Left out: top-k, top-p and penalties (a policy gradient needs the log-probs of what was sampled
 from), paged memory, and reading a group's prompt once for all its rows (it is *computed* once).
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from sampling.adapters import adapted
-from sampling.attention import KVCache, require, sampling_mode
+from sampling.attention import KVCache, require, room_for, sampling_mode
 from sampling.checks import check_model, check_prompts, goes_on_from, position_limit, token_limits
 from sampling.draws import child_seeds, sample, uniform
 from sampling.rollout import rollout_of
@@ -59,6 +60,7 @@ class Sampler:
     they are not merged into the weights, so it samples from the very policy that is trained, in
     bfloat16 too, and the model is untouched. `on_tokens(rows, ids)`, if set, is called after every
     block with the rows of the call that were decoded and the list of tokens that each has got.
+    `token_bytes` are what a token takes in the cache.
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
@@ -90,6 +92,8 @@ class Sampler:
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
         require(len(cache.layers) == layers, f"{name}: some layers keep no keys in it")
+        stores = [store for stores in cache.layers.values() for store in stores]
+        self.token_bytes = sum(store.nbytes for store in stores) // cache.capacity
         return fast
 
     def generate(self, prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, seeds=None):
@@ -111,23 +115,24 @@ class Sampler:
         start, common = self._start(prompt_ids)
         index = torch.zeros(count, dtype=torch.int64, device=device)
         rest = [prompt[common:] for prompt in prompt_ids]
-        rollout = self._turn(start, index, rest, seeds.long(), limits, temperature)
+        rollout = self._turn(start, index, rest, seeds.long(), limits, temperature, free=True)
         rollout.parents = torch.arange(count, device=device).repeat_interleave(group_size)
         rollout.prompt_index = rollout.parents
         return rollout
 
     def extend(self, rollout, more_prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0,
-               rows=None, seeds=None):  # fmt: skip
+               rows=None, seeds=None, free=False):  # fmt: skip
         """Append more_prompt_ids[i] to row rows[i] (default: all); sample group_size answers each.
 
         From a cache that this model has made, only new tokens are fed, and the new rows' seeds
         derive from their parents': `seeds` is then ignored. A rollout without a cache, or with
         another model's, is encoded anew, which needs `seeds`, an int for each of the B new rows;
         what it said before was then not sampled by this model: its action_mask is False, its
-        logprobs are 0. Returns a new Rollout with one more turn; the old one stays as it is.
-        Raises ValueError as `generate` does.
+        logprobs are 0. Returns a new Rollout with one more turn; the old one stays as it is, but
+        with `free` its cache is given up on the way. Raises ValueError as `generate` does.
         """
         if not more_prompt_ids:
+            rollout.cache = None if free else rollout.cache
             return self._no_rows(rollout.stopped.shape[1] + 1)
         total, count = len(rollout.lengths), len(more_prompt_ids)
         rows = [*range(total)] if rows is None else [int(row) for row in rows]
@@ -140,9 +145,10 @@ class Sampler:
         old = rollout.lengths[index].tolist()
         limits = self._check(more_prompt_ids, old, group_size, max_new_tokens, temperature)
         if not ours:
+            rollout.cache = None if free else rollout.cache
             return self._encode_anew(rollout, index, more_prompt_ids, seeds, limits, temperature)
         seeds = child_seeds(rollout.seeds[index], group_size).flatten()
-        return self._turn(rollout, index, more_prompt_ids, seeds, limits, temperature)
+        return self._turn(rollout, index, more_prompt_ids, seeds, limits, temperature, free)
 
     def _encode_anew(self, rollout, index, prompts, seeds, limits, temperature):
         """`extend` without a cache: what was said before becomes part of a longer prompt."""
@@ -167,7 +173,7 @@ class Sampler:
         start.cache = KVCache(1, 0, self.model.device, self._policy())
         if common:
             with self._sampling():
-                self._prefill(start, start.cache, start.cache.slots, [0], [len(common)])
+                self._prefill(start, start.cache, start.cache.slots, [0], [len(common)], False)
         return start, len(common)
 
     def _no_rows(self, turns):
@@ -201,41 +207,43 @@ class Sampler:
         """Whose keys and values a cache holds."""
         return self.model if self.adapters is None else self.adapters
 
-    def _turn(self, before, index, prompts, seeds, limits, temperature):
+    def _turn(self, before, index, prompts, seeds, limits, temperature, free):
         """Rows `index` (R,) of `before` plus a turn: prefilled, branched, decoded; a new Rollout.
 
         prompts: R lists of ids; seeds (B,) and limits, B numbers: row i goes on from i // (B / R).
+        free: the cache of `before` is given up.
         """
         group_size, device = len(limits) // len(prompts), index.device
         old = before.lengths[index].tolist()
         total = [o + len(p) for o, p in zip(old, prompts, strict=True)]
-        # What every row gets in the cache, however early it ends.
-        capacity = max(total[i // group_size] + new for i, new in enumerate(limits))
-        rollout = before.append(index, prompts, capacity, self.pad_id)
+        width = max(total[i // group_size] + new for i, new in enumerate(limits))
+        rollout, cache = before.append(index, prompts, width, self.pad_id), before.cache
+        before.cache = None if free else cache
         parent = torch.arange(len(limits), device=device) // group_size
         with self._sampling():
             # Turn 2 goes on from turn 1's cache here: of all that was said, only the pending token
             # and the instruction are fed. (Turn 1 goes on from what all prompts have in common.)
-            self._prefill(rollout, before.cache, before.cache.slots[index], old, total)
+            self._prefill(rollout, cache, cache.slots[index], old, total, free)
             if group_size > 1:  # only now, so that each prompt was fed once for its group
                 rollout = self._branch(rollout, parent, max(total))
             rollout.seeds, rollout.parents, prompted = seeds, index[parent], rollout.lengths.clone()
             self._decode(rollout, prompted + torch.tensor(limits, device=device), temperature)
-        column = torch.arange(capacity, device=device)
-        real = column < rollout.lengths[:, None]  # (B, capacity)
+        column = torch.arange(width, device=device)
+        real = column < rollout.lengths[:, None]  # (B, width)
         rollout.action_mask |= real & (column >= prompted[:, None])  # what this turn sampled
         rollout.turn.masked_fill_(real & (rollout.turn < 0), before.stopped.shape[1])
         last = rollout.ids.gather(1, rollout.lengths[:, None] - 1)  # (B, 1)
         rollout.stopped = torch.cat([rollout.stopped, self.is_stop[last]], 1)
         return rollout.take(slice(None), int(rollout.lengths.max()), self.pad_id, rollout.cache)
 
-    def _prefill(self, rollout, cache, slots, old, total):
+    def _prefill(self, rollout, cache, slots, old, total, free):
         """Copy cached rows at `slots` (R,) to rollout.cache; feed what they lack of total - 1."""
         cached = [max(o - 1, 0) for o in old]
         # Most to feed first: then a chunk of rows that are fed together is a range in the cache.
         order = sorted(range(len(old)), key=lambda i: (cached[i] - total[i], -total[i]))
         rows = torch.tensor(order, device=slots.device)
-        rollout.cache = cache.gather(slots[rows], rollout.ids.shape[1], max(cached))
+        room = room_for(max(total), rollout.ids.shape[1])
+        rollout.cache = cache.gather(slots[rows], room, max(cached), free)
         rollout.cache.slots = rows.argsort()
         start, first = torch.tensor(cached, device=rows.device)[rows, None], 0
         while first < len(order) and (feed := total[order[first]] - 1 - cached[order[first]]) > 0:
@@ -255,7 +263,7 @@ class Sampler:
         """Row parent[i] (B,) as row i, with a copy of the `used` first slots of its cache."""
         # Neighbours in the cache are alike in length, and then need not read as far as the longest.
         order, cache = rollout.lengths[parent].argsort(descending=True), rollout.cache
-        copies = cache.gather(cache.slots[parent[order]], rollout.ids.shape[1], used)
+        copies = cache.gather(cache.slots[parent[order]], cache.capacity, used, free=True)
         copies.slots = order.argsort()
         return rollout.take(parent, rollout.ids.shape[1], self.pad_id, copies)
 
@@ -272,6 +280,10 @@ class Sampler:
         while unfinished:
             active = min(self.max_batch, unfinished)
             count = min(self.block, max(ends[r] - lengths[r] for r in order[:active]))
+            need = max(min(lengths[r] + count, ends[r]) for r in order[:active])
+            if need > rollout.cache.capacity:
+                rollout.cache.grow(room_for(need, rollout.ids.shape[1]), max(lengths))
+                graphs = graphs and Graphs(end.device)  # the old ones read where it was
             widths, together = widths_of([lengths[r] + count - 1 for r in order[:active]]), active
             if graphs:
                 together, widths = graphs.rounded(active, len(order), widths)

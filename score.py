@@ -32,6 +32,7 @@ from training.distributed import gather, own
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
+from training.parts import in_parts
 from training.policy import Batch
 from training.run import check_run, contents_of, has_state, open_run
 from training.setup import prepare, probe, sampler_of
@@ -139,7 +140,7 @@ def roll_out(env, sampler, mine, config, base=None) -> Attempts:
         return Attempts(y1, v1, None, offline=False)
     offline = base is not None or env.task.given is not None
     seeds = mine.seeds("second", G * K) if offline else None  # else they derive from those of y1
-    y2 = sampler.extend(y1, env.follow_up(y1, "correct"), K, seeds=seeds, **limits)
+    y2 = sampler.extend(y1, env.follow_up(y1, "correct"), K, seeds=seeds, free=True, **limits)
     v2 = env.verdicts(y2, 1, mine.items)
     return Attempts(y2, v1, v2, offline)
 
@@ -324,8 +325,7 @@ def main(config: Config) -> None:
             adapt_beta2(state, config)
         mine = pick(splits["train"], config.problems, config.seed, step)
         writer = base if is_offline(step, config) else None
-        attempts = roll_out(env, sampler, mine, config, writer)
-        attempts.rollout.cache = None  # its memory is wanted for the update
+        attempts = in_parts(roll_out, env, sampler, mine, config, writer)
         return make_batch(attempts, stage, state["beta2"], config)
 
     announce_time(config, exam.pace(), len(splits["validation"]))

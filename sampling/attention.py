@@ -69,10 +69,19 @@ def sampling_mode(model):
             module.training = True
 
 
+def room_for(tokens: int, limit: int) -> int:
+    """How many slots rows get of which the longest needs `tokens` now and `limit` at most.
+
+    A quarter more than it needs, since a cache that grows is copied; and 64, not to do so for
+    short rows.
+    """
+    return min(max(tokens + tokens // 4, tokens + 64), limit)
+
+
 class KVCache:
     """Keys and values of all rows, (rows, kv_heads, capacity, D) a layer, as past_key_values.
 
-    One block of memory a layer, in which each row has its whole capacity from the start.
+    One block of memory a layer, in which each row has `capacity` slots. `grow` makes it larger.
     """
 
     def __init__(self, rows, capacity, device, owner=None):
@@ -103,25 +112,40 @@ class KVCache:
     def stores(self, layer_idx, key, value):
         """The layer's keys and values, made when it first has some (n, kv_heads, Q, D) to keep."""
         if layer_idx not in self.layers:
-            self.layers[layer_idx] = [store.zero_() for store in self._empty(key, value)]
+            empty = [self._empty(x, len(self.slots), self.capacity) for x in (key, value)]
+            self.layers[layer_idx] = [store.zero_() for store in empty]
         return self.layers[layer_idx]
 
-    def _empty(self, key, value):
-        rows, capacity = len(self.slots), self.capacity
-        return [x.new_empty(rows, x.shape[1], capacity, x.shape[3]) for x in (key, value)]
+    @staticmethod
+    def _empty(like, rows, capacity):
+        return like.new_empty(rows, like.shape[1], capacity, like.shape[3])
 
     def get_seq_length(self, layer_idx=0):
         return 0  # models ask only to make up position ids, and ours are given
 
-    def gather(self, slots, capacity, used):
-        """A new cache whose rows are copies of the first `used` positions of `slots` (rows,)."""
+    def gather(self, slots, capacity, used, free=False):
+        """A new cache whose rows are copies of the first `used` positions of `slots` (rows,).
+
+        free: give up this one meanwhile, so that there is never more of it than a layer's keys or
+        values beside the new one. It holds nothing afterwards.
+        """
         new = KVCache(len(slots), capacity, slots.device, self.owner)
-        for layer, stores in self.layers.items():
-            new.layers[layer] = new._empty(*stores)
-            for store, copy in zip(stores, new.layers[layer], strict=True):
+        for layer in [*self.layers]:
+            stores = self.layers.pop(layer) if free else [*self.layers[layer]]
+            new.layers[layer] = copies = []
+            while stores:
+                store = stores.pop(0)  # with this the one before is freed
+                copy = self._empty(store, len(slots), new.capacity)
                 torch.index_select(store[:, :, :used], 0, slots, out=copy[:, :, :used])
                 copy[:, :, used:] = 0  # or else 0 * NaN would leak through a masked slot
+                copies.append(copy)
         return new
+
+    def grow(self, capacity, used):
+        """More slots for every row; of those that are there the first `used` count."""
+        same = torch.arange(len(self.slots), device=self.slots.device)
+        new = self.gather(same, capacity, used, free=True)
+        self.layers, self.capacity = new.layers, new.capacity
 
     def move(self, before, after, used):
         """Reorder rows: slot s held row before[s] and shall hold row after[s] (host lists)."""

@@ -1,6 +1,7 @@
 """What the sampler makes and the losses read: token sequences of several turns."""
 
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -89,3 +90,19 @@ def rollout_of(rows: list[list[list[int]]], turns: int, sampler, index=None, see
     seeds = index if seeds is None else torch.as_tensor(seeds)
     tensors = (*tensors, index, seeds, index)
     return Rollout(*(tensor.to(sampler.model.device) for tensor in tensors), cache=None)
+
+
+def join_rollouts(parts: list[Rollout], prompts: list[int], pad_id: int) -> Rollout:
+    """Rollouts of `prompts` prompts each as one, without a cache.
+
+    `parents` count on as if every row of the rollouts extended had gone on.
+    """
+    width = max(rollout.ids.shape[1] for rollout in parts)
+    wide = [rollout.take(slice(None), width, pad_id) for rollout in parts]
+    rows = [int(rollout.parents.max()) + 1 if len(rollout.parents) else 0 for rollout in parts]
+    befores = zip(accumulate(prompts, initial=0), accumulate(rows, initial=0))
+    for rollout, (prompt, row) in zip(wide, befores):
+        rollout.prompt_index, rollout.parents = rollout.prompt_index + prompt, rollout.parents + row
+    names = [f.name for f in fields(Rollout) if f.name != "cache"]
+    joined = {name: torch.cat([getattr(rollout, name) for rollout in wide]) for name in names}
+    return Rollout(**joined, cache=None)

@@ -2,12 +2,15 @@
 what holds for every rollout of them."""
 
 import logging
+import weakref
 from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
+
+from sampling.attention import KVCache
 
 logging.disable(logging.DEBUG)  # of which torch.distributed.checkpoint writes much
 torch.set_num_threads(1)  # such small matrices gain nothing from more
@@ -74,6 +77,25 @@ def tiny():
 def tokenizer():
     """All that the sampler asks of a tokenizer; here pad == eos."""
     return SimpleNamespace(eos_token_id=EOS, pad_token_id=EOS)
+
+
+@pytest.fixture
+def cache_bytes(monkeypatch):
+    """Of the keys and values of all caches: those there are `now`, and the most at one time."""
+    count, empty = SimpleNamespace(now=0, peak=0), KVCache._empty
+
+    def add(size):
+        count.now += size
+        count.peak = max(count.peak, count.now)
+
+    def counted(*sizes):
+        store = empty(*sizes)
+        add(store.nbytes)
+        weakref.finalize(store, add, -store.nbytes)
+        return store
+
+    monkeypatch.setattr(KVCache, "_empty", staticmethod(counted))
+    return count
 
 
 def plain_logits(model, ids):

@@ -69,6 +69,8 @@ def test_standard_errors_treat_samples_of_one_problem_as_related():
 class ScriptedSampler:
     """Answers each turn with prepared texts instead of a model's, and keeps what it was asked."""
 
+    model, token_bytes = SimpleNamespace(device=torch.device("cpu")), 1
+
     def __init__(self, tokenizer, *turns):
         self.turns, self.tokenizer, self.asked = turns, tokenizer, []
 
@@ -76,7 +78,7 @@ class ScriptedSampler:
         self.asked.append((prompts, limits))
         return self.rollout(list(range(len(self.turns[0]))), 1)
 
-    def extend(self, rollout, instructions, group_size=1, rows=None, seeds=None, **limits):
+    def extend(self, rollout, instructions, rows=None, seeds=None, free=False, **limits):
         self.asked.append((instructions, limits))
         rows = range(len(rollout.rows)) if rows is None else rows
         return self.rollout([rollout.rows[row] for row in rows], rollout.stopped.shape[1] + 1)
@@ -219,6 +221,28 @@ def test_memory_of_first_attempts_is_free_when_the_last_way_has_gone_on_from_the
     ways = dict.fromkeys("ab", ((sampler,) * 3, "self_correct"))
     one, two = methods.converse(ways, env, [PROBLEM] * 2, [1, 2], protocol).values()
     assert alive[1:] == [True, True, True, False] and one == two
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_turn_that_is_the_last_to_go_on_from_another_gives_up_its_cache(method, monkeypatch):
+    sampler, held = Sampler(tiny.build_model(), tiny.build_tokenizer()), []
+    turn = Sampler._turn
+
+    def spy(sampler, before, *rest, **more):
+        rollout = turn(sampler, before, *rest, **more)
+        held[:] = [r for r in held if r.cache is not None] + [rollout]
+        most.append(len(held))
+        return rollout
+
+    monkeypatch.setattr(Sampler, "_turn", spy)
+    env = Env(dataclasses.replace(TASKS["tiny"], verify=lambda *_: False), sampler.tokenizer)
+    protocol = evaluate.Protocol(method, 1.0, 4, 4, attempts=3)
+    for ways, count in (("a", 1), ("ab", 2)):  # with others, the first attempts are held too
+        held.clear()
+        most = []
+        ways = dict.fromkeys(ways, ((sampler,) * 3, method))
+        methods.converse(ways, env, [PROBLEM] * 2, [1, 2], protocol)
+        assert max(most) == count
 
 
 def test_an_evaluation_that_was_stopped_goes_on_and_ends_with_the_same_figures(

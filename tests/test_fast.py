@@ -277,11 +277,12 @@ def test_one_place_alone_looks_for_the_folder():
 
 
 @pytest.mark.parametrize("max_batch", [3, 256])
+@pytest.mark.parametrize("grows", [False, True])
 def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(
-    tokenizer, max_batch, monkeypatch
+    tokenizer, max_batch, grows, monkeypatch
 ):
     """All of the CUDA graphs' bookkeeping but the graphs: idle rows that fill a bucket, one place
-    for the state, wider caches."""
+    for the state, wider caches, and new graphs where the cache has another place."""
     model = build(tf.LlamaConfig, max_position_embeddings=400)
     sampler = Sampler(model, tokenizer, max_batch, block=5)
     sampler.is_stop[:] = False
@@ -289,7 +290,23 @@ def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(
     long["group_size"] = 2
     plain = [*three_turns(sampler), sampler.generate(**long)]
     captured = []
-    monkeypatch.setattr(steps.Graphs, "capture", lambda _, step: captured.append(step) or step)
+
+    def capture(_, step):
+        def places():
+            cache = step.args[0].cache
+            return [store.data_ptr() for stores in cache.layers.values() for store in stores]
+
+        def replay():
+            assert places() == seen
+            step()
+
+        seen = places()
+        captured.append(seen)
+        return replay
+
+    if grows:
+        monkeypatch.setattr(sampler_module, "room_for", lambda tokens, limit: tokens)
+    monkeypatch.setattr(steps.Graphs, "capture", capture)
     sampler.graphs = True
     again = [*three_turns(sampler), sampler.generate(**long)]
     assert all(equal(a, b) for a, b in zip(plain, again, strict=True)) and captured

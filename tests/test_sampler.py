@@ -206,6 +206,67 @@ def test_a_rollout_can_be_branched_from_again(tiny, tokenizer):
     check(tiny("llama"), sampler.extend(second, [[8, 2]], rows=[1], max_new_tokens=2))
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_cache_that_grows_with_its_rows_samples_the_same(tiny, tokenizer, name, monkeypatch):
+    sampler, grown, grow = Sampler(tiny(name), tokenizer, max_batch=4, block=3), [], KVCache.grow
+    spy = lambda cache, *sizes: grown.append(sizes) or grow(cache, *sizes)  # noqa: E731
+    monkeypatch.setattr(KVCache, "grow", spy)
+    at_once = three_turns(sampler, max_new_tokens=24)
+    assert not grown  # short rows have room for their limit from the start
+    monkeypatch.setattr(sampler_module, "room_for", lambda tokens, limit: tokens)
+    by_and_by = three_turns(sampler, max_new_tokens=24)
+    assert all(map(equal, at_once, by_and_by)) and len(grown) > 5
+    assert max(capacity for capacity, _ in grown) <= max(r.ids.shape[1] for r in by_and_by) + 2
+
+
+def test_memory_goes_with_what_rows_need_and_not_with_their_limit(tokenizer, cache_bytes):
+    sampler = Sampler(build(tf.LlamaConfig, max_position_embeddings=4000), tokenizer)
+    rollout = sampler.generate(PROMPTS, 8, max_new_tokens=3000)
+    a_token = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their size, float32
+    longest, rows = rollout.ids.shape[1], len(rollout.ids)
+    assert 64 < longest < 300
+    # and, as it grows, a quarter of the cache before: the keys or values of one of two layers
+    most = rows * (longest + 64) * a_token
+    assert rows * longest * a_token <= cache_bytes.peak < 1.25 * most
+
+
+@pytest.mark.parametrize("rows", [None, [4, 0, 7, 4]])
+def test_a_cache_given_up_is_freed_as_it_is_copied_and_the_turn_is_the_same(
+    tiny, tokenizer, rows, cache_bytes
+):
+    sampler, more = Sampler(tiny("llama"), tokenizer), [[4, 6]] * len(rows or range(10))
+    first, again = (sampler.generate(PROMPTS, 2, max_new_tokens=6) for _ in "ab")
+    with pytest.raises(ValueError, match="none may be below 1"):
+        sampler.extend(first, more, rows=rows, max_new_tokens=0, free=True)
+    kept = sampler.extend(again, more, 2, rows=rows, max_new_tokens=6)  # so it is still there
+    again.cache = None
+    before, cache_bytes.peak = cache_bytes.now, 0
+    freed = sampler.extend(first, more, 2, rows=rows, max_new_tokens=6, free=True)
+    assert equal(kept, freed) and first.cache is None
+    old = before - sum(s.nbytes for stores in kept.cache.layers.values() for s in stores)
+    new = cache_bytes.now - (before - old)
+    assert 0 < old and cache_bytes.peak <= before - old + max(old, new) + max(old, new) / 4
+    with pytest.raises(ValueError, match="cache was freed: keep it until the last turn, or give"):
+        sampler.extend(first, more, rows=rows, max_new_tokens=6)
+
+
+def test_another_models_cache_that_is_given_up_is_freed_before_all_is_encoded_anew(
+    tokenizer, cache_bytes
+):
+    maker, sampler = (Sampler(build(tf.LlamaConfig), tokenizer) for _ in "ab")
+    limits = {"seeds": range(10), "max_new_tokens": 6}
+    peaks = []
+    for free in (False, True):
+        first, cache_bytes.peak = maker.generate(PROMPTS, 2, max_new_tokens=6), 0
+        second = sampler.extend(first, [[4, 6]] * 10, free=free, **limits)
+        peaks.append(cache_bytes.peak)
+        assert (first.cache is None) == free
+        del first, second
+    none = maker.generate(PROMPTS, max_new_tokens=6)
+    sampler.extend(none, [], rows=[], max_new_tokens=6, free=True)
+    assert none.cache is None and peaks[1] < peaks[0]
+
+
 def test_children_of_a_row_differ(tiny, tokenizer):
     sampler = Sampler(tiny("llama"), tokenizer)
     first = sampler.generate([PROMPTS[1]], max_new_tokens=4)

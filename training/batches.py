@@ -6,6 +6,7 @@ and any number of ranks samples the same.
 
 import hashlib
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,12 @@ class Share(NamedTuple):
     def seeds(self, what: str, each: int = 1) -> list[int]:
         """A seed for each of `each` rows an item; another purpose has seeds of its own."""
         return row_seeds(self.span, what, *self.key, each=each)
+
+    def parts(self, most: int) -> list["Share"]:
+        """As few parts as have up to `most` items each, about alike; without items one of none."""
+        total, count = len(self.items), max(1, -(-len(self.items) // most))
+        bounds = pairwise(total * i // count for i in range(count + 1))
+        return [Share(self.items[a:b], self.span[a:b], self.key) for a, b in bounds]
 
 
 def share_of(things: list, *key) -> Share:

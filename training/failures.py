@@ -8,6 +8,7 @@ from tasks.sources import naming, read_rows, take
 from training.checkpoint import write_text
 from training.distributed import on_first
 from training.models import fingerprint
+from training.parts import check_cache
 from training.run import check_run
 
 
@@ -62,7 +63,9 @@ def read_failures(path: str, env, sampler, config) -> list[dict]:
     for where, failure in rows:
         with naming(where):
             check_failure(failure, env, sampler, after)
-    return [failure for _, failure in rows]
+    failures = [failure for _, failure in rows]
+    check_cache(env, sampler, failures, config, config.rows_each)
+    return failures
 
 
 def check_failure(failure: dict, env, sampler, after: int) -> None:

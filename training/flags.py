@@ -82,6 +82,13 @@ class TaskConfig:
         "they can do what you can do",
         group=MACHINE,
     )
+    cache_tokens: int | None = flag(
+        None,
+        "tokens that the sampler's cache may hold on a rank; a batch that needs more is sampled in "
+        "parts, and is the same. Default: what a quarter of the device's memory holds",
+        group=MACHINE,
+        free=True,
+    )
     dtype: str | None = flag(
         None,
         "with torchrun: what the models compute in; weights and optimiser are float32. "
@@ -186,6 +193,11 @@ class TrainConfig(TaskConfig):
         group=RUN,
         least=0,
     )
+
+    @property
+    def rows_each(self) -> int:
+        """Rows of one problem, which are sampled together."""
+        return self.rows // self.problems
 
     # What follows has no annotation, and so is no flag.
     attempts = 2  # of an evaluation

@@ -33,6 +33,7 @@ class Protocol(NamedTuple):
     attempts: int = 2
     samples: int = 1
     seed: int = 0
+    cache_tokens: int | None = None
 
     @property
     def limits(self) -> dict:
@@ -52,8 +53,12 @@ def converse(ways, env, problems, seeds, protocol) -> dict[str, list[dict]]:
 
 
 def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
-    """The conversations after the last of `firsts`, as report/figures.py wants them."""
+    """The conversations after the last of `firsts`, as report/figures.py wants them.
+
+    A rollout that nobody else goes on from is given up on the way.
+    """
     rollout, answers = firsts.pop()
+    free = not firsts  # else other ways go on from the first attempts
     attempts = [[answer] for answer in answers]
     asked = [problem for problem in problems for _ in range(protocol.samples)]
     said = [[] for _ in asked]
@@ -63,7 +68,8 @@ def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
         chosen = [i for i in range(len(rows)) if protocol.method in AFTER_ANY or not right[i]]
         if not chosen:
             break
-        rollout, between = next_attempts(cast, env, rollout, chosen, protocol)
+        rollout, between = next_attempts(cast, env, rollout, chosen, protocol, free)
+        free = True
         rows = [rows[i] for i in chosen]  # those that have ended leave
         for i, answer in enumerate(attempts_of(env, rollout, problems)):
             attempts[rows[i]].append(answer)
@@ -79,8 +85,11 @@ def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
     ]
 
 
-def next_attempts(cast, env, before, rows, protocol):
-    """(rollout whose last turn is the next attempt at `rows`, what was said between or None)."""
+def next_attempts(cast, env, before, rows, protocol, free=False):
+    """(rollout whose last turn is the next attempt at `rows`, what was said between or None).
+
+    free: give up the cache of `before`.
+    """
     (_, reflector, retrier), method, limits = cast, protocol.method, protocol.limits
 
     def answer(sampler, rollout, message, rows, words=(), **changed):
@@ -90,7 +99,9 @@ def next_attempts(cast, env, before, rows, protocol):
 
     if method in ("self_correct", "blind_retry"):
         message = "correct" if method == "self_correct" else "retry"
-        return answer(retrier, before, message, rows), None
+        return answer(retrier, before, message, rows, free=free), None
+    if free and method in ("fresh_attempt", "generic_reflection"):
+        before.cache = None  # they don't go on from it
     if method == "fresh_attempt":
         seeds = [row_seeds(1, "fresh", seed)[0] for seed in before.seeds[rows].tolist()]
         told = (before.turn == 0) & ~before.action_mask
@@ -106,8 +117,8 @@ def next_attempts(cast, env, before, rows, protocol):
         return answer(retrier, afresh, "reflect", rows, words), None
     ask, then = ("critique", "rewrite") if method == "self_refine" else ("reflect", "retry")
     longest = {"max_new_tokens": protocol.max_reflection_tokens}
-    said = answer(reflector, before, ask, rows, **longest)
-    retried = answer(retrier, said, then, list(range(len(rows))))
+    said = answer(reflector, before, ask, rows, free=free, **longest)
+    retried = answer(retrier, said, then, list(range(len(rows))), free=True)
     return retried, said.completion_ids(said.stopped.shape[1] - 1)
 
 

@@ -110,6 +110,7 @@ def open_output(config, cast, env, problems, left: list[dict]) -> list[dict]:
     One that was left by other flags or with other contents (training/run.py) is a ValueError.
     """
     path, header = path_of(config.output), asdict(config)
+    del header["cache_tokens"]  # who ran out of memory may go on with less
     header |= contents_of(env, cast[0].model, {config.split: problems})
     header["the reflector's weights"] = fingerprint(cast[1].model)
     before, *rows = left or [header]

@@ -13,6 +13,7 @@ from training import lora
 from training.batches import pick_things
 from training.distributed import rank, together
 from training.models import compute_dtype, fingerprint, load_model
+from training.parts import check_cache
 from training.progress import said_if_slow
 
 
@@ -36,6 +37,8 @@ def prepare(
             chosen[name], said = with_room(env, sampler, splits[name], count, config)
         if said and rank() == 0:
             print(f"{name}: {said}")
+    for problems, each in zip(chosen.values(), (config.rows_each, 1)):  # validation: one by one
+        check_cache(env, sampler, problems, config, each)
     return env, sampler, chosen
 
 

@@ -1,0 +1,97 @@
+"""A batch whose cache would not fit is sampled in parts, and is the same batch (--cache_tokens).
+
+A row's sample depends on its own seed only, and seeds are functions of the run's seed, the step and
+the row's place: so a step may sample some of its problems, all their turns, then the next ones, and
+join what they gave. Float32 on CPU gives the same ids; else they differ as rounding does.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sampling.rollout import Rollout, join_rollouts
+from training.batches import Share
+
+
+def cache_tokens(config, sampler) -> int:
+    """How many tokens the caches of a rank's rollout may hold together.
+
+    By default what a quarter of the device's memory does: weights, and at the update gradients and
+    activations, need the rest.
+    """
+    return config.cache_tokens or memory_of(sampler.model.device) // 4 // sampler.token_bytes
+
+
+def memory_of(device) -> int:
+    """Bytes of memory of a GPU, or of this rank's part of the machine, in use or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # a container has a limit of its own, or none: "max"
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def longest(env, things: list[dict], config) -> int:
+    """Tokens of the longest conversation about some problems, or failures, at all its limits."""
+    begun = [0]
+    for thing in things:
+        if "answer_ids" in thing:
+            first = len(thing["answer_ids"]) - config.max_new_tokens
+            begun.append(len(thing["prompt_ids"]) + first)
+        else:
+            begun.append(len(env.prompts([thing])[0]) + len(env.given_ids(thing)))
+    return max(begun) + env.tokens_after(config)
+
+
+def check_cache(env, sampler, things: list[dict], config, each: int) -> None:
+    """ValueError if the `each` rows of a problem, which are sampled together, don't fit."""
+    most, room = longest(env, things, config), cache_tokens(config, sampler)
+    if each * most > room:
+        usual = "" if config.cache_tokens else " (a quarter of the memory)"
+        raise ValueError(
+            f"--cache_tokens {room:,}{usual}: one problem alone needs {each * most:,}, for {each} "
+            f"rows of up to {most:,} tokens: raise it, or lower the token limits or the rows"
+        )
+
+
+def in_parts(roll_out, env, sampler, mine: Share, config, *more, each: int | None = None):
+    """roll_out(env, sampler, mine, config, *more), of as many problems at once as fit the cache.
+
+    each: rows of a problem, by default the config's. What comes has no cache any more: its memory
+    is wanted for the next part, or the update.
+    """
+    tokens = (each or config.rows_each) * longest(env, mine.items, config)
+    shares, parts = mine.parts(max(1, cache_tokens(config, sampler) // tokens)), []
+    for share in shares:
+        parts.append(roll_out(env, sampler, share, config, *more))
+        if hasattr(parts[-1], "rollout"):
+            parts[-1].rollout.cache = None
+    return join(parts, [len(share.items) for share in shares], sampler.pad_id)
+
+
+def join(parts: list, counts: list[int], pad_id: int):
+    """What parts of `counts` problems gave, as if they had been one.
+
+    Rollouts, tensors by row (a row's tokens padded with 0), lists, flags that are the same for all,
+    and named tuples of these.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Rollout):
+        return join_rollouts(parts, counts, pad_id)
+    if isinstance(first, Tensor):
+        width = max(part.shape[-1] for part in parts)
+        wide = [F.pad(x, (0, width - x.shape[1])) if x.ndim == 2 else x for x in parts]
+        return torch.cat(wide)
+    if isinstance(first, list):
+        return [thing for part in parts for thing in part]
+    if isinstance(first, tuple):
+        fields = zip(*parts, strict=True)
+        return type(first)(*(join([*field], counts, pad_id) for field in fields))
+    return first

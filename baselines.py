@@ -15,7 +15,7 @@ trains on as many rows in as many steps.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -191,6 +191,9 @@ def check(config) -> None:
     if config.epochs > 1:
         way_out = "say how long to imitate with --steps"
         raise ValueError(f"--epochs is for policy gradients alone: {way_out}")
+    if config.is_cap:
+        why = "what is imitated was sampled from older weights"
+        raise ValueError(f"--is_cap is for policy gradients alone: {why}")
 
 
 def main(config: Config) -> None:
@@ -208,6 +211,7 @@ def main(config: Config) -> None:
         if not has_state(config):
             probe(partial(exam, sampler), problems, config)
         run = open_run(config, contents_of(env, sampler.model, splits), env.day)
+        config = replace(config, is_cap=0.0)  # in bfloat16 too; config.json has what was given
         scorer = make_scorer(sampler.model, config, reference=False)
     rounds = {}  # the data of the one that is under way
 

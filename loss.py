@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 BASELINES = ("none", "leave_one_out", "group_mean")
 KL_KINDS = ("exact", "token", "k1", "k2", "k3")
+OVER_THE_VOCABULARY = ("exact", "token")  # the others are known from the sampled token alone
 
 
 class Scores(NamedTuple):
@@ -170,6 +171,25 @@ def kl_terms(scores: Scores, kind: str) -> tuple[Tensor, Tensor]:
     raise ValueError(f"unknown kl '{kind}': choose one of {', '.join(KL_KINDS)}")
 
 
+def importance_weights(old_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> Tensor:
+    """min(pi_old / mu, cap) of every sampled token (B, T), without gradient.
+
+    mu is what a token was really drawn from, pi_old the policy that is trained, at the update's
+    start. They are one policy computed twice, by sampler and scorer: alike up to rounding, which in
+    bfloat16 is a tenth and more now and then. A token's term of the policy gradient, times its
+    weight, is on average over mu what it would be over pi_old, up to the cap; beyond that, where
+    pi_old > cap * mu, it is cap * mu / pi_old of it. The cap bounds the variance of rare tokens.
+
+    Not corrected: that what stands before a token, and what follows it, were drawn from mu too (a
+    product of all their ratios, of unbounded variance). So the expected gradient is the one of
+    pi_old's choice of each token, at prefixes as mu visits them, judged by how mu goes on.
+
+    Tokens that were not sampled here have no mu, a log-prob of 0 (`rollout_of`), and a weight of 1.
+    """
+    weights = torch.exp(old_logprobs - sampler_logprobs).clamp_max(cap)
+    return torch.where(sampler_logprobs < 0, weights, 1).detach()
+
+
 def policy_loss(
     scores: Scores,
     advantages: Tensor,
@@ -180,6 +200,8 @@ def policy_loss(
     kl_kind: str = "exact",
     old_logprobs: Tensor | None = None,
     clip: float = 0.2,
+    sampler_logprobs: Tensor | None = None,
+    is_cap: float | None = None,
 ) -> Tensor:
     """Eq. 1-2: the sum over sampled tokens of -advantage * log pi + kl_coef * KL, a scalar.
 
@@ -188,11 +210,19 @@ def policy_loss(
     whole batch (every micro-batch and rank), so the gradient does not depend on how the batch is
     cut. Written with the ratio pi / pi_old, which is 1 in an on-policy update (old_logprobs None),
     where its gradient is REINFORCE's; in later epochs it is clipped as in PPO.
+
+    With an is_cap, `importance_weights` multiply a token's whole credit, its blame for later KL
+    included: all of that is about this token's having been drawn. k1, k2 and k3 know a position's
+    KL from its token alone, so there they multiply the KL's own terms too. A KL over the vocabulary
+    has drawn nothing at its position, and no weight.
     """
     old = scores.logprobs.detach() if old_logprobs is None else old_logprobs
     penalty, cost = kl_terms(scores, kl_kind)
+    weights = 1 if is_cap is None else importance_weights(old, sampler_logprobs, is_cap)
+    if kl_kind not in OVER_THE_VOCABULARY:
+        penalty, cost = weights * penalty, weights * cost
     # a token that leads to later KL is blamed for it, as for a smaller reward
-    credit = advantages - later_in_turn(kl_coef * cost * action_mask, turn)
+    credit = weights * (advantages - later_in_turn(kl_coef * cost * action_mask, turn))
     ratio = torch.exp(scores.logprobs - old)
     surrogate = torch.minimum(ratio * credit, ratio.clamp(1 - clip, 1 + clip) * credit)
     return ((kl_coef * penalty - surrogate) * action_mask).sum() / denominator

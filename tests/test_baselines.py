@@ -213,6 +213,7 @@ def test_where_nothing_can_be_imitated_training_stops_and_says_so(
     (["--rounds", "4", "--steps", "3"], "--rounds 4: there are only --steps 3"),
     (["--temperature", "0"], "--temperature"),
     (["--epochs", "2"], "--epochs is for policy gradients alone"),
+    (["--is_cap", "2"], "--is_cap is for policy gradients alone"),
     (["--steps", "0"], "--steps 0: must be at least 1"),
     (["--task", "mbpp_r", "--data", "x.jsonl"], "x.jsonl"),
 ])  # fmt: skip

@@ -132,6 +132,11 @@ class TrainConfig(TaskConfig):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
     epochs: int = flag(1, "updates a batch; above 1 the ratio pi / pi_old is clipped")
     clip: float = flag(0.2, "how far the ratio may move from 1 when epochs > 1", above=0, most=1)
+    is_cap: float | None = flag(
+        None,
+        "weigh each sampled token by min(pi / pi_sampler, this cap), as sampler and scorer round "
+        "differently; 0: no weights. Default: 2 where they compute in bfloat16, else 0",
+    )
     token_budget: int = flag(16384, "tokens of a micro-batch", group=MACHINE, free=True)
     checkpointing: bool = flag(
         False,

@@ -20,7 +20,7 @@ from training import checkpoint, distributed
 from training.command import exit_on_bad_input
 from training.distributed import Stopped, exchange, interruptible, listening, on_first
 from training.models import hand_over, save_policy
-from training.policy import Batch, finite_weights, set_lr, update
+from training.policy import Batch, finite_weights, is_cap, set_lr, update
 from training.progress import bar, counted
 from training.run import cut_logs, log, log_sizes, newest, saving, stop, time_is_up
 from training.scorer import Scorer
@@ -120,7 +120,7 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
     sampled = time.perf_counter()
     with given_up(scorer, sampler):
         scores, norm, wrong, idle = update(scorer, optimizer, batch, config)
-    tokens = token_metrics(batch, scores, with_kl=scorer.reference is not None)
+    tokens = token_metrics(batch, scores, scorer.reference is not None, is_cap(config))
     first = {"stage": batch.figures["stage"], "step": step}  # what a line begins with
     row = first | batch.figures | tokens
     row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
@@ -144,13 +144,14 @@ def given_up(scorer, sampler):
     hand_over(scorer, sampler)
 
 
-def token_metrics(batch: Batch, scores: Scores, with_kl: bool) -> dict:
+def token_metrics(batch: Batch, scores: Scores, with_kl: bool, cap: float | None = None) -> dict:
     """Figures that mean the same for every algorithm, over the rows of all ranks.
 
     kl_*: nats an attempt; the others are of a sampled token. ratio_error: the largest
     |log pi - log pi_sampler|: 0 up to rounding while sampler and scorer agree. ratio_outside: share
-    of tokens whose pi / pi_sampler is not within RATIOS. zero_advantage: share of tokens without a
-    policy gradient. truncated: attempts cut off by the limit.
+    of tokens whose pi / pi_sampler is not within RATIOS. is_capped: share of those beyond the `cap`
+    of importance weights, if there is one. zero_advantage: share of tokens without a policy
+    gradient. truncated: attempts cut off by the limit.
     """
     rollout, sampled = batch.rollout, batch.rollout.action_mask
     stopped = rollout.stopped[:, rollout.turn[sampled].unique()]  # (B, turns sampled here)
@@ -165,6 +166,9 @@ def token_metrics(batch: Batch, scores: Scores, with_kl: bool) -> dict:
         "attempts": stopped.numel(),
         "rows": len(rollout.ids),
     }
+    if cap is not None:
+        drawn = rollout.logprobs[sampled] < 0  # any other has no weight but 1
+        mine["is_capped"] = int((drawn & (log_ratio > math.log(cap))).sum())
     for turn in rollout.turn[batch.scored].unique().tolist() if with_kl else ():
         mine[f"kl_t{turn + 1}"] = float(scores.kl.double()[rollout.turn == turn].sum())
     ranks = exchange((mine, float(log_ratio.abs().max()) if len(log_ratio) else 0.0))
@@ -176,8 +180,8 @@ def token_row(parts: list[dict]) -> dict:
     keys = sorted({key for part in parts for key in part})
     total = {key: sum(part.get(key, 0) for part in parts) for key in keys}
     row = {key: total[key] / max(1, total["rows"]) for key in total if key.startswith("kl_")}
-    of_tokens = ("entropy", "zero_advantage", "ratio_outside")
-    row |= {key: total[key] / max(1, total["tokens"]) for key in of_tokens}
+    of_tokens = ("entropy", "zero_advantage", "ratio_outside", "is_capped")
+    row |= {key: total[key] / max(1, total["tokens"]) for key in of_tokens if key in total}
     row |= {"truncated": total["truncated"] / max(1, total["attempts"]), "tokens": total["tokens"]}
     return row | {"response_length": total["tokens"] / max(1, total["attempts"])}
 

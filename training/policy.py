@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loss import Scores, policy_loss
 from training import distributed
+from training.models import compute_dtype
 from training.scorer import Scorer
 
 # Nats a token under which a KL moves nothing by itself. AdamW divides by the gradient's own size,
@@ -19,6 +20,7 @@ from training.scorer import Scorer
 # the same, up to 2e-8 in float32 where they differ in a last bit; one real step makes 7e-4
 # (models/tiny, lr 1.5e-4), or 1e-3 (SmolLM2-135M, lr 5e-6).
 KL_FLOOR = 1e-4
+IS_CAP = 2.0  # of importance weights where sampler and scorer compute in bfloat16
 
 
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
@@ -60,6 +62,13 @@ class Batch(NamedTuple):
         return mask if self.held is None else mask | self.held
 
 
+def is_cap(config) -> float | None:
+    """Where importance weights are cut off (`loss.importance_weights`); None: there are none."""
+    if config.is_cap is None:
+        return None if compute_dtype(config) == torch.float32 else IS_CAP
+    return config.is_cap or None
+
+
 def accumulate_gradients(
     scorer: Scorer, batch: Batch, config, old_logprobs: Tensor | None = None
 ) -> tuple[Scores, float]:
@@ -70,15 +79,16 @@ def accumulate_gradients(
     """
     rollout, loss = batch.rollout, 0.0
     kept = [torch.zeros_like(rollout.logprobs) for _ in Scores._fields]  # (B, T) each
-    per_token = (batch.scored, rollout.turn, batch.advantages, batch.kl_coef)  # (B, T) each
+    per_token = (batch.scored, rollout.turn, batch.advantages, batch.kl_coef, rollout.logprobs)
+    cap = is_cap(config)
     pieces = micro_batches(rollout.lengths, config.token_budget)
     idle = max(distributed.exchange(len(pieces))) - len(pieces)
     for rows in pieces:
         cut = int(rollout.lengths[rows].max())
         ids = rollout.ids[rows, :cut]
-        mask, turn, advantages, kl_coef = (x[rows, :cut] for x in per_token)  # (b, t) each
+        mask, turn, advantages, kl_coef, mu = (x[rows, :cut] for x in per_token)  # (b, t) each
         old = None if old_logprobs is None else old_logprobs[rows, :cut]
-        how = batch.denominator, config.kl, old, config.clip
+        how = batch.denominator, config.kl, old, config.clip, mu, cap
         scores = scorer(ids, mask, config.temperature)  # (b, t) each, with their graph
         part = policy_loss(scores, advantages, kl_coef, mask, turn, *how)
         part.backward()  # frees the graph: of one micro-batch at a time

@@ -17,9 +17,10 @@ from report.tables import format_reflections, format_table, format_transcripts, 
 from sampling.turns import today
 from tasks.sources import SPLITS
 from training import checkpoint, distributed, partial
-from training.announce import machine, parameters
+from training.announce import chosen, machine, parameters
 from training.batches import row_seeds
 from training.distributed import exchange, on_first, share, world
+from training.fitting import tasks_own
 from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
 from training.progress import about, bar, counted
@@ -43,8 +44,12 @@ class Config(TaskConfig):
     method: str = flag("self_correct", HELP, choices=tuple(METHODS))
     attempts: int = flag(2, "attempts a conversation, the first included")
     reflector: str | None = flag(None, "model that writes the reflections; default: --model")
-    max_new_tokens: int = flag(16, "token limit of an attempt")
-    max_reflection_tokens: int = flag(72, "token limit of a reflection or critique")
+    max_new_tokens: int = flag(16, "token limit of an attempt", other=tasks_own("max_new_tokens"))
+    max_reflection_tokens: int = flag(
+        72,
+        "token limit of a reflection or critique",
+        other=tasks_own("max_reflection_tokens"),
+    )
     seed: int = flag(0, "seed of the sampling")
     output: str | None = flag(
         None,
@@ -261,6 +266,7 @@ def check(config: Config) -> None:
 def describe(config: Config, model, problems: list[dict], done: int) -> None:
     said = f"{config.model}: {parameters(model):,} parameters, {machine(model)}; {config.task}, "
     said += f"{len(problems):,} {config.split} problems, {config.method}"
+    said += f"; {chosen(config)}" if config.chosen else ""
     print(said + (f"; goes on after {done:,} conversations" if done else ""))
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loss import KL_KINDS
 from training.command import (
+    ALGORITHM,
     DATA,
     MACHINE,
     RUN,
@@ -12,6 +13,7 @@ from training.command import (
     parse_args,
     run_script,
 )
+from training.fitting import papers, tasks_own
 
 __all__ = ["RUN", "exit_on_bad_input", "flag", "parse_args", "run_script"]
 
@@ -19,6 +21,7 @@ OVERLONG_HELP = (
     "problems whose conversation might not fit the model's context: drop leaves them out and says "
     "how many, error stops"
 )
+LR_HELP = "peak learning rate of AdamW; with --lora_rank by default ten times as high"
 KL_HELP = "KL estimator; loss.kl_terms says which gradient each one has"
 
 
@@ -84,6 +87,8 @@ class TaskConfig:
         free=True,
     )
 
+    chosen = {}  # {flag: whose value it has}, of those that were chosen to fit the model
+
 
 @dataclass
 class TrainConfig(TaskConfig):
@@ -97,17 +102,31 @@ class TrainConfig(TaskConfig):
         group=RUN,
     )
     seed: int = flag(0, "seed of the problems' order and of every sample", group=RUN)
-    max_new_tokens: int = flag(16, "token limit of an attempt")
+    preset: str | None = flag(
+        None,
+        "paper: the paper's values in place of defaults, those of another model among them; what "
+        "it leaves open (samples a problem, how long each stage is) is ours",
+        choices=("paper",),
+    )
+    max_new_tokens: int = flag(16, "token limit of an attempt", other=tasks_own("max_new_tokens"))
     temperature: float = flag(1.0, "sampling temperature while training")
     kl: str = flag("exact", KL_HELP, choices=KL_KINDS)
-    lr: float = flag(1.5e-4, "peak learning rate of AdamW")
+    lr: float = flag(1.5e-4, LR_HELP, other=papers(5e-6, code=1e-5))
+    lora_rank: int | None = flag(
+        None, "train adapters of this rank (LoRA) in place of the weights", group=ALGORITHM
+    )
     warmup: int = flag(10, "steps of linear warm-up", least=0)
     schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine"))
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", above=0)
     epochs: int = flag(1, "updates a batch; above 1 the ratio pi / pi_old is clipped")
     clip: float = flag(0.2, "how far the ratio may move from 1 when epochs > 1", above=0, most=1)
-    token_budget: int = flag(16384, "tokens of a micro-batch", group=MACHINE, free=True)
-    checkpointing: bool = flag(
+    token_budget: int | None = flag(
+        16384,
+        "tokens of a micro-batch",
+        group=MACHINE,
+        free=True,
+    )
+    checkpointing: bool | None = flag(
         False,
         "compute the activations again in the backward pass: less memory, more time",
         group=MACHINE,

@@ -81,9 +81,13 @@ def read_model(name: str):
     return models[0] if models else _without_values(*build), tokenizer
 
 
+def path_of(name: str) -> Path:
+    """Of a model: the embedded one, say, is found wherever a script is started from."""
+    return Path(name) if Path(name).exists() or not (ROOT / name).exists() else ROOT / name
+
+
 def _read_files(name: str):
-    # the embedded model, say, is found wherever a script is started from
-    path = Path(name) if Path(name).exists() or not (ROOT / name).exists() else ROOT / name
+    path = path_of(name)
     looks_local = path.exists() or name.startswith((".", "/", "models/", "runs/"))
     if looks_local and not (path / "config.json").is_file():
         raise ValueError(

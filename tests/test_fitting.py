@@ -1,18 +1,21 @@
 """Defaults that fit the model: whose they are, what comes over them, and that a run says so."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import baselines
 import evaluate
 import helpers
 import rrr
 import score
+from training import fitting, setup
 from training.command import parse_args
-from training.fitting import speaks_as_embedded
+from training.fitting import fit_update, memory_of, speaks_as_embedded
 
 SCRIPTS = {"score": score, "rrr": rrr, "baselines": baselines, "evaluate": evaluate}
 
@@ -122,6 +125,55 @@ def test_whose_defaults_they_are_is_known_without_loading_a_model(other):
     assert done.stdout.split() == ["5e-06", "False"]
 
 
+GB = 1e9
+SMOL, QWEN7 = (576, 30), (3584, 28)  # width, layers
+
+
+@pytest.mark.parametrize("size, itemsize, memory, given, expected", [
+    (SMOL, 4, 39 * GB, {}, (16384, False)),  # 4 * 34 * 576 * 30 * 16384 = 38.5 GB
+    (SMOL, 4, 38 * GB, {}, (16384, True)),  # 4 * 64 * 576 * 16384 = 2.4 GB
+    (SMOL, 2, 20 * GB, {}, (16384, False)),  # half of it
+    (SMOL, 4, 1 * GB, {}, (6144, True)),  # 6,781
+    (QWEN7, 2, 6 * GB, {}, (13312, True)),  # 13,500
+    (QWEN7, 2, 0.1 * GB, {}, (1024, True)),  # the least
+    (SMOL, 4, 1 * GB, {"token_budget": 16000}, (16000, True)),
+    (SMOL, 4, 1 * GB, {"token_budget": 400}, (400, False)),
+    (SMOL, 4, 30 * GB, {"checkpointing": False}, (12288, False)),  # 12,765
+    (SMOL, 4, 99 * GB, {"checkpointing": True}, (16384, True)),
+])  # fmt: skip
+def test_an_updates_activations_fit_the_memory_and_what_is_given_stays(
+    size, itemsize, memory, given, expected
+):
+    assert fit_update(*size, itemsize, memory, **given) == expected
+
+
+def test_a_node_shares_its_memory_among_its_ranks(monkeypatch):
+    alone = memory_of(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert 1e8 < memory_of(torch.device("cpu")) < alone / 2
+
+
+def test_a_run_goes_on_with_the_budget_that_its_machine_was_found_to_have(
+    other, tmp_path, monkeypatch
+):
+    few = "--problems 2 --group_size 2 --stage1_steps 0 --stage2_steps 2".split()
+    monkeypatch.setattr(fitting, "memory_of", lambda device: 4 * 20e6)
+    assert helpers.train_here(score, other, tmp_path / "run", *few)
+    flags = json.loads((tmp_path / "run" / "config.json").read_text())
+    # 20 MB are 16384 * 4 * 34 * 96 * 3 bytes no more, but 1408 tokens with checkpointing
+    assert (flags["token_budget"], flags["checkpointing"]) == (1024, True)
+    monkeypatch.setattr(fitting, "memory_of", lambda device: 1e15)
+    again = ["--output_dir", str(tmp_path / "run"), "--resume", "--stage2_steps", "3"]
+    config = parse_args(score.Config, again)
+    assert (config.token_budget, config.checkpointing, config.chosen) == (1024, True, {})
+    given = "--model", other, "--token_budget", "500", "--output_dir", str(tmp_path / "new")
+    config = parse_args(score.Config, [*given])
+    setup.prepare(config, {"train": 1})
+    assert (config.token_budget, config.checkpointing) == (500, False)
+    assert config.chosen["checkpointing"] == "fits 1/4 of 1000000 GB"
+    assert "token_budget" not in config.chosen
+
+
 def test_a_run_says_what_was_chosen_and_whose_it_is(other, tmp_path, capsys):
     few = "--problems 2 --group_size 2 --stage1_steps 0 --stage2_steps 1 --beta1 0.5".split()
     helpers.train_here(score, other, tmp_path / "run", *few)
@@ -130,6 +182,7 @@ def test_a_run_says_what_was_chosen_and_whose_it_is(other, tmp_path, capsys):
     assert said.index(line) == 2
     assert "--lr 5e-06 --beta2 0.1 (the paper's)" in line and "beta1" not in line
     assert "max_new_tokens" not in line  # which was given
+    assert re.search(r"--token_budget 16384 --checkpointing False \(fits 1/4 of \d+ GB\)$", line)
     evaluate.main(parse_args(evaluate.Config, ["--model", other, "--limit", "2"]))
     said = capsys.readouterr().out.splitlines()[0]
     assert said.endswith(

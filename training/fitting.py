@@ -1,24 +1,32 @@
 """Defaults that fit the model: those of the flags suit the embedded one, any other gets these.
 
 A flag says with `flag(..., other=...)` what they get, and with `flag(..., paper=...)` what --preset
-paper makes of it beside that: `papers` or `tasks_own`.
+paper makes of it beside that: `papers`, `tasks_own` or `machines`.
 """
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from tasks import TASKS
 from tasks.base import Task
+from training.distributed import exchange
 from training.models import ROOT, path_of
 
 CODE = ("mbpp", "mbpp_r", "humaneval")  # tasks for which a paper has other numbers
-PAPERS, TASKS_OWN = "the paper's", "the task's"
+PAPERS, TASKS_OWN, MACHINES = "the paper's", "the task's", "the machine's"
 ADAPTERS = 10  # times the learning rate of whole weights,
 FEW_ROWS, FEW_ROWS_LR = 128, 5e-5  # but no more than this in smaller steps: their gradient is noise
+
+TOKENS, LEAST_TOKENS = 2**14, 2**10  # of a micro-batch: as many if they fit, and at least so many
+SHARE = 4  # a quarter of the memory, which holds weights, moments and logits too
 
 
 class Other(NamedTuple):
@@ -38,6 +46,11 @@ def papers(value, code=None) -> Other:
 
 def tasks_own(name: str) -> Other:
     return Other(lambda task: getattr(TASKS.get(task, Task), name), TASKS_OWN, TASKS_OWN)
+
+
+def machines(said: str) -> Other:
+    """None until the model is loaded: see `fit_to_machine`."""
+    return Other(lambda task: None, said, MACHINES)
 
 
 def fitted(config_class, asked: dict):
@@ -88,3 +101,45 @@ def vocabulary(path: Path):
         return json.loads((path / "tokenizer.json").read_text())["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def fit_to_machine(config, model) -> None:
+    """Sets --token_budget and --checkpointing where they are None: the same on all ranks."""
+    asked = {name: getattr(config, name, 0) for name in ("token_budget", "checkpointing")}
+    if None not in asked.values():
+        return
+    memory = min(exchange(memory_of(model.device)))
+    build = model.config.get_text_config()
+    size = build.hidden_size, build.num_hidden_layers, model.dtype.itemsize
+    config.token_budget, config.checkpointing = fit_update(*size, memory / SHARE, **asked)
+    fits = f"fits 1/{SHARE} of {memory / 1e9:.0f} GB"
+    config.chosen = config.chosen | {name: fits for name, value in asked.items() if value is None}
+
+
+def fit_update(
+    width: int, layers: int, itemsize: int, memory: float, token_budget=None, checkpointing=None
+) -> tuple[int, bool]:
+    """(token_budget, checkpointing) of an update whose activations fit into `memory` bytes.
+
+    What is given stays. By the arithmetic at the head of training/models.py: what a block keeps of
+    a token is 34 times its width, with checkpointing that of one block and each block's input.
+    """
+    kept = {True: (34 + layers) * width * itemsize, False: 34 * layers * width * itemsize}
+    if checkpointing is None:
+        checkpointing = kept[False] * (token_budget or TOKENS) > memory
+    fits = int(memory / kept[checkpointing]) // LEAST_TOKENS * LEAST_TOKENS
+    return token_budget or min(TOKENS, max(LEAST_TOKENS, fits)), checkpointing
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes: all of a GPU's; of the CPU's what is available, to each rank of this node its share.
+
+    A limit that a container has for them counts.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [available] = [int(line.split()[1]) * 2**10 for line in lines if "MemAvailable" in line]
+    with suppress(OSError, ValueError):  # no such file, or "max" in it
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -13,7 +13,7 @@ from training.command import (
     parse_args,
     run_script,
 )
-from training.fitting import papers, tasks_own
+from training.fitting import TOKENS, machines, papers, tasks_own
 
 __all__ = ["RUN", "exit_on_bad_input", "flag", "parse_args", "run_script"]
 
@@ -121,16 +121,18 @@ class TrainConfig(TaskConfig):
     epochs: int = flag(1, "updates a batch; above 1 the ratio pi / pi_old is clipped")
     clip: float = flag(0.2, "how far the ratio may move from 1 when epochs > 1", above=0, most=1)
     token_budget: int | None = flag(
-        16384,
+        TOKENS,
         "tokens of a micro-batch",
         group=MACHINE,
         free=True,
+        other=machines("as many, or what fits a quarter of the memory"),
     )
     checkpointing: bool | None = flag(
         False,
         "compute the activations again in the backward pass: less memory, more time",
         group=MACHINE,
         free=True,
+        other=machines("where they don't fit a quarter of the memory otherwise"),
     )
     hsdp: int = flag(
         1,

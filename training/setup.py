@@ -9,6 +9,7 @@ from tasks.loading import load_task
 from tasks.sources import naming
 from training.batches import pick_things
 from training.distributed import rank
+from training.fitting import fit_to_machine
 from training.models import compute_dtype, load_model
 from training.progress import said_if_slow
 
@@ -25,6 +26,7 @@ def prepare(
     with said_if_slow(f"loading {config.model} ..."):
         model, tokenizer = load_model(config.model, dtype=compute_dtype(config))
         sampler, env = Sampler(model, tokenizer), Env(task, tokenizer, day)
+    fit_to_machine(config, model)
     require_end(env, sampler)
     chosen = {}
     for name, count in counts.items():

@@ -196,7 +196,7 @@ def check(config) -> None:
 
 
 def main(config: Config) -> None:
-    distributed.start()
+    distributed.start(config)
     with exit_on_bad_input():
         check(config)
         counts = {"train": None, "validation": config.final_problems}

@@ -310,7 +310,7 @@ def report(config: Config, figures: dict, talks: list[dict]) -> None:
 
 
 def main(config: Config) -> None:
-    distributed.start()
+    distributed.start(config)
     path = partial.path_of(config.output) if config.output else None
     with partial.interrupted(path, "the same call goes on from there"):
         figures, talks = evaluate_by(config, path)

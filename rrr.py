@@ -288,7 +288,7 @@ def check(config) -> None:
 
 
 def main(config: Config) -> None:
-    distributed.start()
+    distributed.start(config)
     with exit_on_bad_input():
         check(config)
         limits = {"train": config.queries, "validation": config.final_problems}

@@ -302,7 +302,7 @@ def probed_figures(task, config) -> list[str]:
 
 
 def main(config: Config) -> None:
-    distributed.start()
+    distributed.start(config)
     with exit_on_bad_input():
         check(config)
         counts = {"train": None, "validation": config.final_problems}

@@ -41,7 +41,7 @@ def machine(model) -> str:
     name = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    ranks = f", {world()} ranks" if distributed.together() else ""
+    ranks = f", {world()} ranks" if distributed.launched() else ""
     return f"{str(model.dtype).removeprefix('torch.')} on {device.type} ({name}{ranks})"
 
 

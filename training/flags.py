@@ -80,8 +80,7 @@ class TaskConfig:
     )
     dtype: str | None = flag(
         None,
-        "with torchrun: what the models compute in; weights and optimiser are float32. "
-        "Default: bfloat16 on GPUs",
+        "what the models compute in; weights and optimiser are float32. Default: bfloat16 on GPUs",
         choices=("float32", "bfloat16"),
         group=MACHINE,
         free=True,
@@ -143,7 +142,7 @@ class TrainConfig(TaskConfig):
     )
     cpu_offload: bool = flag(
         False,
-        "with torchrun: weights and optimiser stay in the CPU's memory",
+        "weights and optimiser stay in the CPU's memory",
         group=MACHINE,
         free=True,
     )

@@ -31,6 +31,7 @@ from training.announce import announce, announce_time
 from training.batches import pick, pick_things, share_of
 from training.checkpoint import write_text
 from training.distributed import exchange, on_first
+from training.fitting import papers
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
@@ -55,8 +56,10 @@ class Config(TrainConfig):
     rounds: int | None = flag(
         None, "rounds of sampling and training; default: 3 for star, 1 for pair_sft"
     )
-    steps: int = flag(320, "training steps, of all rounds together")
-    problems: int = flag(16, "P, problems that are sampled for every training step")
+    steps: int = flag(320, "training steps, of all rounds together", paper=papers(3000, code=1500))
+    problems: int = flag(
+        16, "P, problems that are sampled for every training step", paper=papers(32, code=8)
+    )
     group_size: int = flag(4, "G, first attempts a problem")
     second_attempts: int = flag(
         4, "K, second attempts of each first one; a step trains on P * G * K rows"
@@ -197,7 +200,7 @@ def check(config) -> None:
 
 
 def main(config: Config) -> None:
-    distributed.start()
+    distributed.start(config)
     with exit_on_bad_input():
         check(config)
         counts = {"train": None, "validation": config.final_problems}

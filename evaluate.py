@@ -17,9 +17,10 @@ from report.tables import format_reflections, format_table, format_transcripts, 
 from sampling.turns import today
 from tasks.sources import SPLITS
 from training import checkpoint, distributed, partial
-from training.announce import machine, parameters
+from training.announce import chosen, machine, parameters
 from training.batches import row_seeds
 from training.distributed import exchange, on_first, share, world
+from training.fitting import tasks_own
 from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
 from training.parts import cache_tokens, longest
@@ -44,8 +45,12 @@ class Config(TaskConfig):
     method: str = flag("self_correct", HELP, choices=tuple(METHODS))
     attempts: int = flag(2, "attempts a conversation, the first included")
     reflector: str | None = flag(None, "model that writes the reflections; default: --model")
-    max_new_tokens: int = flag(16, "token limit of an attempt")
-    max_reflection_tokens: int = flag(72, "token limit of a reflection or critique")
+    max_new_tokens: int = flag(16, "token limit of an attempt", other=tasks_own("max_new_tokens"))
+    max_reflection_tokens: int = flag(
+        72,
+        "token limit of a reflection or critique",
+        other=tasks_own("max_reflection_tokens"),
+    )
     seed: int = flag(0, "seed of the sampling")
     output: str | None = flag(
         None,
@@ -268,6 +273,7 @@ def check(config: Config) -> None:
 def describe(config: Config, model, problems: list[dict], done: int) -> None:
     said = f"{config.model}: {parameters(model):,} parameters, {machine(model)}; {config.task}, "
     said += f"{len(problems):,} {config.split} problems, {config.method}"
+    said += f"; {chosen(config)}" if config.chosen else ""
     print(said + (f"; goes on after {done:,} conversations" if done else ""))
 
 
@@ -311,7 +317,7 @@ def report(config: Config, figures: dict, talks: list[dict]) -> None:
 
 
 def main(config: Config) -> None:
-    distributed.start()
+    distributed.start(config)
     path = partial.path_of(config.output) if config.output else None
     with partial.interrupted(path, "the same call goes on from there"):
         figures, talks = evaluate_by(config, path)

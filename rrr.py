@@ -32,7 +32,8 @@ from training.announce import announce, announce_time
 from training.batches import pick, share_of
 from training.distributed import exchange, gather, own
 from training.failures import check_day, read_failures, write_failures
-from training.flags import KL_HELP, RUN, TrainConfig, exit_on_bad_input, flag, run_script
+from training.fitting import papers, tasks_own
+from training.flags import KL_HELP, LR_HELP, RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
 from training.parts import in_parts
@@ -44,32 +45,20 @@ from training.setup import prepare, probe, sampler_of
 PIECE = 1024  # answers sampled in one go while failures are collected
 COLUMNS = ("acc_t1", "retry_given_failure", "acc_t2", "well_formed_retry")
 WATCHED = ("acc_t1", "acc_t2", "retry_given_failure", "reflection_tokens")
-PAPER = {
-    "beta": 0.001,
-    "anchor": 0.001,
-    "kl_on": "both",
-    "lr": 5e-7,
-    "failures_per_step": 256,
-    "steps": 1750,
-    "tries": 64,
-}
 
 
 @dataclass
 class Config(TrainConfig):
     output_dir: str = flag("runs/rrr", "the run's directory: new, or to be resumed", group=RUN)
-    preset: str | None = flag(
-        None, f"paper: {PAPER} where these flags are not given", choices=("paper",)
-    )
-    steps: int = flag(250, "training steps", grows=True)
-    lr: float = flag(5e-4, "peak learning rate of AdamW")
+    steps: int = flag(250, "training steps", grows=True, paper=papers(1750))
+    lr: float = flag(5e-4, LR_HELP, other=papers(5e-7))
     schedule: str = flag("cosine", "after the warm-up", choices=("constant", "cosine"))
 
     failures: str | None = flag(
         None, "JSONL file of failures; default: collected first, into the run's directory"
     )
     collect: bool = flag(False, "only collect failures, into the --failures file")
-    tries: int = flag(8, "answers sampled of a query at most, until one fails (the paper: 64)")
+    tries: int = flag(8, "answers sampled of a query at most, until one fails", paper=papers(64))
     queries: int = flag(2048, "training problems that failures are collected from")
 
     group: str = flag(
@@ -78,10 +67,14 @@ class Config(TrainConfig):
         "those with a right first attempt end there and take no part",
         choices=("failure", "episode"),
     )
-    failures_per_step: int = flag(16, "N, failures (or queries, with --group episode) a step")
+    failures_per_step: int = flag(
+        16, "N, failures (or queries, with --group episode) a step", paper=papers(256)
+    )
     group_size: int = flag(8, "G, reflections of a failure")
     retries: int = flag(1, "R, retries after a reflection; its reward is their mean")
-    max_reflection_tokens: int = flag(72, "token limit of a reflection")
+    max_reflection_tokens: int = flag(
+        72, "token limit of a reflection", other=tasks_own("max_reflection_tokens")
+    )
 
     reward_on: str = flag(
         "reflection",
@@ -97,8 +90,10 @@ class Config(TrainConfig):
         True, "divide advantages by their group's standard deviation, as GRPO does"
     )
     kl: str = flag("token", KL_HELP, choices=KL_KINDS)
-    beta: float = flag(0.005, "KL weight of the reflection (the paper: 0.001)")
-    anchor: float = flag(4.0, "KL weight of the other tokens that --kl_on covers")
+    beta: float = flag(0.005, "KL weight of the reflection", other=papers(0.001))
+    anchor: float = flag(
+        4.0, "KL weight of the other tokens that --kl_on covers", other=papers(0.001)
+    )
     kl_on: str = flag(
         "all",
         "which tokens are held near the base model: reflection; both, with the retry; all, with "
@@ -106,6 +101,7 @@ class Config(TrainConfig):
         "holding those keeps them as good as they were, and the gain in the reflection, where it "
         "can be credited",
         choices=("reflection", "both", "all"),
+        other=papers("both"),
     )
     controls: bool = flag(
         True,
@@ -124,7 +120,6 @@ class Config(TrainConfig):
     def passes(self) -> int:
         return 22 if self.controls else 5  # see evaluate.with_controls
 
-    presets = {"paper": PAPER}
     shown = {"retry": "reward", "kl_reflection": "kl_t2"}
 
 
@@ -299,7 +294,7 @@ def check(config) -> None:
 
 
 def main(config: Config) -> None:
-    distributed.start()
+    distributed.start(config)
     with exit_on_bad_input():
         check(config)
         limits = {"train": config.queries, "validation": config.final_problems}

@@ -1,7 +1,7 @@
 """SCoRe (arXiv 2409.12917): teaches a language model to correct itself, from its own attempts.
 
     python score.py                        # the tiny model, 90 seconds on two cores
-    python score.py --model DIR --task countdown --max_new_tokens 256
+    python score.py --model DIR --task countdown
 
 Stage I trains the second attempt while a strong KL holds the first one at the base model; Stage II
 trains both, with a bonus on the second attempt for being better than the first. Each step reads
@@ -29,6 +29,7 @@ from training import distributed
 from training.announce import announce, announce_time
 from training.batches import pick
 from training.distributed import gather, own
+from training.fitting import papers
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks, train
 from training.models import make_scorer
@@ -44,12 +45,16 @@ BETA2_RANGE = 100  # how far from --beta2 it may move, as a factor either way
 @dataclass
 class Config(TrainConfig):
     output_dir: str = flag("runs/score", "the run's directory: new, or to be resumed", group=RUN)
-    stage1_steps: int = flag(60, "steps of Stage I (Eq. 3); 0 leaves it out", least=0)
-    stage2_steps: int = flag(260, "steps of Stage II (Eq. 4)", least=0, grows=True)
+    stage1_steps: int = flag(
+        60, "steps of Stage I (Eq. 3); 0 leaves it out", least=0, paper=papers(600, code=300)
+    )
+    stage2_steps: int = flag(
+        260, "steps of Stage II (Eq. 4)", least=0, grows=True, paper=papers(2400, code=1200)
+    )
     single_turn: bool = flag(
         False, "train first attempts alone, in all steps: the paper's 'w/o multi-turn training'"
     )
-    problems: int = flag(16, "P, problems a step")
+    problems: int = flag(16, "P, problems a step", paper=papers(32, code=8))
     group_size: int = flag(4, "G, first attempts a problem")
     second_attempts: int = flag(
         4, "K, second attempts of each first one; 1 compares across the problem's G instead"
@@ -61,9 +66,11 @@ class Config(TrainConfig):
         0.0, "share of the second attempt's reward credited to the first; the paper uses 0", most=1
     )
     beta1: float = flag(
-        0.05, "KL weight of every attempt, but of the first in Stage I (the paper: 0.01)"
+        0.05, "KL weight of every attempt, but of the first in Stage I", other=papers(0.01)
     )
-    beta2: float = flag(1.0, "KL weight of the first attempt in Stage I (the paper: 0.1 and 0.25)")
+    beta2: float = flag(
+        1.0, "KL weight of the first attempt in Stage I", other=papers(0.1, code=0.25)
+    )
     kl_target: float | None = flag(
         None,
         "adapt beta2 to keep the first attempt's KL in Stage I near this many nats: it rises by "
@@ -296,7 +303,7 @@ def probed_figures(task, config) -> list[str]:
 
 
 def main(config: Config) -> None:
-    distributed.start()
+    distributed.start(config)
     with exit_on_bad_input():
         check(config)
         counts = {"train": None, "validation": config.final_problems}

@@ -261,6 +261,7 @@ def main(config: Config) -> None:
         save_model(model, tokenizer, work / "pretrained")
     flags = {"model": str(work / "pretrained"), "output_dir": str(work / "rl"), "seed": config.seed}
     flags |= {"single_turn": True, "stage1_steps": 0, "stage2_steps": config.rl_steps}
+    flags |= {"dtype": "float32"}  # on a GPU too
     flags |= {"problems": 32, "group_size": 8, "beta1": 0.1, "eval_every": 0}
     score.main(score.Config(**flags))
     shutil.copytree(work / "rl" / "checkpoint", output)

@@ -43,6 +43,10 @@ class Task:
     solution:  problem -> a good response, or None if the data has none; for few-shot examples
     shots:     (user's message, good answer) of the few-shot examples before the first prompt; by
                default the first `default_shots` there are
+
+    How long a chat model may need (--max_new_tokens and --max_reflection_tokens are these, unless
+    given, for any model but the embedded one):
+    max_new_tokens, max_reflection_tokens
     """
 
     name: str
@@ -69,6 +73,9 @@ class Task:
     solution: Callable[[dict], str | None]
     default_shots: int = 0
     shots: tuple[tuple[str, str], ...] = ()
+
+    max_new_tokens: int = 512
+    max_reflection_tokens: int = 256
 
     def prompt(self, problem: dict) -> str:
         """The first user message."""

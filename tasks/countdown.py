@@ -77,4 +77,6 @@ TASK = Task(
     generate=generate_countdown,
     key=countdown_key,
     solution=lambda p: f"<answer>{p['solution']}</answer>" if "solution" in p else None,
+    max_new_tokens=256,
+    max_reflection_tokens=128,
 )

@@ -26,4 +26,5 @@ TASK = replace(
     name="gsm8k",
     parse=parse_gsm8k,
     source="hub:openai/gsm8k:main, or its files",
+    max_new_tokens=512,
 )

@@ -60,4 +60,5 @@ TASK = replace(
     published=None,
     solution=lambda p: mbpp.fenced(p["prompt"] + p["canonical_solution"]),
     default_shots=0,
+    max_new_tokens=768,
 )

@@ -36,4 +36,5 @@ TASK = Task(
     source="files of MATH's train and MATH-500's test split",
     key=lambda p: p["problem"],
     solution=lambda p: p["solution"],
+    max_new_tokens=1024,
 )

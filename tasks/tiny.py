@@ -119,4 +119,6 @@ TASK = Task(
     generate=lambda split, seed: tiny_splits()[split],
     key=countdown_key,
     solution=lambda p: None,
+    max_new_tokens=16,
+    max_reflection_tokens=72,
 )

@@ -33,6 +33,14 @@ def save_random_model(path: Path) -> str:
     return str(path)
 
 
+def save_other_model(path: Path) -> str:
+    """One with a word that the embedded model has not, in place of a number."""
+    save_random_model(path)
+    file = path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"99": ', '"ninety-nine": '))
+    return str(path)
+
+
 def save_dated_model(path: Path) -> str:
     """Another one, whose prompts begin with the parity of the day: `<user>` twice, or thrice."""
     save_random_model(path)

@@ -1,13 +1,16 @@
 """Several ranks on CPU (gloo): the same results as one process, whatever is spread how."""
 
+import copy
 import json
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
 import helpers
 import rrr
 import score
@@ -194,8 +197,69 @@ def test_bad_input_ends_all_ranks_with_one_line_a_node(flags, message, model_dir
     assert message in said[0] and said[0].count("\n") == 1 and not said[1]
 
 
-@pytest.mark.parametrize("flags", ["--dtype bfloat16", "--hsdp 2", "--cpu_offload True"])
-def test_what_only_torchrun_can_do_is_refused_without_it(flags, model_dir, tmp_path, capsys):
+def test_what_only_torchrun_can_do_is_refused_without_it(model_dir, tmp_path, capsys):
     places = "--model", model_dir, "--output_dir", tmp_path / "run"
-    said = helpers.refusal(score, capsys, *places, *flags.split())
-    assert f"{flags.split()[0]}: needs torchrun" in said and not (tmp_path / "run").exists()
+    said = helpers.refusal(score, capsys, *places, "--hsdp", "2")
+    assert "--hsdp 2: needs torchrun" in said and not (tmp_path / "run").exists()
+
+
+# One process that forms a group by itself
+
+
+def weights_of(run, step: int, like) -> dict:
+    """{name: float32 tensor} of the policy in a saved state."""
+    found = {f"scorer.model.{k}": torch.empty_like(v) for k, v in like.named_parameters()}
+    dcp.load(found, checkpoint_id=run / "states" / f"step_{step:06d}" / "tensors", no_dist=True)
+    return found
+
+
+@pytest.mark.parametrize("flags", ["--dtype bfloat16", "--cpu_offload"])
+def test_alone_a_process_computes_as_a_single_rank_of_torchrun_and_goes_on(
+    flags, model_dir, tmp_path
+):
+    flags, harm = flags.split(), partial(helpers.die_after_save, 2)
+    assert helpers.run("score", model_dir, tmp_path / "rank", *flags, world=1) == [0]
+    alone = tmp_path / "alone"
+    assert helpers.run("score", model_dir, alone, *flags, harm=harm) == [-9]
+    assert helpers.run("score", model_dir, alone, "--resume") == [0]  # with the run's own flags
+    assert helpers.metrics(alone) == helpers.metrics(tmp_path / "rank")
+    said = (tmp_path / "alone.log.0").read_text()
+    dtype = "bfloat16" if "bfloat16" in flags else "float32"
+    assert f"{dtype} on cpu (1 threads)" in said and "Traceback" not in said
+    assert "1 ranks)" in (tmp_path / "rank.log.0").read_text()
+
+
+def test_weights_stay_float32_where_they_are_computed_with_in_bfloat16(model_dir, tmp_path):
+    flags = "--dtype bfloat16 --lr 1e-7 --warmup 0 --keep 9 --save_every 1".split()
+    assert helpers.run("score", model_dir, tmp_path / "run", *flags) == [0]
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    after = weights_of(tmp_path / "run", 4, model)
+    for name, before in model.named_parameters():
+        moved = (after[f"scorer.model.{name}"] - before).abs().max()
+        assert 0 < moved < 1e-6, name  # less than bfloat16 can tell of most of them
+    row = helpers.metrics(tmp_path / "run")[0]
+    assert 1e-4 < row["ratio_error"] < 0.2  # bfloat16's, of sampler against scorer
+
+
+def test_a_group_is_formed_only_where_one_is_needed(monkeypatch):
+    needs = distributed.groups_alone
+    assert not needs(None) and not needs(score.Config()) and not needs(evaluate.Config())
+    assert needs(evaluate.Config(dtype="bfloat16")) and needs(score.Config(cpu_offload=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert needs(score.Config()) and needs(evaluate.Config()) and not needs(None)
+    assert not needs(score.Config(dtype="float32"))
+    assert needs(score.Config(dtype="float32", cpu_offload=True))
+
+
+def test_a_dtype_that_nobody_started_a_group_for_is_refused_not_ignored():
+    with pytest.raises(ValueError, match="--dtype bfloat16: distributed.start"):
+        models.compute_dtype(score.Config(dtype="bfloat16"))
+
+
+def test_copies_in_both_dtypes_have_one_fingerprint_and_another_model_another(model_dir):
+    model, _ = models.load_model(model_dir)
+    prints = [models.fingerprint(model)]
+    prints.append(models.fingerprint(copy.deepcopy(model).to(torch.bfloat16)))
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 0.01
+    assert prints[0] == prints[1] != models.fingerprint(model)

@@ -12,6 +12,7 @@ To be read in this order; each module's docstring says more.
     checkpoint.py   saved states: complete or not at all
     distributed.py  many processes: what they tell each other, weights spread over them
     flags.py        the flags that scripts share
+    fitting.py      defaults that fit another model than the embedded one
     command.py      flags read, checked, taken from a run that goes on; bad input said
     announce.py     five lines before the first step
     progress.py     bars, which are lines in a log file

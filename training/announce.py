@@ -1,4 +1,7 @@
-"""What a run says before its first step: in five lines, what it is about to do."""
+"""What a run says before its first step: in five lines, what it is about to do.
+
+A sixth says what was chosen to fit another model than the embedded one.
+"""
 
 import json
 import shutil
@@ -14,13 +17,15 @@ SHOWN = 160  # characters of a prompt's beginning, and as many of its end
 
 
 def announce(config, env, sampler, splits: dict[str, list]) -> None:
-    """The first four lines, as soon as they are known: before a probe that may take minutes."""
+    """All lines but the last, as soon as they are known: before a probe that may take minutes."""
     if rank() > 0:
         return
     model, first = sampler.model, next(iter(splits.values()))
     counts = ", ".join(f"{len(problems):,} {name}" for name, problems in splits.items())
     print(f"model   {config.model}: {parameters(model):,} parameters, {machine(model)}")
     print(f"task    {config.task}: {counts} problems; {config.steps:,} steps of {config.rows} rows")
+    if config.chosen:
+        print(f"chosen  {chosen(config)}")
     print(f"prompt  {shortened(env.tokenizer.decode(env.prompts(first[:1])[0]))}")
     weights = parameters(model) * model.saved_dtype.itemsize
     print(f"run     {config.output_dir}, {disk(config, parameters(model), weights)}")
@@ -36,8 +41,16 @@ def machine(model) -> str:
     name = f"{torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    ranks = f", {world()} ranks" if distributed.together() else ""
+    ranks = f", {world()} ranks" if distributed.launched() else ""
     return f"{str(model.dtype).removeprefix('torch.')} on {device.type} ({name}{ranks})"
+
+
+def chosen(config) -> str:
+    """The flags that fit the model (training/fitting.py): as they could be given, and whose."""
+    whose = {}
+    for name, owner in config.chosen.items():
+        whose.setdefault(owner, []).append(f"--{name} {getattr(config, name)}")
+    return "; ".join(f"{' '.join(flags)} ({owner})" for owner, flags in whose.items())
 
 
 def shortened(text: str) -> str:
@@ -72,7 +85,7 @@ def size(count: float) -> str:
 
 
 def announce_time(config, pace: float | None, validation: int) -> None:
-    """The fifth line. pace: seconds a conversation of the probe, None without one.
+    """The last line. pace: seconds a conversation of the probe, None without one.
 
     A guess: what a row of a step takes, update and all, was 0.7 of the probe's conversation with
     models/tiny on a CPU, where many rows at once are cheap, and 3 with SmolLM2-135M, where updates

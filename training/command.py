@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 from training.distributed import HEARD, Stopped
+from training.fitting import fitted
 
 BEGAN = time.monotonic()  # of this process, for --max_minutes
 DATA, ALGORITHM, RUN, MACHINE = "model and data", "algorithm", "run", "machine"
@@ -29,8 +30,9 @@ def flag(default, text: str, group: str = ALGORITHM, **more):
     """A dataclass field that is a command-line flag with a help line.
 
     more: `choices`; the range of a number, `least`, `above` or `most` (by default whole numbers
-    are at least 1, or 0 if that is the default, and others at least 0); how it may differ when a
-    run goes on: `free`, in any way, or `grows`.
+    are at least 1, or 0 if that is the default, and others at least 0); `other`, what other models
+    than the embedded one get, and `paper`, what --preset paper sets (training/fitting.py); how it
+    may differ when a run goes on: `free`, in any way, or `grows`.
     """
     return field(default=default, metadata={"help": text, "group": group, **more})
 
@@ -75,14 +77,14 @@ def _stop(number, _):
 def parse_args(config_class, args: list[str] | None = None):
     """The dataclass, filled from the command line; what makes no sense is one line, exit code 2.
 
-    A preset (the class's `presets`) takes the place of defaults, never of a flag that was given.
-    With --resume, what is not given is as the run in --output_dir has it.
+    What fits the model (training/fitting.py) takes the place of defaults, --preset that of both,
+    neither ever that of a flag that was given. With --resume, what is not given is as the run in
+    --output_dir has it.
     """
     with exit_on_bad_input():
         given = _given(config_class, sys.argv[1:] if args is None else args)
-        preset = getattr(config_class, "presets", {}).get(given.get("preset"), {})
         of_run = flags_of_run(config_class, given) if given.get("resume") else {}
-        config = config_class(**(preset | of_run | given))
+        config = fitted(config_class, of_run | given)
         check_numbers(config)
     return config
 
@@ -115,8 +117,11 @@ def _given(config_class, args: list[str]) -> dict:
 
 
 def _add(group, f) -> None:
-    default = "" if f.default is None else f" (default: {f.default})"
-    text = (f.metadata["help"] + default).replace("%", "%%")
+    values = [] if f.default is None else [f"default: {f.default}"]
+    for name, whose in (("other", "another model"), ("paper", "--preset paper")):
+        values += [f"{whose}: {f.metadata[name].said}"] if name in f.metadata else []
+    text = f.metadata["help"] + (f" ({'; '.join(values)})" if values else "")
+    text = text.replace("%", "%%")
     if type_of(f) is not bool:
         choices = f.metadata.get("choices")
         group.add_argument(f"--{f.name}", type=type_of(f), choices=choices, help=text)

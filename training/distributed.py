@@ -1,11 +1,13 @@
 """Many processes: which one this is, what they tell each other, weights spread over them (FSDP2).
 
-`torchrun` starts them; without it there is one, and everything here does nothing. All that ranks
-must agree on goes through `exchange`, so that control flow never depends on one rank's data: a rank
-that went its own way would leave the others waiting. It is also where a run that was told to stop
-(SIGTERM, Ctrl-C) stops, on all ranks at the same place.
+`torchrun` starts them. Without it there is one, which forms a group by itself where it is to
+compute in another dtype than its weights have (on a GPU, say); else everything here does nothing.
+All that ranks must agree on goes through `exchange`, so that control flow never depends on one
+rank's data: a rank that went its own way would leave the others waiting. It is also where a run
+that was told to stop (SIGTERM, Ctrl-C) stops, on all ranks at the same place.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -45,33 +47,60 @@ _may_stop = False  # it may end this very line
 _inside = False  # we are within `interruptible`
 
 
-def start() -> None:
-    """Joins the other processes that torchrun has started, if it has.
+def start(config=None) -> None:
+    """Joins the other processes that torchrun has started, or forms a group of one if it is needed.
 
-    Only the first one says anything on stdout; at once in a log file too, and whatever its
-    encoding lacks.
+    That is for computing in bfloat16, and for --cpu_offload; weights spread over one rank are
+    float32 then as over many. Only the first one says anything on stdout; at once in a log file
+    too, and whatever its encoding lacks.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no need of it
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if dist.is_initialized() or not (launched() or groups_alone(config)):
         return
-    backend = "gloo"
+    backend, alone = "gloo", {}
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    if not launched():  # nobody to meet: no address, no port
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        atexit.register(leave)  # however it ends: NCCL complains of groups that are left behind
+    dist.init_process_group(backend, timeout=PATIENCE, **alone)
     if rank():
         sys.stdout = open(os.devnull, "w")
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process, be it the only one."""
+    return "WORLD_SIZE" in os.environ
+
+
+def groups_alone(config) -> bool:
+    """Whether one process needs a group, by the flags of a script that has --dtype."""
+    if config is None:
+        return False
+    return getattr(config, "cpu_offload", False) or compute_dtype(config) != torch.float32
+
+
+def compute_dtype(config) -> torch.dtype:
+    """What the models compute in: what --dtype says, else bfloat16 on GPUs and float32 on a CPU."""
+    usual = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, config.dtype or usual)
 
 
 def finish() -> None:
     if dist.is_initialized():
         dist.barrier()
+        leave()
+
+
+def leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def together() -> bool:
-    """Whether torchrun has started this process, be it the only one."""
+    """Whether this process belongs to a group, be it of one: its weights are spread over ranks."""
     return dist.is_initialized()
 
 

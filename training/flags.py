@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from loss import KL_KINDS
 from training.command import (
+    ALGORITHM,
     DATA,
     MACHINE,
     RUN,
@@ -12,6 +13,7 @@ from training.command import (
     parse_args,
     run_script,
 )
+from training.fitting import TOKENS, machines, papers, tasks_own
 
 __all__ = ["RUN", "exit_on_bad_input", "flag", "parse_args", "run_script"]
 
@@ -19,6 +21,7 @@ OVERLONG_HELP = (
     "problems whose conversation might not fit the model's context: drop leaves them out and says "
     "how many, error stops"
 )
+LR_HELP = "peak learning rate of AdamW; with --lora_rank by default ten times as high"
 KL_HELP = "KL estimator; loss.kl_terms says which gradient each one has"
 
 
@@ -91,12 +94,13 @@ class TaskConfig:
     )
     dtype: str | None = flag(
         None,
-        "with torchrun: what the models compute in; weights and optimiser are float32. "
-        "Default: bfloat16 on GPUs",
+        "what the models compute in; weights and optimiser are float32. Default: bfloat16 on GPUs",
         choices=("float32", "bfloat16"),
         group=MACHINE,
         free=True,
     )
+
+    chosen = {}  # {flag: whose value it has}, of those that were chosen to fit the model
 
 
 @dataclass
@@ -111,10 +115,16 @@ class TrainConfig(TaskConfig):
         group=RUN,
     )
     seed: int = flag(0, "seed of the problems' order and of every sample", group=RUN)
-    max_new_tokens: int = flag(16, "token limit of an attempt")
+    preset: str | None = flag(
+        None,
+        "paper: the paper's values in place of defaults, those of another model among them; what "
+        "it leaves open (samples a problem, how long each stage is) is ours",
+        choices=("paper",),
+    )
+    max_new_tokens: int = flag(16, "token limit of an attempt", other=tasks_own("max_new_tokens"))
     temperature: float = flag(1.0, "sampling temperature while training")
     kl: str = flag("exact", KL_HELP, choices=KL_KINDS)
-    lr: float = flag(1.5e-4, "peak learning rate of AdamW")
+    lr: float = flag(1.5e-4, LR_HELP, other=papers(5e-6, code=1e-5))
     lora_rank: int | None = flag(
         None,
         "train adapters of this rank beside the linear layers (LoRA), and leave the weights as "
@@ -137,12 +147,19 @@ class TrainConfig(TaskConfig):
         "weigh each sampled token by min(pi / pi_sampler, this cap), as sampler and scorer round "
         "differently; 0: no weights. Default: 2 where they compute in bfloat16, else 0",
     )
-    token_budget: int = flag(16384, "tokens of a micro-batch", group=MACHINE, free=True)
-    checkpointing: bool = flag(
+    token_budget: int | None = flag(
+        TOKENS,
+        "tokens of a micro-batch",
+        group=MACHINE,
+        free=True,
+        other=machines("as many, or what fits a quarter of the memory"),
+    )
+    checkpointing: bool | None = flag(
         False,
         "compute the activations again in the backward pass: less memory, more time",
         group=MACHINE,
         free=True,
+        other=machines("where they don't fit a quarter of the memory otherwise"),
     )
     hsdp: int = flag(
         1,
@@ -153,7 +170,7 @@ class TrainConfig(TaskConfig):
     )
     cpu_offload: bool = flag(
         False,
-        "with torchrun: weights and optimiser stay in the CPU's memory",
+        "weights and optimiser stay in the CPU's memory",
         group=MACHINE,
         free=True,
     )

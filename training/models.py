@@ -1,6 +1,6 @@
 """Loading a causal language model, and making of it the policy that is trained.
 
-Bytes of memory that a rank of torchrun needs, of N parameters, V words, width H, L layers with K
+Bytes of memory that a rank needs, of N parameters, V words, width H, L layers with K
 key-value heads of size D, for S ranks that share one copy (all, or with --hsdp those of a copy),
 computing in c bytes (bfloat16: 2):
 
@@ -33,28 +33,28 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def compute_dtype(config) -> torch.dtype:
-    """What the models compute in: float32; with torchrun on GPUs bfloat16; or what --dtype says.
+    """What the models compute in: of a process that is in no group (distributed.start) float32.
 
     ValueError for flags that make no sense with this number of processes.
     """
-    usual = {"dtype": None, "hsdp": 1, "cpu_offload": False}
-    asked = [f"--{name}" for name, value in usual.items() if getattr(config, name, value) != value]
-    if asked and not distributed.together():
-        raise ValueError(
-            f"{', '.join(asked)}: needs torchrun, on one GPU too: torchrun --nproc-per-node 1 ..."
-        )
-    if distributed.world() % getattr(config, "hsdp", 1):
-        raise ValueError(f"--hsdp {config.hsdp} does not divide the {distributed.world()} ranks")
-    halved = distributed.together() and torch.cuda.is_available()
-    return getattr(torch, config.dtype or ("bfloat16" if halved else "float32"))
+    hsdp = getattr(config, "hsdp", 1)
+    if hsdp > 1 and not distributed.launched():
+        raise ValueError(f"--hsdp {hsdp}: needs torchrun, and so many ranks or a multiple of them")
+    if distributed.world() % hsdp:
+        raise ValueError(f"--hsdp {hsdp} does not divide the {distributed.world()} ranks")
+    if distributed.together():
+        return distributed.compute_dtype(config)
+    if config.dtype not in (None, "float32"):
+        raise ValueError(f"--dtype {config.dtype}: distributed.start(config) has to come first")
+    return torch.float32
 
 
 def load_model(name: str, device=None, dtype: torch.dtype = torch.float32, base=None):
     """(model, tokenizer) of a local directory or a hub name, in eval mode (no dropout, ever).
 
     A directory of adapters gives its base model with the adapters merged in; base: where that is,
-    if not where the adapters say. With torchrun the first rank reads it, and every rank gets a
-    whole copy in `dtype`.
+    if not where the adapters say. In a group the first rank reads it, and every rank gets a whole
+    copy in `dtype`.
     """
     source, tokenizer = read_model(name, base)
     if distributed.together():
@@ -83,14 +83,14 @@ def read_model(name: str, base: str | None = None):
     return models[0] if models else _without_values(*build), tokenizer
 
 
-def directory(name: str) -> Path:
-    """Of a model; the embedded one, say, is found wherever a script is started from."""
+def path_of(name: str) -> Path:
+    """Of a model: the embedded one, say, is found wherever a script is started from."""
     return Path(name) if Path(name).exists() or not (ROOT / name).exists() else ROOT / name
 
 
 def whereabouts(name: str) -> str:
     """A model's name that holds from anywhere: in the project, on this machine, or on the hub."""
-    path = directory(name).resolve()
+    path = path_of(name).resolve()
     if not path.exists():
         return name
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
@@ -110,7 +110,7 @@ def _read_adapted(path: Path, base: str | None):
 
 
 def _read_files(name: str, base: str | None = None):
-    path = directory(name)
+    path = path_of(name)
     if lora.is_adapter(path):
         return _read_adapted(path, base)
     looks_local = path.exists() or name.startswith((".", "/", "models/", "runs/"))
@@ -194,7 +194,7 @@ def materialise(module: nn.Module, device, buffer_device=None) -> None:
 def make_scorer(model, config, reference: bool = True) -> Scorer:
     """The policy to be trained, which starts as the whole `model`, and its frozen reference.
 
-    With torchrun both are spread over the ranks, in float32, and `model` keeps being a copy of the
+    In a group both are spread over the ranks, in float32, and `model` keeps being a copy of the
     whole policy to sample from: it is given up for each update, and gathered again after it.
     With --lora_rank adapters are trained, and spread, alone: every rank needs whole weights to
     sample from, and they do for the update too.
@@ -275,9 +275,12 @@ def check_head(model, name: str) -> None:
 
 
 def fingerprint(model) -> str:
-    """Of the weights: the beginning of every parameter, byte by byte."""
+    """Of the weights: the beginning of every parameter, byte by byte.
+
+    As bfloat16, so that copies to compute in different dtypes have the same.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
-        beginning = parameter.detach().flatten()[:256].cpu().float()
+        beginning = parameter.detach().flatten()[:256].cpu().to(torch.bfloat16).float()
         digest.update(name.encode() + beginning.numpy().tobytes())
     return digest.hexdigest()

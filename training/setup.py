@@ -12,6 +12,7 @@ from tasks.sources import naming
 from training import lora
 from training.batches import pick_things
 from training.distributed import rank, together
+from training.fitting import fit_to_machine
 from training.models import compute_dtype, fingerprint, load_model
 from training.parts import check_cache
 from training.progress import said_if_slow
@@ -30,6 +31,7 @@ def prepare(
         how = {"dtype": compute_dtype(config), "base": config.base}
         model, tokenizer = load_model(config.model, **how)
         sampler, env = Sampler(model, tokenizer), Env(task, tokenizer, day)
+    fit_to_machine(config, model)
     require_end(env, sampler)
     chosen = {}
     for name, count in counts.items():

@@ -56,9 +56,9 @@ class Sampler:
     at once. It stops at the tokenizer's eos and at those of the model's generation_config, of which
     nothing else is used. The constructor runs the model on two tokens, on both paths. `fused` says
     whether decoding takes the fast path (fast/), `graphs` whether its steps are replayed as CUDA
-    graphs; both may be set to False. `adapters` (sampling/adapters.py), if set, are sampled with. `on_tokens(rows, ids)`, if set, is called after every
-    block with the rows of the call that were decoded and the list of tokens that each has got.
-    `token_bytes` are what a token takes in the cache.
+    graphs; both may be set to False. `adapters` (sampling/adapters.py), if set, are sampled with.
+    `on_tokens(rows, ids)`, if set, is called after every block with the rows of the call that were
+    decoded and the list of tokens that each has got. A token takes `token_bytes` of the cache.
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):

@@ -153,6 +153,7 @@ def _unknown(arg: str, known) -> str:
     name = arg.partition("=")[0].removeprefix("--")
     close = [other for other in known if other.startswith(name)]
     close += difflib.get_close_matches(name, known, n=1)
+    close = close if arg.startswith("-") else []
     said = f"unknown flag {arg}" if arg.startswith("-") else f"{arg!r} belongs to no flag"
     return f"{said}: did you mean --{close[0]}?" if close else f"{said}: see --help"
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from loss import KL_KINDS
 from training.command import (
-    ALGORITHM,
     DATA,
     MACHINE,
     RUN,

@@ -30,7 +30,8 @@ from shutil import which
 import torch
 from torch import Tensor
 
-from sampling.attention import KVCache, require, sampling_mode
+from loss import logits_of
+from sampling.attention import KVCache, head_is, require, sampling_mode
 from sampling.checks import check_model, check_prompts, goes_on_from, position_limit, token_limits
 from sampling.draws import child_seeds, sample, uniform
 from sampling.rollout import rollout_of
@@ -309,7 +310,8 @@ class Sampler:
             return self.fast_forward(cache, ids, positions)
         positions.masks, positions.spans = {}, cache.spans  # the layers hand them to our attention
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache}
-        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        with head_is(self.model, logits_of):  # as the scorer has it
+            return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def fast_forward(model) -> Callable | None:

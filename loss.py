@@ -32,8 +32,34 @@ class Scores(NamedTuple):
     entropy: Tensor
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+class _Float32Product(torch.autograd.Function):
+    """What torch has no gradient for: x @ head.T of 16-bit floats, added up and kept in float32."""
+
+    @staticmethod
+    def forward(ctx, x, head):
+        ctx.save_for_backward(x, head)
+        if x.is_cuda:
+            return torch.mm(x, head.T, out_dtype=torch.float32)
+        out = torch.empty(len(x), len(head), device=x.device)
+        x, some = x.float(), max(1, 2**24 // head.shape[1])
+        for i in range(0, len(head), some):  # or a float32 copy of the whole head would be made
+            torch.mm(x, head[i : i + some].float().T, out=out[:, i : i + some])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, head = ctx.saved_tensors
+        grad = grad.to(head.dtype)  # rounded as every gradient is: only logits need more, to differ
+        wanted = ctx.needs_input_grad  # a frozen head's is not
+        return grad @ head if wanted[0] else None, grad.T @ x if wanted[1] else None
+
+
+def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+    """Hidden states (n, H) and the output weights (V, H) -> logits (n, V), float32 at least.
+
+    In bfloat16 logits from 16 to 32 would be whole eighths, before any of them is compared.
+    """
+    return _Float32Product.apply(hidden, head) if head.dtype.itemsize == 2 else hidden @ head.T
 
 
 def token_scores(
@@ -56,7 +82,7 @@ def token_scores(
     chunk = chunk or max(1, 2**24 // len(head))
 
     def log_softmax(hidden, head):  # (chunk, V)
-        logits = at_least_float32(hidden @ head.T)
+        logits = logits_of(hidden, head)
         return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
     def score(hidden, tokens, ref_hidden):

@@ -31,9 +31,10 @@ from shutil import which
 import torch
 from torch import Tensor
 
+from loss import logits_of
 from sampling.adapters import adapted
-from sampling.attention import KVCache, require, room_for, sampling_mode
-from sampling.checks import check_model, check_prompts, goes_on_from, position_limit, token_limits
+from sampling.attention import KVCache, head_is, require, room_for, sampling_mode
+from sampling.checks import check_model, check_request, goes_on_from, position_limit
 from sampling.draws import child_seeds, sample, uniform
 from sampling.rollout import rollout_of
 from sampling.steps import Graphs, State, state_of, widths_of
@@ -106,7 +107,7 @@ class Sampler:
         if not prompt_ids:
             return self._no_rows(turns=1)
         count, total, device = len(prompt_ids), len(prompt_ids) * group_size, self.model.device
-        limits = self._check(prompt_ids, [0] * count, group_size, max_new_tokens, temperature)
+        limits = check_request(self, prompt_ids, [0] * count, group_size, max_new_tokens, temperature)
         seeds = torch.as_tensor(range(total) if seeds is None else seeds, device=device)
         fine = seeds.shape == (total,) and not seeds.is_floating_point()
         require(fine, f"seeds must be {total} integers: got {tuple(seeds.shape)} {seeds.dtype}")
@@ -141,7 +142,7 @@ class Sampler:
         require(inside, f"rows: the rollout has rows 0..{total - 1} only")
         index = torch.tensor(rows, dtype=torch.int64, device=self.model.device)
         old = rollout.lengths[index].tolist()
-        limits = self._check(more_prompt_ids, old, group_size, max_new_tokens, temperature)
+        limits = check_request(self, more_prompt_ids, old, group_size, max_new_tokens, temperature)
         if not ours:
             rollout.cache = None if free else rollout.cache
             return self._encode_anew(rollout, index, more_prompt_ids, seeds, limits, temperature)
@@ -178,17 +179,6 @@ class Sampler:
         rollout = rollout_of([], turns, self)
         rollout.cache = KVCache(0, 0, self.model.device, self._policy())
         return rollout
-
-    def _check(self, prompts, old, group_size, max_new_tokens, temperature):
-        """ValueError for input that makes no sense; else max_new_tokens of each row, a list."""
-        limits = token_limits(max_new_tokens, len(prompts) * group_size)
-        numbers = f"{len(prompts)} prompts, {group_size=}, {max_new_tokens=}"
-        require(min(len(prompts), group_size, *limits) >= 1, f"{numbers}: none may be below 1")
-        must = "it must be positive, or 0 for greedy"
-        require(temperature >= 0, f"temperature is {temperature}: {must}")
-        groups = [limits[i * group_size : (i + 1) * group_size] for i in range(len(prompts))]
-        check_prompts(prompts, old, map(max, groups), len(self.is_stop), self.limit)
-        return limits
 
     @contextmanager
     def _sampling(self):
@@ -327,7 +317,8 @@ class Sampler:
             return self.fast_forward(cache, ids, positions)
         positions.masks, positions.spans = {}, cache.spans  # the layers hand them to our attention
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache}
-        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        with head_is(self.model, logits_of):  # as the scorer has it
+            return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def fast_forward(model, adapters) -> Callable | None:

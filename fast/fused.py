@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fast.cpu_kernels import compiled, linear, one_query
+from loss import logits_of
 from sampling.adapters import ALPHA
 from sampling.attention import KVCache, attend, ragged_mask
 
@@ -78,7 +79,7 @@ def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
         for positions in (ids, ids[:, -1:].clone()):
             cache.aim(0, positions, [ids.shape[1]])
             errors.append((forward(cache, positions, positions) - logits).abs().max())
-        bound = (1e-4 if logits.dtype.itemsize > 2 else 0.05) * logits.abs().max()
+        bound = (1e-4 if model.dtype.itemsize > 2 else 0.05) * logits.abs().max()
         return bool(torch.stack(errors).max() < bound)  # False for a NaN too
 
     if agrees(fuse(model)):
@@ -112,6 +113,16 @@ def _linear(library, *layers: nn.Linear) -> Callable:
     joined = linear(library, torch.cat([layer.weight for layer in layers]), bias)
     sizes = [layer.out_features for layer in layers]
     return lambda x: joined(x).split(sizes, -1)
+
+
+def _head(library, layer: nn.Linear) -> Callable:
+    """x (n, H) -> logits (n, V), float32."""
+    if library is not None:
+        joined = _linear(library, layer)
+        return lambda x: joined(x)[0]
+    if layer.bias is None:
+        return lambda x: logits_of(x, layer.weight)
+    return lambda x: logits_of(x, layer.weight) + layer.bias
 
 
 def _norm(module) -> Callable:
@@ -168,7 +179,7 @@ def fuse(model, adapters=None, c: bool = True) -> Callable:
     library = compiled(group, size) if c and takes_c(model) else None
     own = {} if adapters is None else adapters.by_layer(model)
     layers = [_layer(library, own, block) for block in decoder.layers]
-    head, norm = _linear(library, model.lm_head), _norm(decoder.norm)
+    head, norm = _head(library, model.lm_head), _norm(decoder.norm)
 
     def forward(cache, ids: Tensor, positions: Tensor) -> Tensor:
         n, Q = ids.shape
@@ -186,6 +197,6 @@ def fuse(model, adapters=None, c: bool = True) -> Callable:
             x = x + layer.out(attention(i, layer.q_norm(q), layer.k_norm(k), v))[0]
             gate, up = layer.gate_up(layer.norm2(x))
             x = x + layer.down(F.silu(gate) * up)[0]
-        return head(norm(x[:, -1]))[0]
+        return head(norm(x[:, -1]))
 
     return forward

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Our attention functions by name. transformers gets to know them when one is first switched on: to
 # import it takes seconds, which --help and a misspelt flag should not.
@@ -53,6 +53,25 @@ def attention_is(model, name: str):
     finally:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
+
+
+@contextmanager
+def head_is(model, product):
+    """A linear head of 16-bit floats computes product(hidden (n, H), weights (V, H)) instead."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.dtype.itemsize > 2 or "forward" in vars(head):
+        yield
+        return
+
+    def forward(hidden):
+        logits = product(hidden.flatten(0, -2), head.weight).view(*hidden.shape[:-1], -1)
+        return logits if head.bias is None else logits + head.bias
+
+    try:
+        head.forward = forward
+        yield
+    finally:
+        del head.forward
 
 
 @contextmanager

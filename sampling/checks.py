@@ -41,6 +41,18 @@ def token_limits(max_new_tokens, total: int) -> list[int]:
     return limits
 
 
+def check_request(sampler, prompts, old, group_size, max_new_tokens, temperature) -> list[int]:
+    """ValueError for input that makes no sense; else max_new_tokens of each row."""
+    limits = token_limits(max_new_tokens, len(prompts) * group_size)
+    numbers = f"{len(prompts)} prompts, {group_size=}, {max_new_tokens=}"
+    require(min(len(prompts), group_size, *limits) >= 1, f"{numbers}: none may be below 1")
+    must = "it must be positive, or 0 for greedy"
+    require(temperature >= 0, f"temperature is {temperature}: {must}")
+    groups = [limits[i * group_size : (i + 1) * group_size] for i in range(len(prompts))]
+    check_prompts(prompts, old, map(max, groups), len(sampler.is_stop), sampler.limit)
+    return limits
+
+
 def check_prompts(prompts, old, new, vocabulary: int, positions: int) -> None:
     """ValueError for a prompt that is empty, has an unknown id or leaves no room for new tokens.
 

@@ -107,7 +107,8 @@ class Sampler:
         if not prompt_ids:
             return self._no_rows(turns=1)
         count, total, device = len(prompt_ids), len(prompt_ids) * group_size, self.model.device
-        limits = check_request(self, prompt_ids, [0] * count, group_size, max_new_tokens, temperature)
+        old, how = [0] * count, (group_size, max_new_tokens, temperature)
+        limits = check_request(self, prompt_ids, old, *how)
         seeds = torch.as_tensor(range(total) if seeds is None else seeds, device=device)
         fine = seeds.shape == (total,) and not seeds.is_floating_point()
         require(fine, f"seeds must be {total} integers: got {tuple(seeds.shape)} {seeds.dtype}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import helpers
@@ -82,6 +83,20 @@ def test_before_any_update_policy_and_reference_are_equal_bit_for_bit(dtype):
 def helpers_model():
     torch.manual_seed(0)
     return embedded.build_model()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_head_costs_no_product_for_its_gradient(dtype):
+    M, H, V = 6, 8, 40
+    hidden = torch.randn(M, H, dtype=dtype, requires_grad=True)
+    flops = []
+    for trained in (True, False):
+        head = torch.randn(V, H, dtype=dtype, requires_grad=trained)
+        logits = loss.logits_of(hidden, head).sum()
+        with FlopCounterMode(display=False) as counter:
+            logits.backward()
+        flops.append(counter.get_total_flops())
+    assert flops == [2 * 2 * M * V * H, 2 * M * V * H]
 
 
 def test_held_adapters_are_the_reference_and_do_not_move():

@@ -19,7 +19,7 @@ import tiny as embedded
 from sampler import Sampler
 from sampling.adapters import ALPHA, adapted
 from test_policy import made_up_rollout, small_llama
-from training import checkpoint, lora, models, policy
+from training import announce, checkpoint, distributed, lora, models, policy
 from training.flags import parse_args
 from training.scorer import Scorer
 
@@ -227,6 +227,20 @@ def test_a_model_whose_blocks_have_other_weights_than_linear_layers_is_refused(t
         lora.make(model, RANK, 0)
 
 
+@pytest.mark.parametrize("flags, said", [
+    ("--lora_merged", "--lora_merged: there are no adapters to be merged: give --lora_rank"),
+    ("--lora_rank 2 --cpu_offload", "--cpu_offload: leave it out"),
+    ("--lora_rank 0", "--lora_rank 0: must be at least 1"),
+])  # fmt: skip
+def test_flags_of_adapters_that_make_no_sense_are_refused(
+    flags, said, base_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(distributed, "start", lambda config: None)
+    places = "--model", base_dir, "--output_dir", tmp_path / "run"
+    assert said in helpers.refusal(score, capsys, *places, *flags.split())
+    assert not (tmp_path / "run").exists()
+
+
 # Whole runs
 
 
@@ -245,6 +259,8 @@ def test_adapters_alone_are_trained_and_saved_and_a_state_is_small(whole_run, ba
     assert names == {lora.CONFIG, lora.WEIGHTS}
     model, _ = models.load_model(base_dir)
     trained = lora.count(model, RANK)
+    config = score.Config(lora_rank=RANK)
+    assert announce.trained(config, model) == (trained, 4 * trained)
     assert trained == sum(w.numel() for w in lora.make(model, RANK, 0).parameters())
     (state,) = (s for s in checkpoint.states(out) if s.name == "step_000002")
     kept = 12 * trained + 2048 * 4 * len([*lora.make(model, RANK, 0).parameters()])

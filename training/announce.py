@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from training import distributed
+from training import distributed, lora
 from training.distributed import rank, world
 from training.progress import about
 
@@ -18,17 +18,27 @@ SHOWN = 160  # characters of a prompt's beginning, and as many of its end
 
 def announce(config, env, sampler, splits: dict[str, list]) -> None:
     """All lines but the last, as soon as they are known: before a probe that may take minutes."""
+    count, exported = trained(config, sampler.model)
     if rank() > 0:
         return
     model, first = sampler.model, next(iter(splits.values()))
     counts = ", ".join(f"{len(problems):,} {name}" for name, problems in splits.items())
-    print(f"model   {config.model}: {parameters(model):,} parameters, {machine(model)}")
+    beside = f", and {count:,} of adapters (rank {config.lora_rank})" if config.lora_rank else ""
+    print(f"model   {config.model}: {parameters(model):,} parameters{beside}, {machine(model)}")
     print(f"task    {config.task}: {counts} problems; {config.steps:,} steps of {config.rows} rows")
     if config.chosen:
         print(f"chosen  {chosen(config)}")
     print(f"prompt  {shortened(env.tokenizer.decode(env.prompts(first[:1])[0]))}")
+    print(f"run     {config.output_dir}, {disk(config, count, exported)}")
+
+
+def trained(config, model) -> tuple[int, int]:
+    """(how many parameters are trained, bytes of the best model in a saved state)"""
     weights = parameters(model) * model.saved_dtype.itemsize
-    print(f"run     {config.output_dir}, {disk(config, parameters(model), weights)}")
+    if not config.lora_rank:
+        return parameters(model), weights
+    count = lora.count(model, config.lora_rank)
+    return count, weights if config.lora_merged else 4 * count
 
 
 def parameters(model) -> int:
@@ -63,8 +73,8 @@ def shortened(text: str) -> str:
 def disk(config, count: int, exported: int) -> str:
     """What a run takes on disk, at most, and what is free.
 
-    count: parameters; exported: bytes of a model as it is published. A state has weights and two
-    moments in float32, the reference if it is not --model, and the best model as of then; the next
+    count, exported: of `trained`. A state has what is trained and two moments of it in float32, the
+    reference if it is not --model, and the best model as of then; the next
     one is written before the oldest goes.
     """
     own_reference = getattr(config, "reference", "base") == "stage1"

@@ -35,13 +35,20 @@ WEIGHTS = ("*.safetensors", "*.bin")
 def compute_dtype(config) -> torch.dtype:
     """What the models compute in: of a process that is in no group (distributed.start) float32.
 
-    ValueError for flags that make no sense with this number of processes.
+    ValueError for flags that make no sense together, or with this number of processes.
     """
-    hsdp = getattr(config, "hsdp", 1)
+    flags = {"hsdp": 1, "lora_rank": None, "lora_merged": False, "cpu_offload": False}
+    hsdp, rank, merged, offload = (getattr(config, name, usual) for name, usual in flags.items())
     if hsdp > 1 and not distributed.launched():
         raise ValueError(f"--hsdp {hsdp}: needs torchrun, and so many ranks or a multiple of them")
     if distributed.world() % hsdp:
         raise ValueError(f"--hsdp {hsdp} does not divide the {distributed.world()} ranks")
+    if rank and offload:
+        raise ValueError(
+            "--cpu_offload: leave it out, with --lora_rank weights stay where they are"
+        )
+    if merged and not rank:
+        raise ValueError("--lora_merged: there are no adapters to be merged: give --lora_rank")
     if distributed.together():
         return distributed.compute_dtype(config)
     if config.dtype not in (None, "float32"):

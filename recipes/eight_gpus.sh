@@ -13,5 +13,4 @@ OUT=${OUT:-$root/runs/eight_gpus}
 NPROC=${NPROC:-8}
 
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$root/score.py" \
-  --model "$MODEL" --task "$TASK" --output_dir "$OUT" \
-  --max_new_tokens 256 --lr 5e-6 --checkpointing True --resume "$@"
+  --model "$MODEL" --task "$TASK" --output_dir "$OUT" --resume "$@"

@@ -25,5 +25,4 @@ fi
 
 "${on_each[@]}" "$PYTHON" -m torch.distributed.run --nnodes 2 --nproc-per-node "$NPROC" \
   --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-1}" --rdzv-endpoint "$HOST:$PORT" \
-  "$root/score.py" --model "$MODEL" --task "$TASK" --output_dir "$OUT" --hsdp 2 \
-  --max_new_tokens 256 --lr 5e-6 --checkpointing True --resume "$@"
+  "$root/score.py" --model "$MODEL" --task "$TASK" --output_dir "$OUT" --hsdp 2 --resume "$@"

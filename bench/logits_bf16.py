@@ -47,7 +47,7 @@ def gap(name: str, logprobs, others, kl=None) -> dict:
     difference = logprobs - others
     outside = (difference.exp() < RATIOS[0]) | (difference.exp() > RATIOS[1])
     sizes = {"mean": difference.abs().mean(), "largest": difference.abs().max()}
-    sizes |= {"ratio_outside": outside.double().mean(), "KL": 0 if kl is None else kl.mean()}
+    sizes |= {"ratio_outside": outside.double().mean()} | ({} if kl is None else {"KL": kl.mean()})
     return {"log-probs of": name} | {k: float(f"{float(v):.2g}") for k, v in sizes.items()}
 
 
@@ -68,7 +68,7 @@ def main(config: Config) -> None:
             rows.append(gap(f"{way} scorer, the model in float32", logprobs, ref, kl))
         ways = [scored[way] for way in WAYS]
         rows.append(gap("rounded scorer, float32 scorer", ways[1][0], ways[0][0]))
-    print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    print_table(tuple(rows[1]), [tuple(row.get(key, "") for key in rows[1]) for row in rows])
     moved = float((ways[1][3] - ways[0][3]).abs().mean())
     about = {"tokens": len(ref), "entropy": float(entropy.mean()), "entropy_moved_by": moved}
     finish(config, **about, errors=rows)

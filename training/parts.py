@@ -18,10 +18,10 @@ from training.batches import Share
 
 
 def cache_tokens(config, sampler) -> int:
-    """How many tokens the caches of a rank's rollout may hold together.
+    """How many tokens the cache of a rank's rollout may hold: --cache_tokens, or its default.
 
-    By default what a quarter of the device's memory does: weights, and at the update gradients and
-    activations, need the rest.
+    That is what a quarter of the device's memory holds: weights, and at the update gradients and
+    activations, need the rest. While a cache is copied there is a layer's keys or values more.
     """
     return config.cache_tokens or memory_of(sampler.model.device) // 4 // sampler.token_bytes
 
@@ -37,7 +37,10 @@ def memory_of(device) -> int:
 
 
 def longest(env, things: list[dict], config) -> int:
-    """Tokens of the longest conversation about some problems, or failures, at all its limits."""
+    """Tokens of the longest conversation about some problems, or failures, at all its limits.
+
+    Rounded up to slots of the cache.
+    """
     begun = [0]
     for thing in things:
         if "answer_ids" in thing:
@@ -45,7 +48,7 @@ def longest(env, things: list[dict], config) -> int:
             begun.append(len(thing["prompt_ids"]) + first)
         else:
             begun.append(len(env.prompts([thing])[0]) + len(env.given_ids(thing)))
-    return max(begun) + env.tokens_after(config)
+    return -(-(max(begun) + env.tokens_after(config)) // 8) * 8
 
 
 def check_cache(env, sampler, things: list[dict], config, each: int) -> None:

@@ -20,6 +20,7 @@ from sampler import Sampler
 from sampling.adapters import ALPHA, adapted
 from test_policy import made_up_rollout, small_llama
 from training import announce, checkpoint, distributed, lora, models, policy
+from training.fitting import speaks_as_embedded
 from training.flags import parse_args
 from training.scorer import Scorer
 
@@ -209,6 +210,21 @@ def test_adapters_of_another_kind_are_refused(saved, tmp_path, change):
     (path / lora.CONFIG).write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match="not supported, merge it with peft"):
         models.load_model(str(path))
+
+
+def test_a_config_that_is_none_is_refused_by_name(saved, tmp_path):
+    path = tmp_path / "broken"
+    shutil.copytree(saved[0], path)
+    for text in ("{", "[]", '{"peft_type": "LORA"}'):
+        (path / lora.CONFIG).write_text(text)
+        with pytest.raises(ValueError, match="adapter_config.json is not one of adapters"):
+            models.load_model(str(path))
+
+
+def test_adapters_speak_the_words_of_their_base(saved, base_dir):
+    assert speaks_as_embedded(str(saved[0])) and speaks_as_embedded(base_dir)
+    other = str(Path(base_dir).parent)  # no model at all
+    assert not speaks_as_embedded(str(saved[0]), other)
 
 
 def test_adapters_for_layers_that_the_model_lacks_are_refused(saved, base_dir, tmp_path):

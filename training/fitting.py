@@ -17,6 +17,7 @@ import torch
 
 from tasks import TASKS
 from tasks.base import Task
+from training import lora
 from training.distributed import exchange
 from training.models import ROOT, path_of
 
@@ -60,7 +61,7 @@ def fitted(config_class, asked: dict):
     """
     config = config_class(**asked)
     others = {f.name: f.metadata["other"] for f in fields(config) if "other" in f.metadata}
-    embedded = not others or speaks_as_embedded(config.model)
+    embedded = not others or speaks_as_embedded(config.model, config.base)
     fits = {} if embedded else {name: other.of(config.task) for name, other in others.items()}
     preset = papers_preset(config) if getattr(config, "preset", None) else {}
     config = config_class(**(fits | preset | asked))
@@ -86,13 +87,17 @@ def lr_of_adapters(config, embedded: bool) -> float:
 
 
 @cache
-def speaks_as_embedded(model: str) -> bool:
+def speaks_as_embedded(model: str, base: str | None = None) -> bool:
     """Whether a model's words are those of models/tiny: that one, or what was made as it was.
 
-    Read from tokenizer.json, since transformers takes seconds to import.
+    Read from tokenizer.json, since transformers takes seconds to import. base: of adapters, which
+    have their base model's words.
     """
     ours = vocabulary(ROOT / "models" / "tiny")
-    return ours is not None and vocabulary(path_of(model)) == ours
+    path = path_of(model)
+    if lora.is_adapter(path):
+        return speaks_as_embedded(base or lora.base_of(path))
+    return ours is not None and vocabulary(path) == ours
 
 
 def vocabulary(path: Path):
@@ -131,15 +136,11 @@ def fit_update(
     return token_budget or min(TOKENS, max(LEAST_TOKENS, fits)), checkpointing
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes: all of a GPU's; of the CPU's what is available, to each rank of this node its share.
-
-    A limit that a container has for them counts.
-    """
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of this rank's part of the machine, in use or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    [available] = [int(line.split()[1]) * 2**10 for line in lines if "MemAvailable" in line]
-    with suppress(OSError, ValueError):  # no such file, or "max" in it
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # a container has a limit of its own, or none: "max"
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -100,7 +100,11 @@ def base_of(path: Path) -> str:
 
 
 def _config(path: Path) -> dict:
-    config = json.loads((path / CONFIG).read_text())
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        config["base_model_name_or_path"], config["lora_alpha"] / config["r"]
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path / CONFIG} is not one of adapters: {error!r}") from None
     asked = [name for name in REFUSED if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or asked:
         what = ", ".join(asked) or "a bias, or another method than LoRA"

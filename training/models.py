@@ -44,9 +44,7 @@ def compute_dtype(config) -> torch.dtype:
     if distributed.world() % hsdp:
         raise ValueError(f"--hsdp {hsdp} does not divide the {distributed.world()} ranks")
     if rank and offload:
-        raise ValueError(
-            "--cpu_offload: leave it out, with --lora_rank weights stay whole"
-        )
+        raise ValueError("--cpu_offload: leave it out, with --lora_rank weights stay whole")
     if merged and not rank:
         raise ValueError("--lora_merged: there are no adapters to be merged: give --lora_rank")
     if distributed.together():

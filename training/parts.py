@@ -5,16 +5,13 @@ the row's place: so a step may sample some of its problems, all their turns, the
 join what they gave. Float32 on CPU gives the same ids; else they differ as rounding does.
 """
 
-import os
-from contextlib import suppress
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sampling.rollout import Rollout, join_rollouts
 from training.batches import Share
+from training.fitting import SHARE, memory_of
 
 
 def cache_tokens(config, sampler) -> int:
@@ -23,17 +20,7 @@ def cache_tokens(config, sampler) -> int:
     That is what a quarter of the device's memory holds: weights, and at the update gradients and
     activations, need the rest. While a cache is copied there is a layer's keys or values more.
     """
-    return config.cache_tokens or memory_of(sampler.model.device) // 4 // sampler.token_bytes
-
-
-def memory_of(device) -> int:
-    """Bytes of memory of a GPU, or of this rank's part of the machine, in use or not."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # a container has a limit of its own, or none: "max"
-        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return config.cache_tokens or memory_of(sampler.model.device) // SHARE // sampler.token_bytes
 
 
 def longest(env, things: list[dict], config) -> int:

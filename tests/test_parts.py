@@ -101,7 +101,10 @@ def test_a_rank_without_problems_has_one_part_without_rows(loaded):
 def test_an_episode_batch_with_a_part_without_a_failure_is_the_same(loaded, monkeypatch):
     (env, sampler, problems), config = loaded, rrr.Config(**RRR, group="episode")
     right = {str(problem) for problem in problems[1:3]}
-    verify = lambda _, texts, asked, *rest: [str(problem) in right for problem in asked]  # noqa: E731
+
+    def verify(_, texts, asked, *rest):
+        return [str(problem) in right for problem in asked]
+
     monkeypatch.setattr("tasks.env.verify_batch", verify)
     mine = batches.share_of(problems, 0, 0)
     whole = parts.in_parts(rrr.roll_out_episodes, env, sampler, mine, config)

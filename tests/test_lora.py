@@ -73,7 +73,7 @@ def test_the_gradient_is_that_of_all_weights_projected_on_the_adapters(checkpoin
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_before_any_update_policy_and_reference_are_equal_bit_for_bit(dtype):
-    model, rollout = helpers_model().to(dtype), made_up_rollout()
+    model, rollout = random_model().to(dtype), made_up_rollout()
     scorer = Scorer(model, model, lora.make(model, RANK, 0))
     scores = scorer(rollout.ids, rollout.action_mask)
     assert torch.equal(scores.logprobs, scores.ref_logprobs) and not scores.kl.any()
@@ -81,7 +81,7 @@ def test_before_any_update_policy_and_reference_are_equal_bit_for_bit(dtype):
     assert torch.equal(scores.logprobs, plain.logprobs) and plain.logprobs.any()
 
 
-def helpers_model():
+def random_model():
     torch.manual_seed(0)
     return embedded.build_model()
 
@@ -100,8 +100,15 @@ def test_a_frozen_head_costs_no_product_for_its_gradient(dtype):
     assert flops == [2 * 2 * M * V * H, 2 * M * V * H]
 
 
+def test_weights_beside_adapters_are_frozen_without_a_reference_too():
+    model = random_model()
+    scorer = Scorer(model, None, filled(model))
+    assert not any(weight.requires_grad for weight in model.parameters())
+    assert all(weight.requires_grad for weight in scorer.trained.parameters())
+
+
 def test_held_adapters_are_the_reference_and_do_not_move():
-    model, rollout = helpers_model(), made_up_rollout()
+    model, rollout = random_model(), made_up_rollout()
     scorer = Scorer(model, model, filled(model), lora.make(model, RANK, 0))
     before = scorer(rollout.ids, rollout.action_mask)
     scorer.hold()

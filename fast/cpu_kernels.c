@@ -6,13 +6,20 @@
 #include <stdint.h>
 #include <string.h>
 
-// WIDTH: floats of a vector register; ROWS: rows at once, whose sums shall stay in registers.
+// WIDTH: floats of a vector register; ROWS: rows at once, whose sums shall stay in registers; and
+// of dot products, M_SIDE rows times N_SIDE outputs.
 #if defined __AVX512F__
-enum { WIDTH = 16, ROWS = 8 };
+enum { WIDTH = 16, ROWS = 8, M_SIDE = 4, N_SIDE = 6 };
 #elif defined __AVX__
-enum { WIDTH = 8, ROWS = 4 };
+enum { WIDTH = 8, ROWS = 4, M_SIDE = 3, N_SIDE = 3 };
 #else // NEON has 32 registers; x86 without AVX spills
-enum { WIDTH = 4, ROWS = 8 };
+enum { WIDTH = 4, ROWS = 8, M_SIDE = 4, N_SIDE = 6 };
+#endif
+// Keeps v in a register: else gcc reads it from memory for each product that it is in.
+#if defined __x86_64__
+#define HOLD(v) __asm__("" : "+v"(v))
+#else
+#define HOLD(v)
 #endif
 enum { VECTORS = 3, PANEL = VECTORS * WIDTH, BLOCK = 128 };
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4)));
@@ -66,6 +73,68 @@ void linear(const float *x, const float *panels, const float *bias, float *y, in
                     tile(x + r * K, panel, bias + p * PANEL, out, rows < ROWS ? rows : ROWS,
                          left < PANEL ? left : PANEL, K, N, next);
             }
+        }
+}
+
+// x (rows <= M_SIDE, K) times as many rows of a weight (columns <= N_SIDE, K), plus bias, into y.
+static inline __attribute__((always_inline)) void
+dots(const float *x, const float *weight, const float *bias, float *y, int64_t rows,
+     int64_t columns, int64_t K, int64_t N)
+{
+    vector sum[M_SIDE][N_SIDE];
+    float part[M_SIDE][N_SIDE][WIDTH];
+    int64_t k = 0;
+#pragma GCC unroll 8
+    for (int r = 0; r < M_SIDE; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < N_SIDE; c++)
+            sum[r][c] = (vector){0};
+    for (; k + WIDTH <= K; k += WIDTH) {
+        vector w[N_SIDE];
+#pragma GCC unroll 8
+        for (int c = 0; c < N_SIDE; c++) {
+            w[c] = *(const vector *)(weight + (c < columns ? c : 0) * K + k);
+            HOLD(w[c]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < M_SIDE; r++) {
+            vector a = *(const vector *)(x + (r < rows ? r : 0) * K + k);
+            HOLD(a);
+#pragma GCC unroll 8
+            for (int c = 0; c < N_SIDE; c++)
+                sum[r][c] += a * w[c];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M_SIDE; r++) // only here the sums leave their registers
+#pragma GCC unroll 8
+        for (int c = 0; c < N_SIDE; c++)
+            memcpy(part[r][c], &sum[r][c], sizeof part[r][c]);
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) {
+            float total = bias[c];
+            for (int i = 0; i < WIDTH; i++)
+                total += part[r][c][i];
+            for (int64_t j = k; j < K; j++)
+                total += x[r * K + j] * weight[c * K + j];
+            y[r * N + c] = total;
+        }
+}
+
+// y (M, N) = x (M, K) times a weight (N, K) where it stands, plus bias (N,): no copy in panels.
+void linear_in_place(const float *x, const float *weight, const float *bias, float *y, int64_t M,
+                     int64_t K, int64_t N)
+{
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n += N_SIDE)
+        for (int64_t r = 0; r < M; r += M_SIDE) {
+            const int64_t rows = M - r < M_SIDE ? M - r : M_SIDE;
+            const int64_t columns = N - n < N_SIDE ? N - n : N_SIDE;
+            const float *a = x + r * K, *w = weight + n * K, *b = bias + n;
+            if (rows == M_SIDE && columns == N_SIDE)
+                dots(a, w, b, y + r * N + n, M_SIDE, N_SIDE, K, N);
+            else
+                dots(a, w, b, y + r * N + n, rows, columns, K, N);
         }
 }
 

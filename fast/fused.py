@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fast.cpu_kernels import compiled, linear, one_query
+from fast.cpu_kernels import compiled, linear, linear_in_place, one_query
 from loss import logits_of
 from sampling.adapters import ALPHA
 from sampling.attention import KVCache, attend, ragged_mask
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+LARGE = 2**30  # bytes of weights, of which there is no second copy
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 
 
@@ -89,9 +90,9 @@ def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
     return "the fast path of fast/fused.py computes something else than the model itself"
 
 
-def _adapted_linear(library, adapters: dict, *layers: nn.Linear) -> Callable:
+def _adapted_linear(in_c, adapters: dict, *layers: nn.Linear) -> Callable:
     """`_linear`, and what the layers' adapters add, if they have any: two products for all."""
-    plain, own = _linear(library, *layers), [adapters[layer] for layer in layers if adapters]
+    plain, own = _linear(in_c, *layers), [adapters[layer] for layer in layers if adapters]
     if not own:
         return plain
     A = torch.cat([adapter.A for adapter in own])  # (r of all, in)
@@ -105,21 +106,38 @@ def _adapted_linear(library, adapters: dict, *layers: nn.Linear) -> Callable:
     return forward
 
 
-def _linear(library, *layers: nn.Linear) -> Callable:
-    """x -> the outputs of several linear layers that have the same input."""
-    if library is None:
-        return lambda x: [F.linear(x, layer.weight, layer.bias) for layer in layers]
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    joined = linear(library, torch.cat([layer.weight for layer in layers]), bias)
-    sizes = [layer.out_features for layer in layers]
-    return lambda x: joined(x).split(sizes, -1)
+def _linear(in_c, *layers: nn.Linear) -> Callable:
+    """x -> the outputs of several linear layers that have the same input. in_c: of `_in_c`."""
+    if in_c:
+        return in_c(layers)
+    return lambda x: [F.linear(x, layer.weight, layer.bias) for layer in layers]
 
 
-def _head(library, layer: nn.Linear) -> Callable:
+def _in_c(model, library) -> Callable:
+    """What makes such a function of layers of this model by the C of cpu_kernels.py.
+
+    Of small models it copies the weights, all layers of an input as one.
+    """
+
+    def joined(layers):
+        bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+        product = linear(library, torch.cat([layer.weight for layer in layers]), bias)
+        sizes = [layer.out_features for layer in layers]
+        return lambda x: product(x).split(sizes, -1)
+
+    def in_place(layers):
+        products = [linear_in_place(library, layer.weight, layer.bias) for layer in layers]
+        return lambda x: [product(x) for product in products]
+
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return in_place if size > LARGE else joined
+
+
+def _head(in_c, layer: nn.Linear) -> Callable:
     """x (n, H) -> logits (n, V), float32."""
-    if library is not None:
-        joined = _linear(library, layer)
-        return lambda x: joined(x)[0]
+    if in_c:
+        product = _linear(in_c, layer)
+        return lambda x: product(x)[0]
     if layer.bias is None:
         return lambda x: logits_of(x, layer.weight)
     return lambda x: logits_of(x, layer.weight) + layer.bias
@@ -129,9 +147,9 @@ def _norm(module) -> Callable:
     return lambda x: F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
 
 
-def _layer(library, adapters: dict, block) -> Layer:
+def _layer(in_c, adapters: dict, block) -> Layer:
     attention, mlp = block.self_attn, block.mlp
-    joined = partial(_adapted_linear, library, adapters)
+    joined = partial(_adapted_linear, in_c, adapters)
     inner = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]  # Qwen3 has them
     q_norm, k_norm = (_norm(m) if m else lambda x: x for m in inner)
     return Layer(
@@ -177,9 +195,10 @@ def fuse(model, adapters=None, c: bool = True) -> Callable:
     group = config.num_attention_heads // config.num_key_value_heads
     size, scale = decoder.layers[0].self_attn.head_dim, decoder.layers[0].self_attn.scaling
     library = compiled(group, size) if c and takes_c(model) else None
+    in_c = _in_c(model, library) if library else None
     own = {} if adapters is None else adapters.by_layer(model)
-    layers = [_layer(library, own, block) for block in decoder.layers]
-    head, norm = _head(library, model.lm_head), _norm(decoder.norm)
+    layers = [_layer(in_c, own, block) for block in decoder.layers]
+    head, norm = _head(in_c, model.lm_head), _norm(decoder.norm)
 
     def forward(cache, ids: Tensor, positions: Tensor) -> Tensor:
         n, Q = ids.shape

@@ -20,7 +20,7 @@ from sampling import steps
 from sampling.attention import KVCache, ragged_mask
 
 fused = pytest.importorskip("fast.fused")
-from fast.cpu_kernels import compiled, linear, one_query  # noqa: E402
+from fast.cpu_kernels import compiled, linear, linear_in_place, one_query  # noqa: E402
 
 FUSED = ("llama", "llama_mha", "qwen2", "qwen3")
 needs_compiler = pytest.mark.skipif(compiled(1, 8) is None, reason="needs a C compiler")
@@ -83,7 +83,8 @@ def two_threads():
 @needs_compiler
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 130, 300])
 @pytest.mark.parametrize("N, K", [(1, 5), (48, 96), (121, 32), (200, 33)])
-def test_products_with_weights_in_c_are_those_in_torch(rows, N, K, two_threads):
+@pytest.mark.parametrize("linear", [linear, linear_in_place])
+def test_products_with_weights_in_c_are_those_in_torch(rows, N, K, linear, two_threads):
     torch.manual_seed(0)
     # x is not contiguous
     x, weight, bias = torch.randn(K, rows).T, torch.randn(N, K), torch.randn(N)
@@ -91,6 +92,24 @@ def test_products_with_weights_in_c_are_those_in_torch(rows, N, K, two_threads):
         slow = F.linear(x.double(), weight.double(), None if b is None else b.double())
         fast = linear(compiled(1, 8), weight, b)(x[:, None])[:, 0]
         torch.testing.assert_close(fast, slow.float(), atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", FUSED)
+def test_of_a_large_models_weights_there_is_no_copy(name, tokenizer, monkeypatch):
+    config_class, options = TINY[name]
+    model = build(config_class, **options)
+    before = three_turns(Sampler(model, tokenizer))
+    called, real = [], fused.linear_in_place
+    spy = lambda _, weight, bias: called.append(weight.data_ptr()) or real(_, weight, bias)  # noqa: E731
+    monkeypatch.setattr(fused, "LARGE", 0)
+    monkeypatch.setattr(fused, "linear_in_place", spy)
+    monkeypatch.setattr(fused, "linear", None)
+    sampler = Sampler(model, tokenizer)
+    called.clear()
+    assert sampler.fused and all(map(equal, before, three_turns(sampler)))
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert {*called} == {m.weight.data_ptr() for m in linears}
 
 
 @needs_compiler

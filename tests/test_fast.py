@@ -101,7 +101,11 @@ def test_of_a_large_models_weights_there_is_no_copy(name, tokenizer, monkeypatch
     model = build(config_class, **options)
     before = three_turns(Sampler(model, tokenizer))
     called, real = [], fused.linear_in_place
-    spy = lambda _, weight, bias: called.append(weight.data_ptr()) or real(_, weight, bias)  # noqa: E731
+
+    def spy(library, weight, bias):
+        called.append(weight.data_ptr())
+        return real(library, weight, bias)
+
     monkeypatch.setattr(fused, "LARGE", 0)
     monkeypatch.setattr(fused, "linear_in_place", spy)
     monkeypatch.setattr(fused, "linear", None)

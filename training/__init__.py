@@ -7,6 +7,7 @@ To be read in this order; each module's docstring says more.
     policy.py       the update: micro-batches, gradients, clipping, the learning rate
     scorer.py       log-probabilities of whole rollouts, with gradients, a shared prefix only once
     models.py       a model and its tokenizer from disk or hub, and the policy made of it
+    lora.py         adapters made, saved as PEFT has them, merged
     setup.py        what comes before the loop: task, sampler, prompts that fit, a first try
     run.py          the run's directory: its lock, its logs, what is said when it can't be used
     checkpoint.py   saved states: complete or not at all
@@ -14,7 +15,7 @@ To be read in this order; each module's docstring says more.
     flags.py        the flags that scripts share
     fitting.py      defaults that fit another model than the embedded one
     command.py      flags read, checked, taken from a run that goes on; bad input said
-    announce.py     five lines before the first step
+    announce.py     what is said before the first step
     progress.py     bars, which are lines in a log file
     failures.py     a file of failures, for rrr.py to reflect on
     methods.py      several attempts at a problem, which evaluate.py makes figures of

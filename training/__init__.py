@@ -4,6 +4,7 @@ To be read in this order; each module's docstring says more.
 
     loop.py         the loop: rollout, update, metrics, saved states; stopped and resumed
     batches.py      which problems a step is about, this rank's share of them, the seeds of rows
+    parts.py        a batch sampled in parts, so that its cache keeps within --cache_tokens
     policy.py       the update: micro-batches, gradients, clipping, the learning rate
     scorer.py       log-probabilities of whole rollouts, with gradients, a shared prefix only once
     models.py       a model and its tokenizer from disk or hub, and the policy made of it

@@ -23,7 +23,7 @@ from training.distributed import exchange, on_first, share, world
 from training.fitting import tasks_own
 from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
 from training.methods import AFTER_ANY, METHODS, Protocol, converse
-from training.parts import cache_tokens, longest
+from training.parts import cache_tokens, longest, tokens_of
 from training.progress import about, bar, counted
 from training.run import saving, stop, time_is_up
 from training.setup import prepare, prepare_reflector
@@ -93,7 +93,7 @@ def pieces(ways, env, problems, protocol, first: int, what: str) -> Iterator[dic
     samples, samplers = protocol.samples, [sampler for cast, _ in ways.values() for sampler in cast]
     # several ways keep the first attempts beside their own rows
     room = min(cache_tokens(protocol, sampler) for sampler in samplers) // min(len(ways), 2)
-    tokens = samples * longest(env, problems, protocol)  # of a problem
+    tokens = tokens_of(samplers[0], samples, longest(env, problems, protocol))  # of a problem
     piece = max(1, min(CACHE_TOKENS, room) // tokens) * world()  # problems
     each = samples * len(ways)  # conversations a problem
     shown = {"total": each * len(problems), "first": each * first, "leave": False}

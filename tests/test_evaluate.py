@@ -70,6 +70,7 @@ class ScriptedSampler:
     """Answers each turn with prepared texts instead of a model's, and keeps what it was asked."""
 
     model, token_bytes = SimpleNamespace(device=torch.device("cpu")), 1
+    config = SimpleNamespace(num_hidden_layers=1)
 
     def __init__(self, tokenizer, *turns):
         self.turns, self.tokenizer, self.asked = turns, tokenizer, []

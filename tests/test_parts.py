@@ -71,7 +71,7 @@ def test_a_batch_in_parts_is_the_same_batch_and_keeps_within_its_tokens(
     things = failures_of(env, problems) if name == "rrr" else problems
     mine = batches.Share(things, range(3, 8), (0, 1))  # as another rank's share would begin
     whole = parts.in_parts(roll_out, env, sampler, mine, config)
-    tokens = config.rows_each * parts.longest(env, things, config)
+    tokens = parts.tokens_of(sampler, config.rows_each, parts.longest(env, things, config))
     config.cache_tokens, peak = tokens * at_once, cache_bytes.peak
     called, cache_bytes.peak = [], 0
 
@@ -82,10 +82,7 @@ def test_a_batch_in_parts_is_the_same_batch_and_keeps_within_its_tokens(
     split = parts.in_parts(spy, env, sampler, mine, config)
     config.cache_tokens = None
     assert same(whole, split) and sum(called) == 5 and max(called) == min(at_once, 3)
-    # while it grows there is a layer's keys or values twice
-    bound = tokens * at_once * sampler.token_bytes
-    layers = sampler.config.num_hidden_layers
-    assert cache_bytes.now == 0 and cache_bytes.peak <= bound * (1 + 0.5 / layers)
+    assert cache_bytes.now == 0 and cache_bytes.peak <= tokens * at_once * sampler.token_bytes
     assert at_once == 4 or cache_bytes.peak < peak
 
 
@@ -125,7 +122,8 @@ def test_an_evaluation_keeps_within_the_tokens_and_is_the_same(loaded, cache_byt
     env, sampler, problems = loaded
     protocol = evaluate.Protocol("self_refine", 1.0, 6, 7, samples=2)
     whole, peak = evaluate.evaluate(sampler, env, problems, protocol), cache_bytes.peak
-    tokens, cache_bytes.peak = 2 * parts.longest(env, problems, protocol), 0
+    most = parts.longest(env, problems, protocol)
+    tokens, cache_bytes.peak = parts.tokens_of(sampler, 2, most), 0
     one_by_one = protocol._replace(cache_tokens=tokens)
     assert evaluate.evaluate(sampler, env, problems, one_by_one) == whole
     assert cache_bytes.peak < peak / 3
@@ -156,7 +154,8 @@ def test_stored_failures_that_do_not_fit_are_refused(loaded, tmp_path):
     failures[2]["answer_ids"] = [5] * 40
     rrr.write_failures(tmp_path / "f.jsonl", (failures, 0.0), sampler.model, config, env.day)
     assert rrr.read_failures(str(tmp_path / "f.jsonl"), env, sampler, config) == failures
-    config.cache_tokens = 8 * parts.longest(env, problems, config)
+    most = parts.longest(env, problems, config)
+    config.cache_tokens = parts.tokens_of(sampler, 8, most)
     with pytest.raises(ValueError, match="one problem alone needs .* for 8 rows of up to"):
         rrr.read_failures(str(tmp_path / "f.jsonl"), env, sampler, config)
 

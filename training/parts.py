@@ -2,7 +2,8 @@
 
 A row's sample depends on its own seed only, and seeds are functions of the run's seed, the step and
 the row's place: so a step may sample some of its problems, all their turns, then the next ones, and
-join what they gave. Float32 on CPU gives the same ids; else they differ as rounding does.
+join what they gave. Float32 on CPU gives the same ids, but where a draw falls on the very edge
+between two words (one row of 1,024, 500 tokens long); else rows differ as rounding has it.
 """
 
 import torch
@@ -18,7 +19,7 @@ def cache_tokens(config, sampler) -> int:
     """How many tokens the cache of a rank's rollout may hold: --cache_tokens, or its default.
 
     That is what a quarter of the device's memory holds: weights, and at the update gradients and
-    activations, need the rest. While a cache is copied there is a layer's keys or values more.
+    activations, need the rest.
     """
     return config.cache_tokens or memory_of(sampler.model.device) // SHARE // sampler.token_bytes
 
@@ -38,13 +39,19 @@ def longest(env, things: list[dict], config) -> int:
     return -(-(max(begun) + env.tokens_after(config)) // 8) * 8
 
 
+def tokens_of(sampler, rows: int, most: int) -> int:
+    """How many tokens the cache of rows of up to `most` takes: as it is copied, half a layer more."""
+    return rows * most + -(-rows * most // (2 * sampler.config.num_hidden_layers))
+
+
 def check_cache(env, sampler, things: list[dict], config, each: int) -> None:
     """ValueError if the `each` rows of a problem, which are sampled together, don't fit."""
     most, room = longest(env, things, config), cache_tokens(config, sampler)
-    if each * most > room:
+    needed = tokens_of(sampler, each, most)
+    if needed > room:
         usual = "" if config.cache_tokens else " (a quarter of the memory)"
         raise ValueError(
-            f"--cache_tokens {room:,}{usual}: one problem alone needs {each * most:,}, for {each} "
+            f"--cache_tokens {room:,}{usual}: one problem alone needs {needed:,}, for {each} "
             f"rows of up to {most:,} tokens: raise it, or lower the token limits or the rows"
         )
 
@@ -55,7 +62,7 @@ def in_parts(roll_out, env, sampler, mine: Share, config, *more, each: int | Non
     each: rows of a problem, by default the config's. What comes has no cache any more: its memory
     is wanted for the next part, or the update.
     """
-    tokens = (each or config.rows_each) * longest(env, mine.items, config)
+    tokens = tokens_of(sampler, each or config.rows_each, longest(env, mine.items, config))
     shares, parts = mine.parts(max(1, cache_tokens(config, sampler) // tokens)), []
     for share in shares:
         parts.append(roll_out(env, sampler, share, config, *more))

@@ -95,8 +95,9 @@ def _adapted_linear(in_c, adapters: dict, *layers: nn.Linear) -> Callable:
     plain, own = _linear(in_c, *layers), [adapters[layer] for layer in layers if adapters]
     if not own:
         return plain
-    A = torch.cat([adapter.A for adapter in own])  # (r of all, in)
-    B = torch.block_diag(*(adapter.B * (ALPHA / len(adapter.A)) for adapter in own))
+    dtype = layers[0].weight.dtype
+    A = torch.cat([adapter.A for adapter in own]).to(dtype)  # (r of all, in)
+    B = torch.block_diag(*(adapter.B * (ALPHA / len(adapter.A)) for adapter in own)).to(dtype)
     sizes = [layer.out_features for layer in layers]
 
     def forward(x):

@@ -135,6 +135,17 @@ def test_the_sampler_samples_from_the_weights_with_their_adapters(tiny, tokenize
     assert (two_turns(samplers[0]).logprobs - ours.logprobs).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_fast_path_has_the_adapters_of_the_plain_one_in_bfloat16_too(tiny, tokenizer, name):
+    model = copy.deepcopy(tiny(name)).to(torch.bfloat16)
+    sampler = Sampler(model, tokenizer)
+    sampler.adapters, found = filled(model), []
+    for fused in (sampler.fused, False):
+        sampler.fused = fused
+        found.append(sampler.generate([[5], [7, 3, 9]], 3, max_new_tokens=1, temperature=0.0))
+    torch.testing.assert_close(found[0].logprobs, found[1].logprobs, atol=0.05, rtol=0)
+
+
 def two_turns(sampler):
     first = sampler.generate([[5], [7, 3, 9]], 3, max_new_tokens=8)
     return sampler.extend(first, [[4, 6]] * 6, 2, max_new_tokens=8)
@@ -209,6 +220,7 @@ def test_a_base_that_moved_is_named_and_another_one_is_refused(saved, base_dir, 
 @pytest.mark.parametrize("change", [
     {"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"peft_type": "LOHA"},
     {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 2}},
+    {"init_lora_weights": "pissa"},
 ])  # fmt: skip
 def test_adapters_of_another_kind_are_refused(saved, tmp_path, change):
     path = tmp_path / "other"
@@ -225,6 +237,27 @@ def test_a_config_that_is_none_is_refused_by_name(saved, tmp_path):
     for text in ("{", "[]", '{"peft_type": "LORA"}'):
         (path / lora.CONFIG).write_text(text)
         with pytest.raises(ValueError, match="adapter_config.json is not one of adapters"):
+            models.load_model(str(path))
+
+
+def test_weights_that_are_missing_cut_or_of_another_size_are_refused_by_name(
+    saved, base_dir, tmp_path
+):
+    path, (_, model, adapters) = tmp_path / "broken", saved
+    shutil.copytree(saved[0], path)
+    whole = (path / lora.WEIGHTS).read_bytes()
+    (path / lora.WEIGHTS).write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="adapter_model.safetensors can't be read: .*Error"):
+        models.load_model(str(path))
+    (path / lora.WEIGHTS).unlink()
+    with pytest.raises(ValueError, match="adapter_model.safetensors can't be read: FileNotFound"):
+        models.load_model(str(path))
+    tensors = {name: w.detach() for name, w in adapters.named_parameters()}
+    first = next(iter(tensors))
+    wider = torch.cat([tensors[first]] * 2, 1)
+    for changed in (tensors | {first: wider}, {k: w for k, w in tensors.items() if k != first}):
+        lora.save(changed, path, base_dir, models.fingerprint(model))
+        with pytest.raises(ValueError, match="does not fit this model: the adapters of model.lay"):
             models.load_model(str(path))
 
 
@@ -248,12 +281,16 @@ def test_a_model_whose_blocks_have_other_weights_than_linear_layers_is_refused(t
     model.model.layers[0].mlp.extra = torch.nn.Embedding(3, 4)
     with pytest.raises(ValueError, match="mlp.extra.weight is no linear layer"):
         lora.make(model, RANK, 0)
+    model.get_decoder().layers = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="its blocks have no linear layers"):
+        lora.make(model, RANK, 0)
 
 
 @pytest.mark.parametrize("flags, said", [
     ("--lora_merged", "--lora_merged: there are no adapters to be merged: give --lora_rank"),
     ("--lora_rank 2 --cpu_offload", "--cpu_offload: leave it out"),
     ("--lora_rank 0", "--lora_rank 0: must be at least 1"),
+    ("--base models/tiny", "--base models/tiny: "),
 ])  # fmt: skip
 def test_flags_of_adapters_that_make_no_sense_are_refused(
     flags, said, base_dir, tmp_path, capsys, monkeypatch
@@ -317,6 +354,25 @@ def test_a_run_with_merged_checkpoints_saves_an_ordinary_model(whole_run, base_d
     )
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").exists()
     torch.testing.assert_close(logits_of(ours), logits_of(apart), atol=1e-5, rtol=0)
+
+
+def test_a_run_in_bfloat16_ends_and_merges_into_weights_that_are_not_rounded(base_dir, tmp_path):
+    flags = (*RATE, "--dtype", "bfloat16")
+    for more in ((), ("--lora_merged",)):
+        out = tmp_path / f"run{len(more)}"
+        assert helpers.run("score", base_dir, out, *flags, *more) == [0]
+        assert json.loads((out / "results.json").read_text())["trained"]
+        trained, base = (models.load_model(str(p))[0] for p in (out / "checkpoint", base_dir))
+        embeddings = [model.get_input_embeddings().weight for model in (trained, base)]
+        assert torch.equal(*embeddings)
+        assert not torch.equal(*(m.model.layers[0].mlp.up_proj.weight for m in (trained, base)))
+
+
+def test_what_is_trained_on_top_of_adapters_is_saved_as_a_model(saved, tmp_path):
+    out = tmp_path / "run"
+    helpers.train_here(score, str(saved[0]), out, *helpers.FEW["score"], *RATE)
+    assert (out / "checkpoint" / "model.safetensors").exists()
+    models.load_model(str(out / "checkpoint"))
 
 
 def test_a_killed_run_goes_on_bit_for_bit_with_its_reference(base_dir, tmp_path):

@@ -168,7 +168,7 @@ def test_by_default_the_cache_may_take_a_quarter_of_the_memory(loaded, monkeypat
         sampler.token_bytes == 2 * 3 * 4 * 24 * 4
     )  # keys and values, layers, heads, size, float32
     assert 0 < parts.cache_tokens(config, sampler) <= memory // 4 // sampler.token_bytes
-    monkeypatch.setattr(parts, "memory_of", lambda device: 4 * 100 * sampler.token_bytes)
+    monkeypatch.setattr(parts, "least_memory", lambda device: 4 * 100 * sampler.token_bytes)
     assert parts.cache_tokens(config, sampler) == 100
     with pytest.raises(ValueError, match=r"--cache_tokens 100 \(a quarter of the memory\): one"):
         prepare(config, {"train": None, "validation": 4})
@@ -183,3 +183,12 @@ def test_by_default_the_cache_may_take_a_quarter_of_the_memory(loaded, monkeypat
     half = whole()
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert half == whole() // 2
+
+
+def test_ranks_of_unlike_memory_cut_pieces_alike(monkeypatch):
+    """Else one would wait for pieces that another does not have."""
+    monkeypatch.setattr(parts, "memory_of", lambda device: 800)
+    monkeypatch.setattr(parts, "exchange", lambda mine: [mine, mine // 4])
+    parts.least_memory.cache_clear()
+    assert parts.least_memory(torch.device("cpu")) == 200
+    parts.least_memory.cache_clear()

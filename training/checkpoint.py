@@ -6,7 +6,8 @@ run/states/step_000020 with
     tensors/         what is trained and the optimiser's moments, float32, in the format of
                      torch.distributed.checkpoint; the reference only where it is not --model
     memory.json      all else: the step, the best window so far, the algorithm's own memory
-    best/            the best model so far, in Hugging Face format; run/checkpoint is a copy of it
+    best/            the best model so far, as run/checkpoint is, a copy of it: in Hugging Face
+                     format, or PEFT's
     manifest.json    size and SHA-256 of every file, written last
 
 It is written under another name, synced, and renamed, so a state with its name is whole unless the

@@ -132,7 +132,7 @@ class TrainConfig(TaskConfig):
     lora_merged: bool = flag(
         False,
         "save checkpoints of adapters as ordinary models, merged; default: as adapters, in PEFT's "
-        "format",
+        "format (those trained on top of other adapters are always merged)",
         group=RUN,
         free=True,
     )

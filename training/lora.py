@@ -13,13 +13,16 @@ from training import checkpoint, distributed
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 BASE = "base_fingerprint"  # in the metadata of WEIGHTS: of the model that they belong to
 # What an adapter_config.json may not ask for: it would be another sum than W + scale * B A.
-REFUSED = ("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern")
-REFUSED += ("alpha_pattern", "layer_replication", "megatron_config", "trainable_token_indices")
+REFUSED = (
+    *("use_rslora", "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern"),
+    *("alpha_pattern", "layer_replication", "megatron_config", "trainable_token_indices"),
+)
+HARMLESS = (True, False, None, "gaussian", "orthogonal")  # ways to begin that leave the base alone
 
 
 def linear_layers(model) -> dict[str, nn.Linear]:
     """{name: layer}, those in the model's blocks; ValueError if their weights are elsewhere too."""
-    blocks, found, others = model.get_decoder().layers, {}, []
+    blocks, found, others = getattr(model.get_decoder(), "layers", nn.ModuleList()), {}, []
     inside = {id(module) for module in blocks.modules()}
     for name, module in model.named_modules():
         if id(module) in inside and type(module) is nn.Linear:
@@ -51,7 +54,7 @@ def make(model, rank: int, seed: int) -> Adapters:
 
 
 def whole(adapters: Adapters, dtype: torch.dtype) -> Adapters:
-    """A copy of those that may be spread over ranks."""
+    """Those that may be spread over ranks, frozen, to sample with."""
     copies = {name: tensor.to(dtype) for name, tensor in distributed.whole_tensors(adapters)}
     return Adapters.of(copies).requires_grad_(False)
 
@@ -102,12 +105,15 @@ def base_of(path: Path) -> str:
 def _config(path: Path) -> dict:
     try:
         config = json.loads((path / CONFIG).read_text())
-        config["base_model_name_or_path"], config["lora_alpha"] / config["r"]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        known = config["r"] > 0 and config["lora_alpha"] > 0 and config["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / CONFIG} is not one of adapters: {error!r}") from None
     asked = [name for name in REFUSED if config.get(name)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or asked:
-        what = ", ".join(asked) or "a bias, or another method than LoRA"
+    asked += ["init_lora_weights"] if config.get("init_lora_weights", True) not in HARMLESS else []
+    if not known or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        asked += ["another method than LoRA, or a bias"]
+    if asked:
+        what = ", ".join(asked)
         raise ValueError(f"{path / CONFIG} asks for {what}: not supported, merge it with peft")
     return config
 
@@ -115,25 +121,34 @@ def _config(path: Path) -> dict:
 def read(path: Path, model, fingerprint: str) -> tuple[Adapters, float]:
     """(adapters of a directory in PEFT's format, what they are scaled with) for `model`.
 
-    ValueError if they were trained on a model with another fingerprint, as far as they say.
+    ValueError if they don't fit it, or were trained on a model with another fingerprint, as far as
+    they say.
     """
     from safetensors import safe_open
 
-    config, layers, tensors = _config(path), linear_layers(model), {}
-    with safe_open(path / WEIGHTS, "pt", device=str(model.device)) as file:
-        base = (file.metadata() or {}).get(BASE, fingerprint)
-        if base != fingerprint:
-            raise ValueError(f"{path} belongs to another base model than this one: give --base DIR")
-        left = set(file.keys())
-        for name in layers:
-            for matrix in "AB":
-                key = f"{name.replace('.', '/')}.{matrix}"
-                if _peft_name(key) in left:
-                    tensors[key] = file.get_tensor(_peft_name(key))
-                    left.discard(_peft_name(key))
-    if left or not tensors:
-        other = next(iter(left), "it is empty")
-        raise ValueError(f"{path / WEIGHTS} has adapters for no layer of this model: {other}")
+    config, file = _config(path), path / WEIGHTS
+    try:
+        with safe_open(file, "pt", device=str(model.device)) as opened:
+            base = (opened.metadata() or {}).get(BASE, fingerprint)
+            found = {name: opened.get_tensor(name) for name in opened.keys()}
+    except Exception as error:  # whatever a missing or damaged file makes of itself
+        raise ValueError(f"{file} can't be read: {type(error).__name__}: {error}") from None
+    if base != fingerprint:
+        raise ValueError(
+            f"{path} belongs to another base model than this one: name its own with --base DIR"
+        )
+    tensors = {}
+    for name, layer in linear_layers(model).items():
+        sizes = {"A": (config["r"], layer.in_features), "B": (layer.out_features, config["r"])}
+        keys = {matrix: f"{name.replace('.', '/')}.{matrix}" for matrix in sizes}
+        pair = {keys[m]: found.pop(_peft_name(keys[m]), None) for m in sizes}
+        if all(pair[keys[m]] is not None and pair[keys[m]].shape == sizes[m] for m in sizes):
+            tensors |= pair
+        elif any(tensor is not None for tensor in pair.values()):
+            raise ValueError(f"{file} does not fit this model: the adapters of {name}")
+    if found or not tensors:
+        other = next(iter(found), "it is empty")
+        raise ValueError(f"{file} has adapters for no layer of this model: {other}")
     return Adapters.of(tensors), config["lora_alpha"] / config["r"]
 
 
@@ -154,4 +169,5 @@ def merged(model, tensors: dict[str, Tensor], scale: float | None = None):
         name = f"{key.replace('/', '.')}.weight"
         weight = model.get_parameter(name)
         A, B = (tensors[f"{key}.{m}"].to(weight.device, torch.float32) for m in "AB")
-        yield name, torch.addmm(weight.float(), B, A, alpha=scale or ALPHA / len(A))
+        by = ALPHA / len(A) if scale is None else scale
+        yield name, torch.addmm(weight.float(), B, A, alpha=by)

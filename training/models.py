@@ -32,26 +32,31 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def compute_dtype(config) -> torch.dtype:
-    """What the models compute in: of a process that is in no group (distributed.start) float32.
-
-    ValueError for flags that make no sense together, or with this number of processes.
-    """
-    flags = {"hsdp": 1, "lora_rank": None, "lora_merged": False, "cpu_offload": False}
-    hsdp, rank, merged, offload = (getattr(config, name, usual) for name, usual in flags.items())
+def check_flags(config) -> None:
+    """ValueError for flags that make no sense together, or with this number of processes."""
+    hsdp = getattr(config, "hsdp", 1)  # evaluate.py trains nothing, and lacks most of these
+    adapters, names = getattr(config, "lora_rank", None), [config.model]
+    names += [config.reflector] if getattr(config, "reflector", None) else []
     if hsdp > 1 and not distributed.launched():
         raise ValueError(f"--hsdp {hsdp}: needs torchrun, and so many ranks or a multiple of them")
     if distributed.world() % hsdp:
         raise ValueError(f"--hsdp {hsdp} does not divide the {distributed.world()} ranks")
-    if rank and offload:
+    if adapters and config.cpu_offload:
         raise ValueError("--cpu_offload: leave it out, with --lora_rank weights stay whole")
-    if merged and not rank:
+    if getattr(config, "lora_merged", False) and not adapters:
         raise ValueError("--lora_merged: there are no adapters to be merged: give --lora_rank")
-    if distributed.together():
-        return distributed.compute_dtype(config)
-    if config.dtype not in (None, "float32"):
+    if config.base and not any(lora.is_adapter(path_of(name)) for name in names):
+        raise ValueError(
+            f"--base {config.base}: --model {config.model} is no directory of adapters"
+        )
+
+
+def compute_dtype(config) -> torch.dtype:
+    """What the models compute in; ValueError if that takes a group, and there is none."""
+    dtype = distributed.compute_dtype(config)
+    if dtype != torch.float32 and not distributed.together():
         raise ValueError(f"--dtype {config.dtype}: distributed.start(config) has to come first")
-    return torch.float32
+    return dtype
 
 
 def load_model(name: str, device=None, dtype: torch.dtype = torch.float32, base=None):
@@ -241,7 +246,8 @@ def hand_over(scorer: Scorer, sampler) -> None:
 def save_policy(scorer: Scorer, sampler, config, path: Path) -> None:
     """What is trained, collected by the first rank: a model directory, or one of adapters.
 
-    With --lora_merged adapters make a model directory too.
+    With --lora_merged adapters make a model directory too, and always on top of other adapters:
+    what they belong to is no model of its own.
     """
     model, tensors = sampler.model, None
     dtype = model.saved_dtype if scorer.adapters is None else torch.float32
@@ -251,18 +257,21 @@ def save_policy(scorer: Scorer, sampler, config, path: Path) -> None:
         tensors = {name: x if distributed.rank() == 0 else None for name, x in pairs}
     if scorer.adapters is None:
         save = checkpoint.save_model, model, sampler.tokenizer, path, tensors
-    elif config.lora_merged:
-        save = _save_merged, model, sampler.tokenizer, path, tensors
+    elif config.lora_merged or lora.is_adapter(path_of(config.model)):
+        save = _save_merged, sampler, config, path, tensors
     else:
         save = lora.save, tensors, path, whereabouts(config.model), fingerprint(model)
     distributed.on_first(*save)
 
 
-def _save_merged(model, tokenizer, path: Path, tensors: dict) -> None:
+def _save_merged(sampler, config, path: Path, tensors: dict) -> None:
+    model = sampler.model
+    if model.dtype != torch.float32:  # rounded, and its base need not be
+        model, _ = _read_files(config.model, config.base)
     weights = {k: w.detach() for k, w in model.named_parameters()}
     for name, weight in lora.merged(model, tensors):
         weights[name] = weight.to(model.saved_dtype)
-    checkpoint.save_model(model, tokenizer, path, weights)
+    checkpoint.save_model(model, sampler.tokenizer, path, weights)
 
 
 @torch.no_grad()

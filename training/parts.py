@@ -6,12 +6,15 @@ join what they gave. Float32 on CPU gives the same ids, but where a draw falls o
 between two words (one row of 1,024, 500 tokens long); else rows differ as rounding has it.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sampling.rollout import Rollout, join_rollouts
 from training.batches import Share
+from training.distributed import exchange
 from training.fitting import SHARE, memory_of
 
 
@@ -21,7 +24,13 @@ def cache_tokens(config, sampler) -> int:
     That is what a quarter of the device's memory holds: weights, and at the update gradients and
     activations, need the rest.
     """
-    return config.cache_tokens or memory_of(sampler.model.device) // SHARE // sampler.token_bytes
+    return config.cache_tokens or least_memory(sampler.model.device) // SHARE // sampler.token_bytes
+
+
+@cache
+def least_memory(device) -> int:
+    """Of the ranks' devices: all must agree on it, and first ask together (`check_cache`)."""
+    return min(exchange(memory_of(device)))
 
 
 def longest(env, things: list[dict], config) -> int:
@@ -40,7 +49,7 @@ def longest(env, things: list[dict], config) -> int:
 
 
 def tokens_of(sampler, rows: int, most: int) -> int:
-    """How many tokens the cache of rows of up to `most` takes: as it is copied, half a layer more."""
+    """How many tokens the cache of rows of up to `most` takes, half a layer that is copied too."""
     return rows * most + -(-rows * most // (2 * sampler.config.num_hidden_layers))
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from loss import Scores, policy_loss
 from training import distributed
-from training.models import compute_dtype
 from training.scorer import Scorer
 
 # Nats a token under which a KL moves nothing by itself. AdamW divides by the gradient's own size,
@@ -65,7 +64,7 @@ class Batch(NamedTuple):
 def is_cap(config) -> float | None:
     """Where importance weights are cut off (`loss.importance_weights`); None: there are none."""
     if config.is_cap is None:
-        return None if compute_dtype(config) == torch.float32 else IS_CAP
+        return None if distributed.compute_dtype(config) == torch.float32 else IS_CAP
     return config.is_cap or None
 
 

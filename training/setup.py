@@ -13,7 +13,7 @@ from training import lora
 from training.batches import pick_things
 from training.distributed import rank, together
 from training.fitting import fit_to_machine
-from training.models import compute_dtype, fingerprint, load_model
+from training.models import check_flags, compute_dtype, fingerprint, load_model
 from training.parts import check_cache
 from training.progress import said_if_slow
 
@@ -26,6 +26,7 @@ def prepare(
     `counts` names the splits and how many problems of each to take (None: all).
     day: of the prompts (sampling/turns.py), the same on all ranks.
     """
+    check_flags(config)
     task, splits = load_task(config, counts)
     with said_if_slow(f"loading {config.model} ..."):
         how = {"dtype": compute_dtype(config), "base": config.base}
@@ -39,24 +40,27 @@ def prepare(
             chosen[name], said = with_room(env, sampler, splits[name], count, config)
         if said and rank() == 0:
             print(f"{name}: {said}")
-    for problems, each in zip(chosen.values(), (config.rows_each, 1)):  # validation: one by one
+    for name, problems in chosen.items():
+        each = config.rows_each if name == "train" else 1  # others are sampled one by one
         check_cache(env, sampler, problems, config, each)
     return env, sampler, chosen
 
 
 def sampler_of(scorer, sampler, env: Env, config, name: str) -> Sampler:
-    """Of --model or of run/checkpoint (`name`); its weights are not loaded again if they are there.
+    """Of --model or of run/checkpoint (`name`), after or while training.
 
-    That is where the reference, or what adapters belong to, is whole.
+    Nothing is loaded that is there: adapters go onto the model that is sampled from, and a whole
+    reference is the base. Only one that is spread over ranks (FSDP2) is read again.
     """
     adapted, path = scorer.adapters is not None, Path(name)
     if adapted and (name == config.model or lora.is_adapter(path)):
         found = Sampler(sampler.model, env.tokenizer)
         if name != config.model:
-            found.adapters, _ = lora.read(path, sampler.model, fingerprint(sampler.model))
+            own, _ = lora.read(path, sampler.model, fingerprint(sampler.model))
+            found.adapters = own.to(sampler.model.dtype).requires_grad_(False)
         return found
-    own = getattr(config, "reference", "base") == "stage1"
-    if name == config.model and scorer.reference is not None and not (own or together()):
+    stage1 = getattr(config, "reference", "base") == "stage1"
+    if name == config.model and scorer.reference is not None and not (stage1 or together()):
         return Sampler(scorer.reference, env.tokenizer)
     return load_sampler(name, env, config)
 

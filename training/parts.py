@@ -49,7 +49,7 @@ def longest(env, things: list[dict], config) -> int:
 
 
 def tokens_of(sampler, rows: int, most: int) -> int:
-    """How many tokens the cache of rows of up to `most` takes, half a layer that is copied too."""
+    """What rows of up to `most` tokens take of the cache: while it is copied, half a layer more."""
     return rows * most + -(-rows * most // (2 * sampler.config.num_hidden_layers))
 
 

@@ -131,8 +131,8 @@ class TrainConfig(TaskConfig):
     )
     lora_merged: bool = flag(
         False,
-        "save checkpoints of adapters as ordinary models, merged; default: as adapters, in PEFT's "
-        "format (those trained on top of other adapters are always merged)",
+        "save checkpoints as ordinary models, merged, and not as adapters in PEFT's format (what "
+        "is trained on top of other adapters is always merged)",
         group=RUN,
         free=True,
     )

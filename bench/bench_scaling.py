@@ -27,6 +27,7 @@ from common import (
     finish,
     flag,
     parse_args,
+    peak_mib,
     print_table,
     ratio,
     resident_mib,
@@ -75,13 +76,6 @@ def build(config: Config, path: Path) -> int:
     model = LlamaForCausalLM(shape)
     save_model(model, build_tokenizer(), path)
     return sum(p.numel() for p in model.parameters())
-
-
-def peak_mib() -> float:
-    """What this process had at most since the last call."""
-    peak = resident_mib()
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak
 
 
 def work(job: dict) -> dict:

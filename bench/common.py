@@ -163,6 +163,13 @@ def resident_mib(line: str = "VmHWM") -> float:
     raise OSError(f"/proc/self/status has no {line}")
 
 
+def peak_mib() -> float:
+    """What this process had at most since the last call."""
+    peak = resident_mib()
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+
 def memory_mib(device: str, peak: bool = True) -> float:
     """Of the GPU if the work is done there, else of the process."""
     if device.startswith("cuda"):

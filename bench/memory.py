@@ -1,55 +1,129 @@
-"""Memory of a rank by the arithmetic of training/models.py, as a table of some models and ranks."""
+"""Memory of a rank, and what runs take on disk, by arithmetic: tables of some models.
+
+    python bench/memory.py
+
+The formula is the one at the head of training/models.py, in the same letters. measure_memory.py
+holds it against steps that ran.
+"""
 
 from typing import NamedTuple
+
+CHUNK = 2**24  # logits at a time, of `loss.token_scores`
+COPIED = 2**30  # bytes of weights up to which fast/fused.py copies them on a CPU
 
 
 class Shape(NamedTuple):
     """Of a model, in the letters of the docstring."""
 
-    N: float  # parameters
+    N: int  # parameters
     V: int
     H: int
     L: int
+    A: int
     K: int
     D: int
+    F: int
     tied: bool
+
+    @property
+    def blocks(self) -> int:
+        """What of N is in the blocks."""
+        return self.N - self.V * self.H * (1 if self.tied else 2)
+
+    def adapters(self, rank: int) -> int:
+        """n, parameters of adapters of all linear layers."""
+        H, heads, shared = self.H, self.A * self.D, self.K * self.D
+        return self.L * rank * (2 * (H + heads) + 2 * (H + shared) + 3 * (H + self.F))
+
+
+class Load(NamedTuple):
+    """What a rank works on: tokens of its cache, and of a micro-batch."""
+
+    cached: int  # t, slots of the cache in the last turn
+    before: int  # and in the turn before
+    rows: int  # b, decoded together
+    fed: int  # p, tokens that are fed at once
+    nodes: int  # m, distinct prefixes of a micro-batch
+    slots: int  # s, places of its rows, padding included
+    scored: int  # distinct tokens of them that the loss is about
+
+
+class How(NamedTuple):
+    """Flags. c: bytes of what it computes in; ranks: None for a process that is in no group."""
+
+    c: int = 2
+    ranks: int | None = 1
+    lora_rank: int = 0
+    checkpointing: bool = True
+    cpu: bool = False
 
 
 SHAPES = {
-    "Qwen2.5-1.5B": Shape(1.54e9, 151936, 1536, 28, 2, 128, True),
-    "Qwen2.5-7B": Shape(7.62e9, 152064, 3584, 28, 4, 128, False),
-    "Qwen2.5-32B": Shape(32.8e9, 152064, 5120, 64, 8, 128, False),
-    "Llama-3.1-70B": Shape(70.6e9, 128256, 8192, 80, 8, 128, False),
+    "Qwen2.5-0.5B": Shape(494_032_768, 151936, 896, 24, 14, 2, 64, 4864, True),
+    "Qwen2.5-1.5B": Shape(1_543_714_304, 151936, 1536, 28, 12, 2, 128, 8960, True),
+    "Qwen2.5-7B": Shape(7_615_616_512, 152064, 3584, 28, 28, 4, 128, 18944, False),
+    "Llama-3.1-8B": Shape(8_030_261_248, 128256, 4096, 32, 32, 8, 128, 14336, False),
+    "Qwen2.5-32B": Shape(32_763_876_352, 152064, 5120, 64, 40, 8, 128, 27648, False),
+    "Llama-3.1-70B": Shape(70_553_706_496, 128256, 8192, 80, 64, 8, 128, 28672, False),
 }
 RANKS = (1, 2, 4, 8, 16, 32)
-CACHED, SCORED = 2**17, 2**14  # tokens: of a rank's conversations, of a micro-batch
+USUAL = Load(cached=2**17, before=2**17, rows=256, fed=2**13, nodes=2**14, slots=2**14, scored=2**14)
+LORA_RANKS = (4, 16)
 
 
-def parts(shape: Shape, ranks: int, cached: int, scored: int, c: int = 2) -> dict[str, float]:
-    """Bytes, by phase."""
-    N, V, H, L, K, D, tied = shape
-    embedding = V * H * (1 if tied else 2)
-    gathered = 3 * c * embedding + 5 * c * N / L
-    logits, activations = 24 * 2**24, c * (L + 34) * H * scored
+def parts(shape: Shape, load: Load, how: How) -> dict[str, float]:
+    """Bytes, by phase: the peak is "always" and the larger of the other two."""
+    N, n, S = shape.N, shape.adapters(how.lora_rank), how.ranks or 1
+    if how.lora_rank:
+        always = how.c * N + 12 * n / S
+    else:
+        always = 16 * N / S
+    copied = how.c * N if how.ranks and not how.lora_rank else 0
     return {
-        "always": 16 * N / ranks,
-        "sampling": c * N + 2 * c * L * K * D * cached,
-        "updating": 4 * N / ranks + gathered + logits + activations,
+        "always": always,
+        "sampling": copied + sampling(shape, load, how),
+        "updating": updating(shape, load, how),
     }
 
 
-def gib(shape: Shape, ranks: int, cached: int = CACHED, scored: int = SCORED, c: int = 2) -> float:
-    bytes_ = parts(shape, ranks, cached, scored, c)
-    return (bytes_["always"] + max(bytes_["sampling"], bytes_["updating"])) / 2**30
+def sampling(shape: Shape, load: Load, how: How) -> float:
+    """Without the weights that are sampled from: the larger of two moments, late and early."""
+    N, V, H, L, _, K, D, F, _ = shape
+    token, head = 2 * how.c * L * K * D, V * H
+    adapters = 2 * how.c * shape.adapters(how.lora_rank)  # as the sampler joins them
+    piece = 4 * min(CHUNK, head) if how.cpu and how.c == 2 else 0  # of it in float32: no GPU's
+    decoding = max(12 * V * load.rows, 4 * V * load.rows + piece)
+    late = token * load.cached + max(decoding, 4 * how.c * F * load.fed)
+    if not how.cpu or how.c == 2 or 4 * N > COPIED:
+        return adapters + late
+    # fast/cpu_kernels.c has the weights once more, made a layer at a time, the head last
+    return adapters + 4 * (shape.blocks + head) + max(late, token * load.before + 8 * head)
 
 
-def table() -> str:
-    lines = ["| GiB a GPU | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in RANKS) + " |"]
-    lines += ["|---" * (len(RANKS) + 1) + "|"]
-    for name, shape in SHAPES.items():
-        lines.append(f"| {name} | " + " | ".join(f"{gib(shape, n):.0f}" for n in RANKS) + " |")
-    return "\n".join(lines)
+def kept_by_block(shape: Shape, load: Load, how: How) -> float:
+    """What one block keeps of a micro-batch for its backward pass."""
+    _, _, H, _, A, K, D, F, _ = shape
+    norm = 4 + (1 if how.lora_rank else 2) * how.c  # of H: input, scaled, and times a weight
+    node = 2 * norm * H + how.c * (A * D + 4 * F + 7 * how.lora_rank)
+    return node * load.nodes + 2 * how.c * (A + K) * D * load.slots
 
 
-if __name__ == "__main__":
-    print(table())
+def updating(shape: Shape, load: Load, how: How) -> float:
+    """The largest of three moments: at the logits, in a block's backward pass, and at its end."""
+    N, V, H, L, _, _, _, F, tied = shape
+    c, m, n = how.c, load.nodes, shape.adapters(how.lora_rank)
+    spread = how.ranks is not None and not how.lora_rank
+    root = c * (N - shape.blocks) * spread  # embedding and head, gathered
+    block = shape.blocks / L * spread
+    head = 0 if how.lora_rank else c * V * H  # its gradient
+    own = kept_by_block(shape, load, how)
+    kept = (c * H * m if how.checkpointing else own) * L + (4 + 2 * c) * H * m + 2 * root
+    logits, several = 4 * min(CHUNK, load.scored * V), load.scored * V > CHUNK
+    moments = (
+        kept + 4 * c * H * load.scored + 5 * logits + several * head + c * block,
+        kept + own * how.checkpointing + 2 * c * F * m + tied * head + (3 * c + 4) * block,
+        2 * root + (3 if tied else 1 + spread) * head + 4 / c * root,
+    )
+    gradients = 4 * (n if how.lora_rank else N) / (how.ranks or 1)
+    gathered = 2 * c * n if how.ranks else 0
+    return gradients + max(moments) + gathered

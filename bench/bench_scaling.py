@@ -34,7 +34,7 @@ from common import (
     spread,
 )
 from loss import spread as per_token
-from memory import Shape, gib
+from memory import How, Load, Shape, gib
 from sampler import Sampler
 from score import Config as ScoreConfig
 from tiny import build_tokenizer
@@ -44,6 +44,8 @@ from training.checkpoint import save_model
 from training.loop import Hooks, train_step
 from training.models import load_model, make_scorer
 from training.policy import Batch
+
+TOKENS = 1024  # of a micro-batch
 
 
 @dataclass
@@ -81,7 +83,7 @@ def build(config: Config, path: Path) -> int:
 def work(job: dict) -> dict:
     """One rank: seconds a step, peak memory of loading and of training beyond the libraries'."""
     config = Config(**job["config"])
-    flags = ScoreConfig(model=job["model"], checkpointing=True, token_budget=1024)
+    flags = ScoreConfig(model=job["model"], checkpointing=True, token_budget=TOKENS)
     torch.set_num_threads(1)
     distributed.start()
     libraries = resident_mib("VmRSS")
@@ -169,9 +171,13 @@ def highest(runs: list[list[dict]], phase: str) -> list[float]:
 def by_formula(N: int, ranks: int, config: Config) -> float:
     """MiB of a rank by the arithmetic of memory.py, in float32."""
     H, heads = config.hidden_size, max(1, config.hidden_size // 64)
-    shape = Shape(N, config.vocabulary, H, config.layers, heads, 64, True)
-    cached = config.problems * config.group_size * (config.prompt + config.new_tokens)
-    return 1024 * gib(shape, ranks, cached // ranks, 1024, c=4)
+    shape = Shape(N, config.vocabulary, H, config.layers, heads, heads, 64, 4 * H, True)
+    rows, width = config.problems * config.group_size // ranks, config.prompt + config.new_tokens
+    some = min(rows, TOKENS // width)  # of a micro-batch
+    prompts, answers = -(-some // config.group_size) * config.prompt, some * config.new_tokens
+    fed = config.problems // ranks * config.prompt
+    load = Load(rows * width, fed, rows, fed, prompts + answers, some * width, answers)
+    return 1024 * gib(shape, load, How(ranks, c=4, cpu=True))
 
 
 if __name__ == "__main__":

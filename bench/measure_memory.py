@@ -33,7 +33,7 @@ from training.models import compute_dtype, hand_over, load_model, make_scorer
 from training.policy import update
 
 SIZES = {  # V, H, L, A, K, F: small enough for a test; a small Llama; Qwen2.5-0.5B
-    "5M": (8000, 256, 4, 4, 2, 704),
+    "5M": (4000, 256, 6, 4, 2, 704),
     "100M": (32000, 768, 12, 12, 12, 2048),
     "500M": (151936, 896, 24, 14, 2, 4864),
 }
@@ -200,8 +200,8 @@ def measure(config: Config) -> dict[str, dict[str, float]]:
         peaks = step(config, str(path), flags)
     grouped = distributed.world() if distributed.together() else None
     c = 4 if config.dtype == "float32" else 2
-    lora = config.lora or 0
-    by = parts(shape, load, How(c, grouped, lora, config.checkpointing, cpu=True))
+    how = How(grouped, config.lora or 0, c, config.checkpointing, cpu=True)
+    by = parts(shape, load, how)
     rows = {}
     for name, (live, process) in peaks.items():
         formula = (by["always"] + by[name]) / 2**20
@@ -211,10 +211,10 @@ def measure(config: Config) -> dict[str, dict[str, float]]:
 
 
 def main(config: Config) -> None:
-    rows = measure(config)
-    header = ("MiB", "formula", "live tensors", "formula / live", "the process")
-    print_table(header, [(n, r["formula"], r["live"], r["ratio"], r["process"]) for n, r in rows.items()])
-    finish(config, phases=rows)
+    phases = measure(config)
+    header = ("MiB", "formula", "live tensors", "the process", "formula / live")
+    print_table(header, [(name, *row.values()) for name, row in phases.items()])
+    finish(config, phases=phases)
 
 
 if __name__ == "__main__":

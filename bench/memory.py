@@ -1,9 +1,9 @@
-"""Memory of a rank, and what runs take on disk, by arithmetic: tables of some models.
+"""Memory of a rank, and what a run takes on disk, by arithmetic: tables of some models.
 
     python bench/memory.py
 
-The formula is the one at the head of training/models.py, in the same letters. measure_memory.py
-holds it against steps that ran.
+The formula is the one at the head of training/models.py, written again in the same letters.
+measure_memory.py holds it against steps that ran.
 """
 
 from typing import NamedTuple
@@ -13,17 +13,17 @@ COPIED = 2**30  # bytes of weights up to which fast/fused.py copies them on a CP
 
 
 class Shape(NamedTuple):
-    """Of a model, in the letters of the docstring."""
+    """Of a model."""
 
     N: int  # parameters
-    V: int
-    H: int
-    L: int
-    A: int
-    K: int
-    D: int
-    F: int
-    tied: bool
+    V: int  # words
+    H: int  # width
+    L: int  # layers
+    A: int  # heads
+    K: int  # key-value heads
+    D: int  # their size
+    F: int  # width inside of a feed-forward layer
+    tied: bool  # embedding and head are the same
 
     @property
     def blocks(self) -> int:
@@ -37,7 +37,10 @@ class Shape(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a rank works on: tokens of its cache, and of a micro-batch."""
+    """What a rank works on: what its cache holds, and a micro-batch, of which a step has several.
+
+    SCoRe and RRR, and their numbers of rows and tokens, differ in nothing else.
+    """
 
     cached: int  # t, slots of the cache in the last turn
     before: int  # and in the turn before
@@ -45,15 +48,15 @@ class Load(NamedTuple):
     fed: int  # p, tokens that are fed at once
     nodes: int  # m, distinct prefixes of a micro-batch
     slots: int  # s, places of its rows, padding included
-    scored: int  # distinct tokens of them that the loss is about
+    scored: int  # u, distinct tokens among them that the loss is about
 
 
 class How(NamedTuple):
-    """Flags. c: bytes of what it computes in; ranks: None for a process that is in no group."""
+    """By the flags."""
 
-    c: int = 2
-    ranks: int | None = 1
+    ranks: int | None = 1  # S, that share one copy; None: one process that is in no group
     lora_rank: int = 0
+    c: int = 2  # bytes of a number that it computes with; in no group 4
     checkpointing: bool = True
     cpu: bool = False
 
@@ -67,21 +70,18 @@ SHAPES = {
     "Llama-3.1-70B": Shape(70_553_706_496, 128256, 8192, 80, 64, 8, 128, 28672, False),
 }
 RANKS = (1, 2, 4, 8, 16, 32)
-USUAL = Load(cached=2**17, before=2**17, rows=256, fed=2**13, nodes=2**14, slots=2**14, scored=2**14)
-LORA_RANKS = (4, 16)
+LORA_RANK = 16
+TOKENS = 2**14  # of a micro-batch; prefixes that rows share make fewer nodes
+USUAL = Load(2**17, before=2**17, rows=256, fed=2**13, nodes=TOKENS, slots=TOKENS, scored=TOKENS)
 
 
 def parts(shape: Shape, load: Load, how: How) -> dict[str, float]:
     """Bytes, by phase: the peak is "always" and the larger of the other two."""
     N, n, S = shape.N, shape.adapters(how.lora_rank), how.ranks or 1
-    if how.lora_rank:
-        always = how.c * N + 12 * n / S
-    else:
-        always = 16 * N / S
-    copied = how.c * N if how.ranks and not how.lora_rank else 0
+    whole = how.c * N if how.ranks and not how.lora_rank else 0  # a copy to sample from
     return {
-        "always": always,
-        "sampling": copied + sampling(shape, load, how),
+        "always": how.c * N + 12 * n / S if how.lora_rank else 16 * N / S,
+        "sampling": whole + sampling(shape, load, how),
         "updating": updating(shape, load, how),
     }
 
@@ -118,12 +118,66 @@ def updating(shape: Shape, load: Load, how: How) -> float:
     head = 0 if how.lora_rank else c * V * H  # its gradient
     own = kept_by_block(shape, load, how)
     kept = (c * H * m if how.checkpointing else own) * L + (4 + 2 * c) * H * m + 2 * root
+    # autograd adds up the head's gradient of several chunks, old and new, into a third
     logits, several = 4 * min(CHUNK, load.scored * V), load.scored * V > CHUNK
+    chunk = max(5 * logits + several * head, 3 * several * head)
     moments = (
-        kept + 4 * c * H * load.scored + 5 * logits + several * head + c * block,
+        kept + 4 * c * H * load.scored + chunk + c * block,
         kept + own * how.checkpointing + 2 * c * F * m + tied * head + (3 * c + 4) * block,
         2 * root + (3 if tied else 1 + spread) * head + 4 / c * root,
     )
     gradients = 4 * (n if how.lora_rank else N) / (how.ranks or 1)
     gathered = 2 * c * n if how.ranks else 0
     return gradients + max(moments) + gathered
+
+
+def gib(shape: Shape, load: Load, how: How) -> float:
+    """At the peak."""
+    of = parts(shape, load, how)
+    return (of["always"] + max(of["sampling"], of["updating"])) / 2**30
+
+
+def rows_of(header: tuple, rows: list[tuple]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *rows))
+
+
+def table() -> str:
+    """All weights trained."""
+    rows = []
+    for name, shape in SHAPES.items():
+        rows.append((name, *(f"{gib(shape, USUAL, How(ranks)):.0f}" for ranks in RANKS)))
+    return rows_of(("GiB a GPU", *(f"{n} GPU{'s' * (n > 1)}" for n in RANKS)), rows)
+
+
+def lora_table() -> str:
+    """Adapters trained, on one GPU, by phase; and with an eighth of the cache."""
+    rows, how, less = [], How(lora_rank=LORA_RANK), USUAL._replace(cached=USUAL.cached // 8)
+    for name, shape in SHAPES.items():
+        figures = [part / 2**30 for part in parts(shape, USUAL, how).values()]
+        figures += [gib(shape, USUAL, how), gib(shape, less, how)]
+        rows.append((name, *(f"{figure:.1f}" for figure in figures)))
+    first = f"GiB, LoRA of rank {LORA_RANK}"
+    peaks = ("at most", f"at most, {less.cached:,} tokens in the cache")
+    return rows_of((first, "always", "sampling", "updating", *peaks), rows)
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:,.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def disk_table() -> str:
+    """Of states and runs, of models published in bfloat16; adapters are saved in float32."""
+    rows = []
+    for name in ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-7B"):
+        shape = SHAPES[name]
+        kinds = {"": 14 * shape.N}  # weights, two moments, and the best model
+        kinds |= {f", LoRA of rank {r}": 16 * shape.adapters(r) for r in (4, LORA_RANK)}
+        for kind, state in kinds.items():
+            runs = (f"{size(keep * state)} / {size((keep + 1) * state)}" for keep in (2, 1))
+            rows.append((name + kind, size(state), *runs))
+    runs = ("a run, `--keep 2` (default): lasting / at most", "`--keep 1`: lasting / at most")
+    return rows_of(("on disk", "a state", *runs), rows)
+
+
+if __name__ == "__main__":
+    print(table(), lora_table(), disk_table(), sep="\n\n")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench_growth
 import bench_grpo
@@ -14,7 +15,11 @@ import bench_sampler
 import bench_scaling
 import bench_update
 import common
+import helpers
+import measure_memory
 from helpers import save_random_model
+from training import lora
+from training.models import load_model
 
 ALWAYS = {"bench", "hardware", "threads", "torch", "transformers", "commit", "flags"}
 
@@ -117,6 +122,57 @@ def test_results_do_not_depend_on_the_order_of_rows(model):
     one, two = sampled("dynamic", 6), sampled("static", 2)
     assert one == two
     assert [list(map(len, turn)) for turn in one] == list(map(list, work.lengths))
+
+
+STEPS = [
+    ("score", {}),
+    ("score", {"checkpointing": True}),
+    ("rrr", {"lora": 16}),
+    ("rrr", {"lora": 16, "checkpointing": True}),
+]
+
+
+def right(phases: dict) -> bool:
+    assert {*phases} == {"sampling", "updating"}
+    return all(0.97 < row["ratio"] < 1.03 for row in phases.values())
+
+
+@pytest.mark.parametrize("script, flags", STEPS)
+def test_memory_by_the_formula_is_what_a_real_step_takes(script, flags):
+    phases = measure_memory.measure(measure_memory.Config("5M", script, **flags))
+    assert right(phases), phases
+
+
+def measured(out):
+    phases = measure_memory.measure(measure_memory.Config("5M", dtype="bfloat16"))
+    out.with_suffix(f".{measure_memory.distributed.rank()}").write_text(json.dumps(phases))
+
+
+def test_memory_by_the_formula_is_what_each_of_two_ranks_takes_in_bfloat16(tmp_path):
+    assert helpers.finish(helpers.start(measured, tmp_path / "phases", world=2)) == [0, 0]
+    for rank in range(2):
+        phases = json.loads((tmp_path / f"phases.{rank}").read_text())
+        assert right(phases), phases
+
+
+def test_memory_counts_storages_once_and_while_they_live():
+    with measure_memory.Live() as live:
+        whole = torch.zeros(2**20)
+        same = whole[1:].view(-1, 3).T.add_(1)
+        assert live.now == 2**22
+        more = whole + 1
+        del more
+        assert (live.now, live.peak) == (2**22, 2**23)
+        whole.untyped_storage().resize_(0)
+        assert live.now == 0 and len(same)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_memory_counts_the_parameters_of_adapters(lora_rank, tmp_path):
+    shape = measure_memory.build("5M", tmp_path / "model")
+    model, _ = load_model(str(tmp_path / "model"))
+    assert shape.adapters(lora_rank) == lora.count(model, lora_rank)
+    assert shape.blocks == sum(p.numel() for p in model.get_decoder().layers.parameters()) + 256
 
 
 def test_memory_by_arithmetic_and_flags_from_any_directory(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 from importlib import import_module
@@ -114,8 +115,21 @@ def test_the_figures_of_the_reproduction_are_those_of_its_tables():
     assert not [effect for effect in told if tuple(map(float, effect)) not in known]
 
 
-def test_the_memory_table_is_that_of_the_formula():
-    assert memory.table() in DOCS["gpus.md"]
+def test_the_memory_tables_are_those_of_the_formula():
+    assert memory.table() in DOCS["gpus.md"] and memory.lora_table() in DOCS["gpus.md"]
+    assert memory.disk_table() in DOCS["choices.md"]
+
+
+def test_the_memory_measured_is_that_of_its_log_and_near_the_formula():
+    runs = json.loads((ROOT / "results" / "bench" / "memory.json").read_text())["runs"]
+    assert len(runs) > 10
+    for command, phases in runs.items():
+        figures = [
+            phase[key] for phase in phases.values() for key in ("formula", "live", "process")
+        ]
+        row = " | ".join(f"{mib / 1024:.2f}" for mib in figures)
+        assert f"| `{command}` | {row} |" in DOCS["gpus.md"]
+        assert all(abs(phase["formula"] / phase["live"] - 1) < 0.1 for phase in phases.values())
 
 
 def test_every_fault_has_its_test():

@@ -1,21 +1,39 @@
 """Loading a causal language model, and making of it the policy that is trained.
 
-Bytes of memory that a rank needs, of N parameters, V words, width H, L layers with K
-key-value heads of size D, for S ranks that share one copy (all, or with --hsdp those of a copy),
-computing in c bytes (bfloat16: 2):
+Bytes of memory that a rank needs, of a model with N parameters, V words, width H, F inside of a
+feed-forward layer, L layers of A heads and K key-value heads of size D, for S ranks that share one
+copy (all, or with --hsdp those of a copy), computing in c bytes (bfloat16: 2). E = V H are
+embedding and head (untied 2 V H), B = (N - E) / L is a block:
 
-    always      (4 + 8 + 4) N / S    weights, Adam's moments, the reference: float32
-    sampling    c N  +  2 c L K D t  a whole copy; the cache of t tokens
-    updating    4 N / S              gradients
-                (2 + 1) c E          embedding and head (E = V H, untied 2 V H) of both models,
-                                     with gradient
-                5 c N / L            blocks that are gathered and reduced
-                6 * 4 * 2^24         logits: a chunk, in float32, and what is made of it
-                c L H m + 34 c H m   with --checkpointing: m tokens of a micro-batch at each block,
-                                     and all that is kept of one
+    always      (4 + 8 + 4) N / S        weights, Adam's moments, the reference: float32
+    sampling    c N  +  2 c L K D t      a whole copy; the cache of t slots
+                12 V b  or  4 c F p      logits of b rows, or what p tokens fed at once make; the
+                                         larger one
+    updating    4 N / S                  gradients
+                2 c E  +  (4 + 2 c) H m  embedding and head of both models; the last norm of the m
+                                         nodes of a micro-batch
+                L a  or  c L H m         what blocks keep; with --checkpointing their inputs only
+      and then  5 * 4 * 2^24  +  c V H   or  3 c V H
+                4 c H u  +  c B          logits: a chunk, in float32, and what is made of it, beside
+                                         the head's gradient of those before; or that, added up.
+                                         Hidden states of the u tokens of the loss
+      or        2 c F m  +  c V H  +  (3 c + 4) B  +  with --checkpointing  a
+                                         a block's backward pass (untied without c V H)
+    or, at its end, after 4 N / S only   2 c E  +  3 c V H  +  4 E  (untied 2 c V H)
 
-The peak is the first line and the larger of the other two. bench/memory.py prints it for some
-models.
+    a = 2 (4 + 2 c) H m  +  c (A D + 4 F) m  +  2 c (A + K) D s
+                                         norms, the rest; and attention, where rows are whole: s
+                                         places, padding included
+
+With --lora_rank r, n = L r (2 (H + A D) + 2 (H + K D) + 3 (H + F)) parameters of adapters are all
+that is trained, and one whole copy of the weights is sampled from, policy and reference: always
+c N + 12 n / S, gradients 4 n / S; no other copy, no E, B or V H; norms keep 4 + c in place of
+4 + 2 c, adapters 7 c r m, and each phase makes 2 c n of them. One process that is in no group
+computes in float32 with the very weights that it trains: no copy of them, no 2 c E, 4 E or B. On a
+CPU the sampler copies float32 weights of up to 2^30 bytes (fast/fused.py).
+
+The peak is the first line and the larger phase. bench/memory.py prints it for some models, and
+bench/measure_memory.py measures it: SCoRe and RRR differ in t, b, p, m, s and u alone.
 """
 
 import copy

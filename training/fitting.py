@@ -126,8 +126,9 @@ def fit_update(
 ) -> tuple[int, bool]:
     """(token_budget, checkpointing) of an update whose activations fit into `memory` bytes.
 
-    What is given stays. By the arithmetic at the head of training/models.py: what a block keeps of
-    a token is 34 times its width, with checkpointing that of one block and each block's input.
+    What is given stays. A block keeps about 34 times its width of a token (by the arithmetic at the
+    head of training/models.py 26 for Llama-3, 35 for Qwen2.5), with checkpointing one block does,
+    and of the others their inputs stay.
     """
     kept = {True: (34 + layers) * width * itemsize, False: 34 * layers * width * itemsize}
     if checkpointing is None:

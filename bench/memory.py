@@ -9,7 +9,7 @@ measure_memory.py holds it against steps that ran.
 from typing import NamedTuple
 
 CHUNK = 2**24  # logits at a time, of `loss.token_scores`
-COPIED = 2**30  # bytes of weights up to which fast/fused.py copies them on a CPU
+COPIED = 2**32  # bytes of weights up to which fast/fused.py copies them on a CPU
 
 
 class Shape(NamedTuple):

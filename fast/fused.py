@@ -20,7 +20,7 @@ from sampling.adapters import ALPHA
 from sampling.attention import KVCache, attend, ragged_mask
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
-LARGE = 2**30  # bytes of weights from which on there is no second copy, for speed, of them
+LARGE = 2**32  # bytes of weights from which on there is no second copy, for speed, of them
 PARTS = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 
 

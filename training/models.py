@@ -30,7 +30,7 @@ that is trained, and one whole copy of the weights is sampled from, policy and r
 c N + 12 n / S, gradients 4 n / S; no other copy, no E, B or V H; norms keep 4 + c in place of
 4 + 2 c, adapters 7 c r m, and each phase makes 2 c n of them. One process that is in no group
 computes in float32 with the very weights that it trains: no copy of them, no 2 c E, 4 E or B. On a
-CPU the sampler copies float32 weights of up to 2^30 bytes (fast/fused.py).
+CPU the sampler copies float32 weights of up to 2^32 bytes (fast/fused.py).
 
 The peak is the first line and the larger phase. bench/memory.py prints it for some models, and
 bench/measure_memory.py measures it: SCoRe and RRR differ in t, b, p, m, s and u alone.

@@ -87,9 +87,10 @@ def accumulate_gradients(
         ids = rollout.ids[rows, :cut]
         mask, turn, advantages, kl_coef, mu = (x[rows, :cut] for x in per_token)  # (b, t) each
         old = None if old_logprobs is None else old_logprobs[rows, :cut]
-        how = batch.denominator, config.kl, old, config.clip, mu, cap
+        how = {"kl_kind": config.kl, "old_logprobs": old, "clip": config.clip}
+        how |= {"sampler_logprobs": mu, "is_cap": cap}
         scores = scorer(ids, mask, config.temperature)  # (b, t) each, with their graph
-        part = policy_loss(scores, advantages, kl_coef, mask, turn, *how)
+        part = policy_loss(scores, advantages, kl_coef, mask, turn, batch.denominator, **how)
         part.backward()  # frees the graph: of one micro-batch at a time
         loss += part.detach()
         for all_rows, some in zip(kept, scores, strict=True):

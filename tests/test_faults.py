@@ -761,7 +761,7 @@ def test_torchrun_ends_all_ranks_when_one_is_killed(tmp_path):
 
 def poison_loss(bad):
     loss = policy.policy_loss
-    return policy, "policy_loss", lambda *a: loss(*a) + bad
+    return policy, "policy_loss", lambda *a, **how: loss(*a, **how) + bad
 
 
 def poison_gradient(bad):

@@ -22,29 +22,25 @@ from), paged memory, and reading a group's prompt once for all its rows (it is *
 """
 
 import os
-import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
-from functools import cache, partial
-from shutil import which
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from loss import logits_of
 from sampling.adapters import adapted
 from sampling.attention import KVCache, head_is, require, room_for, sampling_mode
 from sampling.checks import check_model, check_request, goes_on_from, position_limit
-from sampling.draws import child_seeds, sample, uniform
+from sampling.draws import child_seeds, sample
 from sampling.rollout import rollout_of
-from sampling.steps import Graphs, State, state_of, widths_of
+from sampling.steps import Graphs, State, state_of, widths_of, write
 
 try:  # the one place outside fast/ that looks for it: without that folder sampling is only slower
-    import fast.fused as fused
+    import fast.paths as fast
 except ModuleNotFoundError as error:
-    if error.name not in ("fast", "fast.fused"):  # something else is missing, which is no choice
+    if error.name not in ("fast", "fast.paths"):  # something else is missing, which is no choice
         raise
-    fused = None
+    fast = None
 
 SHARED = 64  # tokens that all prompts begin with, from which on they are fed once
 
@@ -55,11 +51,12 @@ class Sampler:
     max_batch: rows decoded together; block: steps between two looks at which are done (a host sync
     each; by default 4 on CPU, where it costs nothing, else 16); prefill_tokens: prompt tokens fed
     at once. It stops at the tokenizer's eos and at those of the model's generation_config, of which
-    nothing else is used. The constructor runs the model on two tokens, on both paths. `fused` says
-    whether decoding takes the fast path (fast/), `graphs` whether its steps are replayed as CUDA
-    graphs; both may be set to False. `adapters` (sampling/adapters.py), if set, are sampled with.
-    `on_tokens(rows, ids)`, if set, is called after every block with the rows of the call that were
-    decoded and the list of tokens that each has got. A token takes `token_bytes` of the cache.
+    nothing else is used. The constructor runs the model on two tokens, on all paths. `fused` says
+    whether it takes the fast path (fast/), `kernels` whether decoding takes kernels for CUDA beside
+    it, `graphs` whether steps of these are replayed as CUDA graphs; each may be set to False.
+    `adapters` (sampling/adapters.py), if set, are sampled with. `on_tokens(rows, ids)`, if set, is
+    called after every block with the rows of the call that were decoded and the list of tokens that
+    each has got. A token takes `token_bytes` of the cache.
     """
 
     def __init__(self, model, tokenizer, max_batch=256, block=None, prefill_tokens=8192):
@@ -67,10 +64,10 @@ class Sampler:
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self.block = block or (4 if model.device.type == "cpu" else 16)
         self.config = config = model.config.get_text_config()
-        self.fast_forward = None  # set while it samples, by `_sampling`
+        self.fast_forward = self.fast_step = None  # set while it samples, by `_sampling`
         self.adapters = self.on_tokens = None
-        self.fused = self._try_out()
-        self.graphs = self.fused and model.device.type == "cuda"
+        self.fused, self.kernels = self._try_out()
+        self.graphs, self._graphs, self._kept = self.kernels, Graphs(model.device), {}
         vocabulary, eos = range(config.vocab_size), model.generation_config.eos_token_id
         self.limit = position_limit(config)
         stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
@@ -80,20 +77,20 @@ class Sampler:
         self.pad_id = next(i for i in (tokenizer.pad_token_id, *stops, 0) if i in vocabulary)
 
     def _try_out(self):
-        """Whether the fast path is right for this model; ValueError if even the plain one isn't."""
+        """Whether the fast path is right, and its kernels; ValueError if the plain one isn't."""
         name, layers = check_model(self.model), self.config.num_hidden_layers
         ids = torch.arange(2, device=self.model.device)[None]
         cache = KVCache(1, 2, ids.device, self.model)
         try:
             with sampling_mode(self.model):
                 logits = self._forward(cache, 0, ids, ids.clone(), [2])
-                fast = is_fast(self.model, ids, logits)
+                paths = fast.tried(self.model, ids, logits) if fast else (False, False)
         except (AttributeError, TypeError, NotImplementedError) as error:
             raise ValueError(f"{name}: {error}") from error
         require(len(cache.layers) == layers, f"{name}: some layers keep no keys in it")
         stores = [store for stores in cache.layers.values() for store in stores]
         self.token_bytes = sum(store.nbytes for store in stores) // cache.capacity
-        return fast
+        return paths
 
     def generate(self, prompt_ids, group_size=1, *, max_new_tokens, temperature=1.0, seeds=None):
         """Sample group_size completions of each prompt; row i belongs to prompt i // group_size.
@@ -184,13 +181,15 @@ class Sampler:
     @contextmanager
     def _sampling(self):
         """For one turn: the model only samples, on the fast path if it has one, as it is now."""
-        self.fast_forward = fast_forward(self.model, self.adapters) if self.fused else None
+        self.fast_forward = fast.forward_of(self.model, self.adapters) if self.fused else None
+        if self.fast_forward and self.kernels:
+            self.fast_step = fast.step_of(self.model, self.adapters, self._kept)
         hooked = None if self.fast_forward else self.adapters  # the fast path has none
         with sampling_mode(self.model), adapted(self.model, hooked):
             try:
                 yield
             finally:
-                self.fast_forward = None
+                self.fast_forward = self.fast_step = None
 
     def _policy(self):
         """Whose keys and values a cache holds."""
@@ -264,7 +263,6 @@ class Sampler:
         """
         lengths, ends = rollout.lengths.tolist(), end.tolist()
         order = rollout.cache.slots.argsort().tolist()
-        graphs = Graphs(end.device) if self.graphs and self.fast_forward else None
         unfinished = len(order)
         while unfinished:
             active = min(self.max_batch, unfinished)
@@ -272,22 +270,15 @@ class Sampler:
             need = max(min(lengths[r] + count, ends[r]) for r in order[:active])
             if need > rollout.cache.capacity:
                 rollout.cache.grow(room_for(need, rollout.ids.shape[1]), max(lengths))
-                graphs = graphs and Graphs(end.device)  # the old ones read where it was
-            widths, together = widths_of([lengths[r] + count - 1 for r in order[:active]]), active
-            if graphs:
-                together, widths = graphs.rounded(active, len(order), widths)
-            state = state_of(rollout, order[:together], end, active)
-            step = partial(self._step, rollout, widths, temperature)
-            if graphs:
-                state = graphs.run(step, state, widths[0], count)
-            else:
-                for _ in range(count):
-                    step(state)
-            rollout.lengths[state.rows] = state.position + 1
-            told = torch.stack([state.position + 1, state.done], 1).tolist()  # one host sync
+            rows = torch.tensor(order[:active], device=end.device)
+            state = state_of(rollout, rows, end, self.block + 1)
+            widths = widths_of([lengths[r] + count - 1 for r in order[:active]])
+            state = self._steps(rollout.cache, widths, state, temperature, count)
+            write(rollout, rows, state)
+            told = torch.stack([state.position[:active] + 1, state.done[:active]], 1).tolist()
             before = list(order)
             if self.on_tokens:
-                rows, ends_now = before[:active], [end for end, _ in told[:active]]
+                rows, ends_now = before[:active], [end for end, _ in told]
                 starts = [lengths[row] for row in rows]
                 self.on_tokens(rows, rollout.ids_between(rows, starts, ends_now))
             for slot in reversed(range(active)):
@@ -297,18 +288,35 @@ class Sampler:
                     order[slot], order[unfinished] = order[unfinished], order[slot]
             rollout.cache.move(before, order, max(lengths))
         rollout.cache.slots = torch.tensor(order, device=end.device).argsort()
-        rollout.cache.rows = rollout.cache.spot = None  # the last may belong to a graph
 
-    def _step(self, rollout, widths, temperature, state: State):
+    def _steps(self, cache, widths, state: State, temperature, count: int) -> State:
+        """`count` steps of cache rows 0, 1, ... from a state: where they lead."""
+        step = partial(self._step, cache, widths, temperature)
+        if self.fast_step:
+            self.fast_step.aim(cache)
+            if self.graphs:
+                reads = self.is_stop.data_ptr(), *self.fast_step.reads
+                return self._graphs.run(step, state, temperature, reads, count)
+        for _ in range(count):
+            step(state)
+        return state
+
+    def _step(self, cache, widths, temperature, state: State):
         """One token more for each row that isn't done; the state is changed in place."""
-        rows, end, seeds, position, token, logprob, done = state
-        logits = self._forward(rollout.cache, 0, token[:, None], position[:, None], widths)
-        new_token, new_logprob = sample(logits, temperature, uniform(seeds, position + 1))
+        end, start, position, token, logprob, done, draws, tokens, logprobs = state
+        if self.fast_step:
+            logits = self.fast_step.run(token, position, done)
+        else:
+            logits = self._forward(cache, 0, token[:, None], position[:, None], widths)
+        draw = draws.gather(1, (position - start)[:, None])[:, 0]
+        new_token, new_logprob = sample(logits, temperature, draw)
         # A row that is done feeds its last token at its own place again, which changes nothing.
         token.copy_(torch.where(done, token, new_token))
         logprob.copy_(torch.where(done, logprob, new_logprob))
         position += ~done
-        rollout.ids[rows, position], rollout.logprobs[rows, position] = token, logprob
+        column = (position - start)[:, None]
+        tokens.scatter_(1, column, token[:, None])
+        logprobs.scatter_(1, column, logprob[:, None])
         done |= self.is_stop[token] | (position + 1 == end)
 
     def _forward(self, cache, first, ids, positions, widths):
@@ -320,27 +328,3 @@ class Sampler:
         inputs = {"input_ids": ids, "position_ids": positions, "past_key_values": cache}
         with head_is(self.model, logits_of):  # as the scorer has it
             return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-
-def fast_forward(model, adapters) -> Callable | None:
-    """The fused forward pass with the weights of now; None where there is none for this model."""
-    return fused.fuse(model, adapters) if fused and fused.why_not(model) is None else None
-
-
-def is_fast(model, ids: Tensor, logits: Tensor) -> bool:
-    """Whether the fast path is there for a model and, fed ids (1, Q), gives its logits (1, V).
-
-    Warns where one would have expected it, on a GPU or a CPU with a compiler, and says why not.
-    """
-    if fused is None:
-        return False
-    reason = fused.why_not(model) or fused.why_wrong(model, ids, logits)
-    compiles = model.device.type == "cpu" and model.dtype == torch.float32 and which("cc")
-    if reason and (compiles or model.device.type != "cpu"):
-        _warn(f"sampling from {type(model).__name__} takes the plain path, a slower one: {reason}")
-    return reason is None
-
-
-@cache  # once a reason
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)  # the line that makes the Sampler

@@ -67,6 +67,11 @@ def why_not(model) -> str | None:
     return None
 
 
+def relative_error(dtype: torch.dtype) -> float:
+    """Of logits, up to which two ways to compute them agree."""
+    return 1e-4 if dtype.itemsize > 2 else 0.05
+
+
 @torch.no_grad()
 def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
     """What computes something else than the model itself, if anything does.
@@ -80,7 +85,7 @@ def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
         for positions in (ids, ids[:, -1:].clone()):
             cache.aim(0, positions, [ids.shape[1]])
             errors.append((forward(cache, positions, positions) - logits).abs().max())
-        bound = (1e-4 if model.dtype.itemsize > 2 else 0.05) * logits.abs().max()
+        bound = relative_error(model.dtype) * logits.abs().max()
         return bool(torch.stack(errors).max() < bound)  # False for a NaN too
 
     if agrees(fuse(model)):
@@ -134,7 +139,7 @@ def _in_c(model, library) -> Callable:
     return in_place if size > LARGE else joined
 
 
-def _head(in_c, layer: nn.Linear) -> Callable:
+def head_of(in_c, layer: nn.Linear) -> Callable:
     """x (n, H) -> logits (n, V), float32."""
     if in_c:
         product = _linear(in_c, layer)
@@ -199,7 +204,7 @@ def fuse(model, adapters=None, c: bool = True) -> Callable:
     in_c = _in_c(model, library) if library else None
     own = {} if adapters is None else adapters.by_layer(model)
     layers = [_layer(in_c, own, block) for block in decoder.layers]
-    head, norm = _head(in_c, model.lm_head), _norm(decoder.norm)
+    head, norm = head_of(in_c, model.lm_head), _norm(decoder.norm)
 
     def forward(cache, ids: Tensor, positions: Tensor) -> Tensor:
         n, Q = ids.shape

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 # import it takes seconds, which --help and a misspelt flag should not.
 OURS = {}
 
+# Whether torch may take cuDNN's attention on CUDA. It makes a plan for each new shape first, which
+# is said to take 25 to 1,000 ms; and here almost every call has a new one.
+CUDNN = False
+
 
 def require(condition, message: str) -> None:
     if not condition:
@@ -46,11 +50,14 @@ def attention_is(model, name: str):
     parts = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     configs = {id(m.config): m.config for m in parts}.values()
     before = [(config, config._attn_implementation) for config in configs]
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn and CUDNN)
     try:
         for config, _ in before:  # the public setter would also overwrite nested configs
             config._attn_implementation_internal = name
         yield
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         for config, implementation in before:
             config._attn_implementation_internal = implementation
 

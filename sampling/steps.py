@@ -6,26 +6,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sampling.draws import uniform
+
 
 class State(NamedTuple):
-    """Rows that are decoded together, each tensor (n,)."""
+    """Rows that are decoded together, for a block of steps; column c is what c steps have led to.
 
-    rows: Tensor  # of the rollout
-    end: Tensor  # the length at which a row is cut off
-    seeds: Tensor
-    position: Tensor  # of the last token, which is fed next
-    token: Tensor
-    logprob: Tensor
-    done: Tensor
+    All that is written stays here until the block is done: a CUDA graph knows one place in memory.
+    """
+
+    end: Tensor  # (n,) the length at which a row is cut off
+    start: Tensor  # (n,) the position of the last token before the block
+    position: Tensor  # (n,) of the last token, which is fed next
+    token: Tensor  # (n,)
+    logprob: Tensor  # (n,)
+    done: Tensor  # (n,)
+    draws: Tensor  # (n, columns) in [0, 1), for the token after column c
+    tokens: Tensor  # (n, columns)
+    logprobs: Tensor  # (n, columns)
 
 
-def state_of(rollout, rows: list[int], end: Tensor, active: int) -> State:
-    """Where `rows` of a rollout are, of which the first `active` count; end: (B,)."""
-    rows = torch.tensor(rows, device=end.device)
-    position = rollout.lengths[rows] - 1
-    idle = torch.arange(len(rows), device=end.device) >= active
-    token, logprob = rollout.ids[rows, position], rollout.logprobs[rows, position]
-    return State(rows, end[rows], rollout.seeds[rows], position, token, logprob, idle)
+def state_of(rollout, rows: Tensor, end: Tensor, columns: int) -> State:
+    """Where `rows` (n,) of a rollout are, before up to columns - 1 steps; end: (B,)."""
+    start = rollout.lengths[rows] - 1
+    token, logprob = rollout.ids[rows, start], rollout.logprobs[rows, start]
+    # A row draws the same whatever its neighbours do and wherever a block begins.
+    column = torch.arange(columns, device=rows.device)
+    draws = uniform(rollout.seeds[rows, None], start[:, None] + 1 + column)
+    tokens, logprobs = (x[:, None].repeat(1, columns) for x in (token, logprob))
+    done = torch.zeros_like(rows, dtype=torch.bool)
+    return State(end[rows], start, start.clone(), token, logprob, done, draws, tokens, logprobs)
+
+
+def write(rollout, rows: Tensor, state: State) -> None:
+    """What a block has sampled, and how long the rows (n,) are by now; more of a state is idle."""
+    _, start, position, _, _, _, _, tokens, logprobs = (x[: len(rows)] for x in state)
+    column = torch.arange(tokens.shape[1], device=rows.device)
+    column = torch.minimum(column, (position - start)[:, None])  # (n, columns), no further
+    at = rows[:, None], start[:, None] + column
+    rollout.ids[at], rollout.logprobs[at] = tokens.gather(1, column), logprobs.gather(1, column)
+    rollout.lengths[rows] = position + 1
 
 
 def widths_of(lengths: list[int]) -> list[int]:
@@ -42,32 +62,49 @@ def widths_of(lengths: list[int]) -> list[int]:
 class Graphs:
     """Decoding steps captured on CUDA and replayed, since launching them costs more than they do.
 
-    A graph is for one number of rows and one width of the cache, so both are rounded up; and all
-    that it reads and writes stays in one place. They live as long as one call of the sampler, and
-    their pool of memory with them.
+    They live as long as the sampler, and their memory with them. A graph is for one number of rows,
+    so that is rounded up, and for one temperature. It reads and writes one State of its own, into
+    which each block's is copied; the cache it finds by a table (fast/cuda_step.py); and if weights
+    have moved, all graphs are thrown away.
     """
 
     def __init__(self, device):
-        self.device, self.pool, self.kept = device, None, {}
+        self.device, self.reads = device, None
+        self.places, self.met, self.replays, self.pool = {}, set(), {}, None
 
     @staticmethod
-    def rounded(active: int, rows: int, widths: list[int]) -> tuple[int, list[int]]:
-        """How many of all rows to decode together (some idle ones come along), and how far."""
-        power = 1 << (active - 1).bit_length()
-        bucket = next(n for n in (power * 3 // 4, power) if n >= active)
-        return min(bucket, rows), [-(-max(widths) // 128) * 128]
+    def rounded(active: int) -> int:
+        """With how many rows to decode so many: 1, 8, 16, 32, 64, 96, 128, 192, 256 and so on.
 
-    def run(self, step, state: State, width: int, count: int) -> State:
-        """`count` steps from `state`, each step(state) in place; returns where they have led."""
-        fixed, replays = self.kept.setdefault(len(state.rows), (state, {}))
+        Fewer than 8 take as long as 8: a step's time is that of reading the weights.
+        """
+        if active == 1:
+            return 1
+        power = max(8, 1 << (active - 1).bit_length())
+        three_quarters = power * 3 // 4
+        return three_quarters if power > 64 and active <= three_quarters else power
+
+    def run(self, step, state: State, temperature: float, reads: tuple, count: int) -> State:
+        """`count` steps from `state`, each step(state) in place; returns where they have led.
+
+        reads: of Step (fast/cuda_step.py). The first block of a size is run as it is, which also
+        warms up. So what is captured is replayed, and what occurs once is not captured.
+        """
+        if reads != self.reads:
+            self.reads, self.met, self.replays, self.pool = reads, set(), {}, None
+        n, active = self.rounded(len(state.done)), len(state.done)
+        if n not in self.places:
+            self.places[n] = State(*(x.new_zeros(n, *x.shape[1:]) for x in state))
+        fixed, key = self.places[n], (n, temperature)
         for old, new in zip(fixed, state, strict=True):
-            old.copy_(new)
+            old[:active] = new
+        fixed.done[active:] = True  # rows that are none
+        once = partial(step, fixed)
+        if key in self.met and key not in self.replays:
+            self.replays[key] = self.capture(once)
+        self.met.add(key)
         for _ in range(count):
-            if width in replays:
-                replays[width]()
-            else:
-                step(fixed)  # one as it is, which also warms up
-                replays[width] = self.capture(partial(step, fixed))
+            self.replays.get(key, once)()
         return fixed
 
     def capture(self, step):

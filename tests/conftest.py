@@ -2,15 +2,20 @@
 what holds for every rollout of them."""
 
 import logging
+import os
 import weakref
 from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers as tf
 
-from sampling.attention import KVCache
+if not torch.cuda.is_available():  # before anything imports Triton, if it is there at all
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import transformers as tf  # noqa: E402
+
+from sampling.attention import KVCache  # noqa: E402
 
 logging.disable(logging.DEBUG)  # of which torch.distributed.checkpoint writes much
 torch.set_num_threads(1)  # such small matrices gain nothing from more

@@ -16,10 +16,10 @@ import transformers as tf
 import sampler as sampler_module
 from conftest import TINY, VOCAB, build, check, equal, three_turns
 from sampler import Sampler
-from sampling import steps
 from sampling.attention import KVCache, ragged_mask
 
 fused = pytest.importorskip("fast.fused")
+from fast import paths  # noqa: E402
 from fast.cpu_kernels import compiled, linear, linear_in_place, one_query  # noqa: E402
 
 FUSED = ("llama", "llama_mha", "qwen2", "qwen3")
@@ -200,8 +200,8 @@ WRONG = "the fast path of fast/fused.py computes something else than the model i
 @pytest.fixture
 def told(monkeypatch):
     """Warnings since they were last asked for, where a compiler is there or said to be."""
-    monkeypatch.setattr(sampler_module, "which", lambda name: f"/usr/bin/{name}")
-    sampler_module._warn.cache_clear()
+    monkeypatch.setattr(paths, "which", lambda name: f"/usr/bin/{name}")
+    paths._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
 
@@ -213,7 +213,7 @@ def told(monkeypatch):
             return texts
 
         yield since
-    sampler_module._warn.cache_clear()
+    paths._warn.cache_clear()
 
 
 def text(model, reason):
@@ -248,9 +248,9 @@ def test_nothing_is_said_where_no_fast_path_was_to_be_expected(tiny, tokenizer, 
     bfloat16 = build(tf.Phi3Config).to(torch.bfloat16)
     assert not Sampler(bfloat16, tokenizer).fused and told() == []
     with monkeypatch.context() as patch:
-        patch.setattr(sampler_module, "which", lambda name: None)
+        patch.setattr(paths, "which", lambda name: None)
         assert not Sampler(tiny("phi3"), tokenizer).fused and told() == []
-    monkeypatch.setattr(sampler_module, "fused", None)  # as if the folder were deleted
+    monkeypatch.setattr(sampler_module, "fast", None)  # as if the folder were deleted
     for name in ("phi3", "llama"):
         sampler = Sampler(tiny(name), tokenizer)
         assert not sampler.fused and not sampler.graphs and told() == []
@@ -259,11 +259,11 @@ def test_nothing_is_said_where_no_fast_path_was_to_be_expected(tiny, tokenizer, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_it_is_expected_of_any_dtype(dtype, monkeypatch):
-    monkeypatch.setattr(sampler_module, "which", lambda name: None)
-    sampler_module._warn.cache_clear()
+    monkeypatch.setattr(paths, "which", lambda name: None)
+    paths._warn.cache_clear()
     model = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=tf.BloomConfig())
     with pytest.warns(UserWarning) as caught:
-        assert not sampler_module.is_fast(model, None, None)
+        assert paths.tried(model, None, None) == (False, False)
     said = [str(warning.message) for warning in caught]
     assert said == [text(model, f"SimpleNamespace {KNOWN}")]
 
@@ -280,11 +280,11 @@ def test_what_python_leaves_of_a_deleted_folder_is_no_fast_path(tmp_path, monkey
     left = types.ModuleType("fast")  # as `fast/__pycache__` makes it, a package of nothing
     left.__path__ = [str(tmp_path)]
     monkeypatch.setitem(sys.modules, "fast", left)
-    monkeypatch.delitem(sys.modules, "fast.fused")
+    monkeypatch.delitem(sys.modules, "fast.paths")
     spec = importlib.util.spec_from_file_location("slow", sampler_module.__file__)
     slow = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(slow)
-    assert slow.fused is None and sampler_module.fused is not None
+    assert slow.fast is None and sampler_module.fast is not None
 
 
 def test_one_place_alone_looks_for_the_folder():
@@ -297,39 +297,3 @@ def test_one_place_alone_looks_for_the_folder():
     imports = re.compile(r"^ *(from|import) fast\b", re.MULTILINE)
     found = [p.as_posix() for p in paths if imports.search((root / p).read_text())]
     assert found == ["sampler.py"] and len(paths) > 30
-
-
-@pytest.mark.parametrize("max_batch", [3, 256])
-@pytest.mark.parametrize("grows", [False, True])
-def test_steps_that_are_replayed_from_one_place_in_memory_sample_the_same(
-    tokenizer, max_batch, grows, monkeypatch
-):
-    """All of the CUDA graphs' bookkeeping but the graphs: idle rows that fill a bucket, one place
-    for the state, wider caches, and new graphs where the cache has another place."""
-    model = build(tf.LlamaConfig, max_position_embeddings=400)
-    sampler = Sampler(model, tokenizer, max_batch, block=5)
-    sampler.is_stop[:] = False
-    long = {"prompt_ids": [[5, 7] * 55, [6] * 90], "max_new_tokens": [60, 20, 50, 9]}  # up to 170
-    long["group_size"] = 2
-    plain = [*three_turns(sampler), sampler.generate(**long)]
-    captured = []
-
-    def capture(_, step):
-        def places():
-            cache = step.args[0].cache
-            return [store.data_ptr() for stores in cache.layers.values() for store in stores]
-
-        def replay():
-            assert places() == seen
-            step()
-
-        seen = places()
-        captured.append(seen)
-        return replay
-
-    if grows:
-        monkeypatch.setattr(sampler_module, "room_for", lambda tokens, limit: tokens)
-    monkeypatch.setattr(steps.Graphs, "capture", capture)
-    sampler.graphs = True
-    again = [*three_turns(sampler), sampler.generate(**long)]
-    assert all(equal(a, b) for a, b in zip(plain, again, strict=True)) and captured

@@ -308,10 +308,14 @@ def whole_tensors(model) -> Iterator[tuple[str, Tensor]]:
 def gather_weights(sharded, plain) -> None:
     """`plain`, a model of the same build, gets the whole weights, in its own dtype.
 
-    `drop_weights` frees them.
+    They come where the ones before are, since CUDA graphs know their place; `drop_weights` frees
+    them.
     """
     for (_, tensor), parameter in zip(whole_tensors(sharded), plain.parameters(), strict=True):
-        parameter.data = tensor.to(parameter.dtype)
+        if parameter.shape == tensor.shape:
+            parameter.data.copy_(tensor)
+        else:  # they were dropped
+            parameter.data = tensor.to(parameter.dtype)
 
 
 def drop_weights(plain) -> None:

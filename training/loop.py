@@ -136,9 +136,9 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
 def given_up(scorer, sampler):
     """Around an update: where the policy is spread over ranks, its whole copy makes room.
 
-    Afterwards what is sampled from is there again, with the new weights.
+    Unless CUDA graphs are to find it where it is. Afterwards it has the new weights.
     """
-    if distributed.together() and scorer.adapters is None:
+    if distributed.together() and scorer.adapters is None and not sampler.graphs:
         distributed.drop_weights(sampler.model)
     yield
     hand_over(scorer, sampler)

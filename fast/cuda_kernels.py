@@ -32,29 +32,79 @@ def _rotated(x, at, real, cos, sin, HALF: tl.constexpr):
 
 
 @triton.jit
+def _own_token(
+    left, right, key, value, cos, sin, keys, values, place, own, scale,
+    HALF: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Keeps a token's key and value, if `own` is true: (most, total, acc) of them, or of none.
+
+    left, right: halves of its queries (16, TILE); key, value: where its own are; keys, values:
+    where the row's are kept.
+    """
+    half, wide = tl.arange(0, TILE), tl.arange(0, WIDE)
+    k_left, k_right = _rotated(key, half, half < HALF, cos, sin, HALF)
+    v = tl.load(value + wide, mask=wide < 2 * HALF, other=0.0)
+    kept = tl.where(own, HALF, 0)
+    tl.store(keys + place * 2 * HALF + half, k_left, mask=half < kept)
+    tl.store(keys + place * 2 * HALF + HALF + half, k_right, mask=half < kept)
+    tl.store(values + place * 2 * HALF + wide, v, mask=wide < 2 * kept)
+    score = tl.sum(left.to(tl.float32) * k_left.to(tl.float32), 1)
+    score += tl.sum(right.to(tl.float32) * k_right.to(tl.float32), 1)
+    most = tl.where(own, score * scale, -float("inf"))
+    total = tl.where(own, 1.0, 0.0) + tl.zeros([16], tl.float32)
+    acc = tl.where(own, v.to(tl.float32), 0.0)[None, :] + tl.zeros([16, WIDE], tl.float32)
+    return most, total, acc
+
+
+@triton.jit
+def _earlier_tokens(
+    left, right, keys, values, begin, end, most, total, acc, scale, KIND: tl.constexpr,
+    HALF: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(most, total, acc) with keys and values begin, ..., end - 1 beside what there is.
+
+    In one pass (Milakov and Gimelshein 2018): most is the largest score so far, total the sum of
+    exp(score - most), acc (16, WIDE) that of exp(score - most) * value. Both are multiplied by
+    exp(most - higher) when most grows to higher.
+    """
+    half, wide = tl.arange(0, TILE), tl.arange(0, WIDE)
+    kind = left.dtype
+    left, right = left.to(KIND), right.to(KIND)
+    for start in range(begin, end, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        there = j < end
+        at = keys + j[None, :] * 2 * HALF + half[:, None]
+        seen = there[None, :] & (half[:, None] < HALF)
+        k_left = tl.load(at, mask=seen, other=0.0).to(KIND)  # (TILE, BLOCK) each
+        k_right = tl.load(at + HALF, mask=seen, other=0.0).to(KIND)
+        scores = tl.dot(left, k_left, input_precision="ieee")
+        scores = tl.dot(right, k_right, scores, input_precision="ieee") * scale  # (16, BLOCK)
+        scores = tl.where(there[None, :], scores, -float("inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        keep, p = tl.exp(most - higher), tl.exp(scores - higher[:, None])
+        seen = there[:, None] & (wide[None, :] < 2 * HALF)
+        v = tl.load(values + j[:, None] * 2 * HALF + wide[None, :], mask=seen, other=0.0)
+        total = total * keep + tl.sum(p, 1)
+        acc = tl.dot(p.to(kind).to(KIND), v.to(KIND), acc * keep[:, None], input_precision="ieee")
+        most = higher
+    return most, total, acc
+
+
+@triton.jit(do_not_specialize=("layer",))  # or some numbers would be compiled by themselves
 def _attend(
-    query, new_key, new_value, query_row, key_row, value_row,  # *_row: from one row to the next
+    query, key, value, query_row, key_row, value_row,  # *_row: from one row to the next
     cos, sin, position, idle, table, layer, layers, out, weight, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
     TILE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """softmax(scale * q K^T) V of one row, the GROUP heads of one key-value head, one part of keys.
 
-    In one pass over blocks of keys (Milakov and Gimelshein 2018): with m the largest score so far,
-    sum = sum_j exp(s_j - m) and acc = sum_j exp(s_j - m) v_j, both are multiplied by
-    exp(m - m') when m grows to m'. At the end acc / sum is this part's answer, and it weighs as
-    exp(m) * sum, of which the logarithm is kept in `weight`.
+    acc / total is this part's answer. It weighs as total * exp(most), whose logarithm is kept.
     """
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place, done = tl.load(position + row), tl.load(idle + row).to(tl.int32)
-    count = tl.where(done == 0, place, 0)  # keys before the token's own
-    # Each part has as many whole blocks as any other, or fewer.
-    each = tl.cdiv(tl.cdiv(count, PARTS), BLOCK) * BLOCK
-    begin = part * each
-    end = tl.minimum(begin + each, count)
-
     half, wide = tl.arange(0, TILE), tl.arange(0, WIDE)  # powers of two, as tiles have to be
-    heads = tl.arange(0, 16)  # products need tiles of 16
+    heads = tl.arange(0, 16)  # and 16 at least where products are made of them
     angles = row * 2 * HALF + half
     c = tl.load(cos + angles, mask=half < HALF, other=0.0).to(tl.float32)
     s = tl.load(sin + angles, mask=half < HALF, other=0.0).to(tl.float32)
@@ -67,48 +117,27 @@ def _attend(
     first = (row * KV_HEADS + head) * capacity * 2 * HALF
     keys = tl.load(table + 2 * layer).to(tl.pointer_type(kind)) + first
     values = tl.load(table + 2 * layer + 1).to(tl.pointer_type(kind)) + first
-    keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)  # for wide reads
-
-    # The token's own key and value, which the first part begins with, and keeps.
-    k_at = row * key_row + head * 2 * HALF + half
-    k_left, k_right = _rotated(new_key, k_at, half < HALF, c, s, HALF)
-    v_at = row * value_row + head * 2 * HALF + wide
-    value = tl.load(new_value + v_at, mask=wide < 2 * HALF, other=0.0)
+    keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)  # or reads are narrow
+    key += row * key_row + head * 2 * HALF
+    value += row * value_row + head * 2 * HALF
     own = (part == 0) & (done == 0)
-    stored = tl.where(own, HALF, 0)
-    tl.store(keys + place * 2 * HALF + half, k_left, mask=half < stored)
-    tl.store(keys + place * 2 * HALF + HALF + half, k_right, mask=half < stored)
-    tl.store(values + place * 2 * HALF + wide, value, mask=wide < 2 * stored)
-    score = tl.sum(left.to(tl.float32) * k_left.to(tl.float32), 1)
-    score += tl.sum(right.to(tl.float32) * k_right.to(tl.float32), 1)
-    most = tl.where(own, score * scale, -float("inf"))  # (16,), m above
-    total = tl.where(own, 1.0, 0.0) + tl.zeros([16], tl.float32)
-    acc = tl.where(own, value.to(tl.float32), 0.0)[None, :] + tl.zeros([16, WIDE], tl.float32)
+    most, total, acc = _own_token(
+        left, right, key, value, c, s, keys, values, place, own, scale, HALF, TILE, WIDE
+    )
 
-    left, right = left.to(KIND), right.to(KIND)
-    for start in range(begin, end, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        there = j < end
-        key_at = keys + j[None, :] * 2 * HALF + half[:, None]
-        seen = there[None, :] & (half[:, None] < HALF)
-        old_left = tl.load(key_at, mask=seen, other=0.0).to(KIND)  # (TILE, BLOCK) each
-        old_right = tl.load(key_at + HALF, mask=seen, other=0.0).to(KIND)
-        scores = tl.dot(left, old_left, input_precision="ieee")
-        scores = tl.dot(right, old_right, scores, input_precision="ieee") * scale  # (16, BLOCK)
-        scores = tl.where(there[None, :], scores, -float("inf"))
-        higher = tl.maximum(most, tl.max(scores, 1))
-        keep, p = tl.exp(most - higher), tl.exp(scores - higher[:, None])
-        value_at = values + j[:, None] * 2 * HALF + wide[None, :]
-        seen = there[:, None] & (wide[None, :] < 2 * HALF)
-        old = tl.load(value_at, mask=seen, other=0.0).to(KIND)
-        total = total * keep + tl.sum(p, 1)
-        acc = tl.dot(p.to(kind).to(KIND), old, acc * keep[:, None], input_precision="ieee")
-        most = higher
+    count = tl.where(done == 0, place, 0)  # keys before the token's own
+    each = tl.cdiv(tl.cdiv(count, PARTS), BLOCK) * BLOCK  # of a part: whole blocks
+    begin = part * each
+    end = tl.minimum(begin + each, count)
+    most, total, acc = _earlier_tokens(
+        left, right, keys, values, begin, end, most, total, acc, scale, KIND,
+        HALF, TILE, WIDE, BLOCK,
+    )  # fmt: skip
 
     answer = tl.where(total[:, None] > 0, acc / total[:, None], 0.0)  # 0 of no keys at all
     at = (row * KV_HEADS + head) * GROUP + heads  # of all rows' heads
-    fine = heads < GROUP
     to = out + (at[:, None] * PARTS + part) * 2 * HALF + wide[None, :]
+    fine = heads < GROUP
     tl.store(to, answer, mask=fine[:, None] & (wide[None, :] < 2 * HALF))
     if PARTS > 1:
         tl.store(weight + at * PARTS + part, most + tl.log(total), mask=fine)

@@ -357,7 +357,7 @@ def compiled(kernel, arguments, **constants):
 
 for number, kind in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
     shapes = dict(KV_HEADS=2, GROUP=7, HALF=32, PARTS=4, TILE=32, WIDE=64, BLOCK=32, KIND=kind)
-    pointers = {k: f"*{number}" for k in ("query", "new_key", "new_value", "cos", "sin")}
+    pointers = {k: f"*{number}" for k in ("query", "key", "value", "cos", "sin")}
     pointers |= {"position": "*i64", "idle": "*i1", "table": "*i64", "out": "*fp32"}
     numbers = {k: "i32" for k in ("query_row", "key_row", "value_row", "layer", "layers")}
     pointers |= {"weight": "*fp32", "scale": "fp32"}

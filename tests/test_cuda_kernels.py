@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from conftest import PROMPTS, TINY, build, check, equal, three_turns  # noqa: E4
 from fast import cuda_kernels, cuda_step, fused, paths  # noqa: E402
 from sampler import Sampler  # noqa: E402
 from sampling import steps  # noqa: E402
-from sampling.attention import KVCache, ragged_mask  # noqa: E402
-from training import distributed, lora  # noqa: E402
+from sampling.attention import KVCache, attention_is, ragged_mask  # noqa: E402
+from training import distributed, loop, lora  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="written for the interpreter"),
@@ -314,6 +315,22 @@ def test_graphs_follow_weights_and_adapters_and_go_where_these_have_moved(
         model.model.norm.weight.data = -model.model.norm.weight.data
         assert equal(sampler.generate(**ask), fresh()) and rows == [1]  # as it is, to warm up
         assert equal(sampler.generate(**ask), fresh()) and rows == [1, 1]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_an_update_leaves_weights_where_graphs_find_them(graphs, monkeypatch):
+    monkeypatch.setattr(distributed, "together", lambda: True)
+    monkeypatch.setattr(loop, "hand_over", lambda scorer, sampler: None)
+    sampler = SimpleNamespace(model=build(tf.LlamaConfig), graphs=graphs)
+    with loop.given_up(SimpleNamespace(adapters=None), sampler):
+        assert all(parameter.numel() > 0 for parameter in sampler.model.parameters()) == graphs
+
+
+def test_attention_of_cudnn_is_off_while_a_model_attends_by_ours_and_no_longer():
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with attention_is(build(tf.LlamaConfig), "ragged"):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_model_with_a_window_has_no_kernels(tiny, tokenizer):

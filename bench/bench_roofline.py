@@ -39,12 +39,27 @@ class Config(BenchConfig):
     repeats: int = flag(5, "rounds; in each of them everything compared runs once, in turn")
     model: str = flag("models/tiny", "model directory")
     batches: str = flag("1,8,32,64,128", "rows decoded together")
-    context: int = flag(200, "tokens in the cache, on average over the steps timed")
-    steps: int = flag(32, "decode steps timed, a difference of two calls")
-    probe_mib: int = flag(1024, "size of the tensor read to measure bandwidth")
-    probe_size: int = flag(
-        4096, "rows of the matrix product that measures the arithmetic; half as many columns"
+    context: int | None = flag(
+        None, "tokens in the cache, on average over the steps timed; default: 200, on a GPU 440"
     )
+    steps: int = flag(32, "decode steps timed, a difference of two calls")
+    probe_mib: int | None = flag(
+        None, "size of the tensor read to measure bandwidth; default: 1024, on a GPU 8192"
+    )
+    probe_size: int | None = flag(
+        None,
+        "rows of the matrix product that measures the arithmetic; default: 4096, on a GPU 8192",
+    )
+    probe_columns: int | None = flag(None, "its columns; default: half as many, on a GPU as many")
+
+    def __post_init__(self):
+        super().__post_init__()
+        cpu = self.device == "cpu"
+        # 440: no row crosses a multiple of 128 while it is timed, where steps are captured anew
+        self.context = self.context or (200 if cpu else 440)
+        self.probe_mib = self.probe_mib or (1024 if cpu else 8192)
+        self.probe_size = self.probe_size or (4096 if cpu else 8192)
+        self.probe_columns = self.probe_columns or max(1, self.probe_size // (2 if cpu else 1))
 
 
 def fastest(functions: list, device: str, tries: int = 4) -> float:
@@ -61,7 +76,7 @@ def bandwidth(config: Config) -> float:
 
 def arithmetic(config: Config) -> dict[str, float]:
     """FLOPs a second of a large product, of each way that torch offers for this device."""
-    rows, columns = config.probe_size, config.probe_size // 2
+    rows, columns = config.probe_size, config.probe_columns
     x = torch.randn(rows, columns, device=config.device).to(getattr(torch, config.dtype))
     weight = torch.randn(columns, columns, device=config.device).to(x)
     ways = {"F.linear": lambda: F.linear(x, weight), "matmul": lambda: x @ weight}

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from training.flags import flag, parse_args  # noqa: E402, F401
-from training.models import load_model  # noqa: E402
+from training.models import cast, load_model  # noqa: E402
 
 
 @dataclass
@@ -51,7 +51,7 @@ def load(name: str, config: BenchConfig, positions: int = 0):
 
 
 def ready(model, config: BenchConfig, positions: int = 0):
-    model.to(config.device, getattr(torch, config.dtype)).eval()
+    cast(model.to(config.device), getattr(torch, config.dtype)).eval()
     text = model.config.get_text_config()  # rotary positions have no limit of their own
     text.max_position_embeddings = max(text.max_position_embeddings, positions)
     # no stop tokens, penalties or limits that a benchmark doesn't see

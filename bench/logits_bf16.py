@@ -18,6 +18,7 @@ from sampler import Sampler
 from tasks import TASKS
 from tasks.env import Env
 from training.loop import RATIOS
+from training.models import cast
 from training.scorer import Scorer
 
 
@@ -54,7 +55,7 @@ def gap(name: str, logprobs, others, kl=None) -> dict:
 @torch.no_grad()
 def main(config: Config) -> None:
     exact, (model, tokenizer) = load(config.model, config)[0], load(config.model, config)
-    env, rows, model = Env(TASKS[config.task], tokenizer), [], model.bfloat16()
+    env, rows, model = Env(TASKS[config.task], tokenizer), [], cast(model, torch.bfloat16)
     prompts = env.prompts(env.task.generate("train", config.seed)[: config.prompts])
     for drawn in WAYS:
         compute_logits(drawn)

@@ -1,5 +1,6 @@
 """Every timing script at its smallest size: it runs, and ends in JSON with what it promises."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import common
 import helpers
 import measure_memory
 from helpers import save_random_model
+from sampler import Sampler
+from sampling.attention import room_for
 from training import lora
 from training.models import load_model
 
@@ -54,6 +57,33 @@ def test_roofline(model, capsys):
     figures, _ = last_line(bench_roofline, capsys, model=model, repeats=1, **small)
     for batch in (1, 2):
         assert {f"speedup_batch{batch}", f"roofline_share_batch{batch}"} <= set(figures)
+
+
+def test_a_gpus_roofline_is_measured_with_large_probes_and_in_one_width(model, monkeypatch):
+    config = bench_roofline.Config(device="cuda", model=model, dtype="float32")
+    assert config.probe_mib == 2**13 and config.probe_size == config.probe_columns == 2**13
+    config.device, config.repeats, seen = "cpu", 1, []
+
+    def extending(sampler, rollout, count, config):
+        first = int(rollout.lengths.max()) + 1  # tokens of a row when the first one is sampled
+        seen.append((first, first + count))
+        return 1.0
+
+    for name in ("bandwidth", "arithmetic", "generate_step"):
+        monkeypatch.setattr(bench_roofline, name, lambda *_: None)
+    monkeypatch.setattr(bench_roofline, "extending", extending)
+    loaded, tokenizer = common.load(model, config, 500)
+    bench_roofline.at_batch(loaded, Sampler(loaded, tokenizer), 2, config)
+    assert {-(-tokens // 128) for span in seen for tokens in span} == {4}  # a width of 512
+    assert all(room_for(first, 1000) >= last for first, last in seen)  # the cache does not grow
+
+
+def test_weights_are_cast_without_the_angles_of_positions(tiny):
+    config = common.BenchConfig(device="cpu", dtype="bfloat16")
+    model = common.ready(copy.deepcopy(tiny("llama")), config)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    exact = 10000.0 ** -(torch.arange(0, 8, 2) / 8)  # of heads of 8, as the paper has them
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
 
 
 def test_cost_of_a_step(tiny):

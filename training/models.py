@@ -86,10 +86,7 @@ def load_model(name: str, device=None, dtype: torch.dtype = torch.float32, base=
     """
     source, tokenizer = read_model(name, base)
     if distributed.together():
-        model = skeleton(source)
-        for parameter in model.parameters():
-            # not the buffers, which are float32 in every model
-            parameter.data = parameter.data.to(dtype)
+        model = cast(skeleton(source), dtype)
         materialise(model, distributed.device())
         distributed.send(source, model)
     else:
@@ -203,6 +200,16 @@ def ready(model, saved_dtype: torch.dtype):
             module.padding_idx = None
     model.saved_dtype = saved_dtype
     return model.eval()
+
+
+def cast(model, dtype: torch.dtype):
+    """The model, its parameters in `dtype`; not its buffers, which are float32 in every model.
+
+    `model.to(dtype)` would round those too, and with them the angles of rotary positions.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def materialise(module: nn.Module, device, buffer_device=None) -> None:

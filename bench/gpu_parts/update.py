@@ -1,0 +1,183 @@
+"""A training update as one process on a GPU makes it: a group of one, bfloat16, float32 weights.
+
+32 rows of 256 + 256 tokens, prompts shared by 8: 9,216 nodes, of which 8,192 are scored.
+"""
+
+import inspect
+from types import SimpleNamespace
+
+import torch
+
+from gpu_parts.lines import allow_cudnn, device, gpu, once, peak_gib, sync, timed
+from gpu_parts.models import NAMES, prompts_of, random_model
+from loss import token_scores
+from score import Config
+from training import distributed, lora
+from training.models import cast, materialise, skeleton
+from training.policy import Batch, accumulate_gradients, apply_gradients
+from training.scorer import Scorer, prefix_tree
+
+HALF = torch.bfloat16
+BEST = 989e12  # FLOPs a second of bfloat16 products, by the data sheet of an H100 or H200
+
+
+def update(part):
+    distributed.start(Config(dtype="bfloat16"))
+    work = batch_of(*((4, 8, 8) if part.small else (32, 256, 256)))
+    for name in NAMES:
+        part.section(f"{name} all weights", all_weights, part, name, work)
+        part.section(f"{name} LoRA", adapters_alone, part, name, work)
+    for name in NAMES[::-1]:  # to compile takes long: the smaller one first
+        part.section(f"{name} compiled", compiled_blocks, part, name, work)
+    distributed.leave()
+
+
+def batch_of(rows: int, prompt: int, new: int) -> Batch:
+    """A rollout of rows that share their prompts by 8."""
+    ids = torch.tensor(prompts_of(rows, prompt + new), device=device())
+    ids[:, :prompt] = ids[torch.arange(rows, device=ids.device) // 8 * 8, :prompt]
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, prompt:] = True
+    lengths = torch.full((rows,), prompt + new, device=ids.device)
+    zeros = torch.zeros(ids.shape, device=ids.device)
+    rollout = SimpleNamespace(
+        ids=ids, action_mask=mask, turn=torch.zeros_like(ids), lengths=lengths, logprobs=zeros
+    )
+    advantages = torch.randn(ids.shape, device=ids.device) * mask
+    return Batch(rollout, advantages, 0.05 * mask.float(), float(rows), {})
+
+
+def whole_scorer(part, name: str, **how) -> Scorer:
+    """Policy and reference with all weights trained, sharded over the one rank."""
+    plain = random_model(part, name, HALF)
+    models = [skeleton(plain) for _ in range(2)]
+    scorer = Scorer(*models, **how)
+    distributed.shard(scorer, models, HALF)
+    materialise(scorer, device())
+    distributed.send(plain, *models)
+    return scorer
+
+
+def lora_scorer(part, name: str, **how) -> Scorer:
+    model = random_model(part, name, HALF)
+    adapters = lora.make(model, 4 if part.small else 16, 0)
+    scorer = Scorer(model, model, adapters, **how)
+    distributed.shard(scorer, [], HALF, whole=model)
+    return scorer
+
+
+def vocabulary_of(scorer: Scorer) -> int:
+    return scorer.model.config.vocab_size
+
+
+def all_weights(part, name: str, work: Batch) -> None:
+    scorer = whole_scorer(part, name)
+    words = vocabulary_of(scorer)
+    settings = {
+        "as it is": {},
+        "no cuDNN": {"cudnn": False},
+        "chunk 2^24": {"cudnn": False, "chunk": 2**24 // words},
+        "chunk 2^27": {"cudnn": False, "chunk": 2**27 // words},
+        "chunk 2^28": {"cudnn": False, "chunk": 2**28 // words},
+        "checkpointing": {"cudnn": False, "checkpointing": True},
+    }
+    optimizer = optimizer_of(scorer)
+    for label, setting in settings.items():
+        what = f"{name} {label}"
+        part.measure(what, updates, scorer, optimizer, work, setting, needs=5)
+    part.measure(f"{name} gather_weights", gathering, part, name, scorer, needs=4)
+    part.measure(f"{name} head by chunk", head_alone, scorer, work, needs=4)
+
+
+def adapters_alone(part, name: str, work: Batch) -> None:
+    scorer = lora_scorer(part, name)
+    optimizer = optimizer_of(scorer)
+    for label, checkpointing in (("LoRA", False), ("LoRA checkpointing", True)):
+        setting = {"cudnn": False, "checkpointing": checkpointing}
+        part.measure(f"{name} {label}", updates, scorer, optimizer, work, setting, needs=5)
+
+
+def compiled_blocks(part, name: str, work: Batch) -> None:
+    if "compiled" not in inspect.signature(Scorer.__init__).parameters:
+        return part.skip(f"{name} compiled", "the scorer has no such option yet")
+    for label, make in (("all weights", whole_scorer), ("LoRA", lora_scorer)):
+        what, setting = f"{name} {label} compiled", {"cudnn": False}
+
+        def measured(make=make, setting=setting):
+            scorer = make(part, name, compiled=True)
+            return updates(scorer, optimizer_of(scorer), work, setting)
+
+        part.measure(what, measured, needs=25)
+
+
+def optimizer_of(scorer: Scorer):
+    parameters = scorer.trained.parameters()
+    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, fused=True)
+
+
+def updates(scorer: Scorer, optimizer, work: Batch, setting: dict) -> dict:
+    """Three of them; the first one plans and compiles, the last one is what counts."""
+    if gpu():
+        allow_cudnn(setting.get("cudnn", torch.backends.cuda.cudnn_sdp_enabled()))
+    scorer.chunk = setting.get("chunk")
+    scorer.checkpointing = setting.get("checkpointing", False)
+    flags, times, norms = Config(dtype="bfloat16", token_budget=work.rollout.ids.numel()), [], []
+    peak_gib()
+    for _ in range(3):
+        gradients = once(lambda: accumulate_gradients(scorer, work, flags))
+        step = once(lambda: norms.append(apply_gradients(scorer.trained, optimizer, 1.0)))
+        times.append((gradients, step))
+    gradients, step = times[-1]
+    flops = flops_of(scorer, work)
+    found = {"first_s": times[0][0], "gradients_s": gradients, "optimizer_s": step}
+    found |= {
+        "TFLOP_s": flops / gradients / 1e12,
+        "MFU": flops / gradients / BEST if gpu() else None,
+    }
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    return found | {"norm": norms[-1], "peak_GiB": peak_gib(), "cudnn_allowed": cudnn}
+
+
+def flops_of(scorer: Scorer, work: Batch) -> float:
+    """What an update can't do without: of policy 6 a weight and token, of the reference 2.
+
+    Of frozen weights 4, since they have no gradient of their own. Attention's are left out.
+    """
+    ids, mask = work.rollout.ids, work.rollout.action_mask
+    nodes, scored = prefix_tree(ids, torch.ones_like(mask)).ids.numel(), int(mask.sum())
+    head = scorer.model.get_output_embeddings().weight.numel()
+    weights = sum(p.numel() for p in scorer.model.parameters())
+    each = (6 if scorer.adapters is None else 4) + 2
+    return each * ((weights - head) * nodes + head * scored)
+
+
+def gathering(part, name: str, scorer: Scorer) -> dict:
+    """The whole policy in bfloat16, as before a rollout."""
+    whole = cast(skeleton(scorer.model), HALF)
+    materialise(whole, device())
+
+    def again():
+        distributed.drop_weights(whole)
+        distributed.gather_weights(scorer.model, whole)
+
+    return {"gather_s": timed(again, 3, 1)}
+
+
+def head_alone(scorer: Scorer, work: Batch) -> dict:
+    """Seconds of the loss's own part, forward and backward, by logits a chunk."""
+    count, words = int(work.rollout.action_mask.sum()), vocabulary_of(scorer)
+    found, size = {}, scorer.model.config.hidden_size
+    half = {"device": device(), "dtype": HALF}
+    hidden, head = (torch.randn(n, size, **half).requires_grad_() for n in (count, words))
+    tokens = torch.randint(words, (count,), device=device())
+
+    def both_ways(chunk):
+        scores = token_scores(hidden, head, tokens, hidden.detach(), head.detach(), chunk=chunk)
+        (scores.logprobs.sum() + scores.kl.sum()).backward()
+        hidden.grad = head.grad = None
+
+    for power in (24, 26, 27, 28):
+        chunk = max(1, 2**power // words)
+        found[f"2^{power}"] = timed(lambda chunk=chunk: both_ways(chunk), 2, 1)
+        sync()
+    return {"seconds": found}

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +18,18 @@ import bench_sampler
 import bench_scaling
 import bench_update
 import common
+import gpu
 import helpers
 import measure_memory
-from helpers import save_random_model
+from gpu_parts import decode, update
+from gpu_parts.lines import Part, wrong
+from helpers import refusal, save_random_model
 from sampler import Sampler
 from sampling.attention import room_for
+from sampling.steps import Graphs
 from training import lora
 from training.models import load_model
+from training.scorer import Scorer
 
 ALWAYS = {"bench", "hardware", "threads", "torch", "transformers", "commit", "flags"}
 
@@ -215,3 +222,120 @@ def test_memory_by_arithmetic_and_flags_from_any_directory(tmp_path):
     assert "| Qwen2.5-7B | " in says("memory.py")
     assert "--shortest_prompt" in says("bench_sampler.py", "--help")
     assert "--hidden_size" in says("bench_scaling.py", "--help")
+
+
+def fails(part):
+    part.measure("fails", lambda: 1 / 0)
+    part.measure("is wrong", lambda: {"off": 0.12345} | wrong(log_probs=False, tokens=True))
+    part.measure("is fine", lambda: {"off": 0.12345} | wrong(log_probs=True))
+    part.section("quiet", lambda: None)
+    part.section("loud", lambda: [][0])
+
+
+def raises(part):
+    raise SystemExit("no more")
+
+
+def hangs(part):
+    process = subprocess.Popen(["sleep", "60"])
+    part.write(name="started", pid=process.pid)
+    part.measure("sleeps", process.wait)
+
+
+def leaves(part):
+    part.measure("leaves", os._exit, 0)
+
+
+def dies(part):
+    part.measure("crashes", os.kill, os.getpid(), signal.SIGSEGV)
+
+
+def ends(part):
+    part.skip("graphs", "they take a GPU")
+
+
+FAKES = (fails, raises, hangs, leaves, dies, ends)
+
+
+def run_fakes(out):
+    gpu.PARTS = {function.__name__: (function, 2.0) for function in FAKES}
+    gpu.LEAST = 0
+    gpu.main(gpu.Config(out=str(out), parts=",".join(gpu.PARTS), small=True))
+
+
+def test_whatever_becomes_of_a_part_on_a_gpu_is_a_line_and_the_next_one_goes_on(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    assert helpers.finish(helpers.start(run_fakes, out)) == [0]
+    first, *lines = map(json.loads, out.read_text().splitlines())
+    assert first["part"] == "about" and {"torch", "card", "date", "commit"} <= set(first)
+    found = {(line["part"], line["name"]): line for line in lines}
+    errors = {key: line.get("error") for key, line in found.items()}
+    pid = found.pop(("hangs", "started"))["pid"]
+    assert errors.pop(("hangs", "started")) is None
+    assert errors == {
+        ("fails", "fails"): "ZeroDivisionError: division by zero",
+        ("fails", "is wrong"): "wrong: log probs",
+        ("fails", "is fine"): None,
+        ("fails", "loud"): "IndexError: list index out of range",
+        ("fails", "all"): None,
+        ("raises", "all"): None,
+        ("hangs", "all"): "its 2 seconds were over",
+        ("leaves", "all"): "it left with exit code 0",
+        ("dies", "all"): "killed by SIGSEGV",
+        ("ends", "graphs"): None,
+        ("ends", "all"): None,
+    }
+    assert [line["error"] for line in lines if line["part"] == "raises" and "error" in line] == [
+        "SystemExit: no more"
+    ]
+    assert found["hangs", "all"]["during"] == "sleeps" and found["hangs", "all"]["s"] < 10
+    assert found["fails", "is fine"]["off"] == 0.1235 and found["ends", "graphs"]["skipped"]
+    status = Path(f"/proc/{pid}/stat")  # of what the part had started
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_measurement_that_no_time_is_left_for_is_not_begun(tmp_path, capsys):
+    part = Part("any", str(tmp_path / "lines"), 2.0)
+    part.measure("long", lambda: 1 / 0, needs=3)
+    part.measure("short", lambda: {"x": float("inf"), "y": (1, 2.0)})
+    long, short = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "error" not in long and long["skipped"].startswith("2 s left")
+    assert (short["x"], short["y"]) == ("inf", [1, 2.0])
+
+
+def test_lines_of_a_gpu_that_cant_be_are_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = "--out", tmp_path / "lines"
+    assert "no part 'speed'" in refusal(gpu, capsys, *out, "--small", "--parts", "env,speed")
+    assert "--budget 0: must be above 0" in refusal(gpu, capsys, *out, "--budget", 0)
+    assert "soon" in refusal(gpu, capsys, *out, "--budget", "soon")
+    assert "can't be written" in refusal(gpu, capsys, "--out", tmp_path)
+    assert "give --small" in refusal(gpu, capsys, *out)
+
+
+def test_captures_are_counted_and_made_all_the_same(monkeypatch):
+    monkeypatch.setattr(Graphs, "capture", lambda self, step: step)
+    seconds = decode.counted_captures()
+    assert Graphs("cpu").capture("a step") == "a step" and len(seconds) == 1
+
+
+def test_an_updates_operations_are_of_nodes_and_of_scored_tokens(tiny):
+    model, work = tiny("llama"), update.batch_of(16, 4, 5)
+    head = model.get_output_embeddings().weight.numel()
+    rest = sum(p.numel() for p in model.parameters()) - head
+    nodes, scored = 2 * 4 + 16 * 5, 16 * 5  # prompts are shared by 8 rows
+    scorer = Scorer(copy.deepcopy(model), copy.deepcopy(model))
+    assert update.flops_of(scorer, work) == 8 * (rest * nodes + head * scored)
+    scorer = Scorer(scorer.model, scorer.model, lora.make(model, 2, 0))
+    assert update.flops_of(scorer, work) == 6 * (rest * nodes + head * scored)
+
+
+@pytest.mark.slow
+def test_a_gpus_first_minutes_are_rehearsed_on_a_cpu(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    command = [sys.executable, "bench/gpu.py", "--small", "--out", out]
+    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["part"] for line in lines} == {"about", *gpu.PARTS} and len(lines) >= 20
+    assert not [line for line in lines if "error" in line]

@@ -18,7 +18,7 @@ FLOORS = (  # nothing imports upwards; a folder is one storey
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 ALGORITHMS = ("score.py", "rrr.py", "baselines.py")
-BENCH = sorted([*ROOT.glob("bench/*.py"), *ROOT.glob("bench/papers/*.py")])
+BENCH = sorted(p for name in ("", "papers/", "gpu_parts/") for p in ROOT.glob(f"bench/{name}*.py"))
 HOUSE = sorted(p for name in FLOOR for p in (*ROOT.glob(f"{name}.py"), *ROOT.glob(f"{name}/*.py")))
 
 

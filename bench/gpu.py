@@ -161,6 +161,7 @@ def run(names: list[str], config: Config) -> None:
     Part("about", config.out, config.budget).write(**about(config))
     for name in names:
         function, seconds = PARTS[name]
+        seconds *= 4 if config.small else 1  # a CPU that others use too is no fault
         seconds = min(seconds, ends - time.monotonic())
         part = Part(name, config.out, seconds, config.small)
         if seconds < LEAST:

@@ -258,7 +258,7 @@ FAKES = (fails, raises, hangs, leaves, dies, ends)
 
 
 def run_fakes(out):
-    gpu.PARTS = {function.__name__: (function, 2.0) for function in FAKES}
+    gpu.PARTS = {function.__name__: (function, 0.5) for function in FAKES}
     gpu.LEAST = 0
     gpu.main(gpu.Config(out=str(out), parts=",".join(gpu.PARTS), small=True))
 

@@ -25,7 +25,9 @@ SPREAD = 0.04  # of weights: attention and logits that are far from uniform
 
 def correct(part):
     model = random_model(part, "0.5B", torch.float32, layers=4, vocabulary=32000, spread=SPREAD)
-    rows = [prompt[: 40 + 13 * i] for i, prompt in enumerate(prompts_of(6, 105))]
+    rows = [
+        prompt[: 40 + 13 * i] for i, prompt in enumerate(prompts_of(3 if part.small else 6, 105))
+    ]
     for dtype in DTYPES:
         cast(model, dtype)
         for check in (two_turns, all_paths, scorer_agrees):

@@ -27,7 +27,7 @@ def update(part):
     for name in NAMES:
         part.section(f"{name} all weights", all_weights, part, name, work)
         part.section(f"{name} LoRA", adapters_alone, part, name, work)
-    for name in NAMES[::-1]:  # to compile takes long: the smaller one first
+    for name in NAMES[:1] if part.small else NAMES[::-1]:  # it takes long: the smaller one first
         part.section(f"{name} compiled", compiled_blocks, part, name, work)
     distributed.leave()
 
@@ -100,7 +100,8 @@ def adapters_alone(part, name: str, work: Batch) -> None:
 def compiled_blocks(part, name: str, work: Batch) -> None:
     if "compiled" not in inspect.signature(Scorer.__init__).parameters:
         return part.skip(f"{name} compiled", "the scorer has no such option yet")
-    for label, make in (("all weights", whole_scorer), ("LoRA", lora_scorer)):
+    kinds = {"LoRA": lora_scorer} | ({} if part.small else {"all weights": whole_scorer})
+    for label, make in kinds.items():
         what, setting = f"{name} {label} compiled", {"cudnn": False}
 
         def measured(make=make, setting=setting):

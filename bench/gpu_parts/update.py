@@ -4,6 +4,7 @@
 """
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -100,6 +101,8 @@ def adapters_alone(part, name: str, work: Batch) -> None:
 def compiled_blocks(part, name: str, work: Batch) -> None:
     if "compiled" not in inspect.signature(Scorer.__init__).parameters:
         return part.skip(f"{name} compiled", "the scorer has no such option yet")
+    if part.small:  # traced as on a GPU, but a CPU's compiler takes minutes
+        torch.compile = partial(torch.compile, backend="eager")
     kinds = {"LoRA": lora_scorer} | ({} if part.small else {"all weights": whole_scorer})
     for label, make in kinds.items():
         what, setting = f"{name} {label} compiled", {"cudnn": False}

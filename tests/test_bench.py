@@ -22,9 +22,10 @@ import gpu
 import helpers
 import measure_memory
 from gpu_parts import decode, update
-from gpu_parts.lines import Part, wrong
+from gpu_parts.lines import Part, allow_cudnn, wrong
 from helpers import refusal, save_random_model
 from sampler import Sampler
+from sampling import attention
 from sampling.attention import room_for
 from sampling.steps import Graphs
 from training import lora
@@ -317,6 +318,18 @@ def test_captures_are_counted_and_made_all_the_same(monkeypatch):
     monkeypatch.setattr(Graphs, "capture", lambda self, step: step)
     seconds = decode.counted_captures()
     assert Graphs("cpu").capture("a step") == "a step" and len(seconds) == 1
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_cudnns_attention_is_on_where_it_is_to_be_measured(tiny, wanted, monkeypatch):
+    monkeypatch.setattr(attention, "CUDNN", None)  # both as they were, afterwards
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        allow_cudnn(wanted)
+        with attention.attention_is(tiny("llama"), "ragged"):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == wanted
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_an_updates_operations_are_of_nodes_and_of_scored_tokens(tiny):

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from common import draw_lengths, generate_step
-from gpu_parts.lines import allow_cudnn, gpu, once, peak_gib, sync, timed
+from gpu_parts.lines import allow_cudnn, cudnn_allowed, gpu, once, peak_gib, sync, timed
 from gpu_parts.models import NAMES, PATHS, make_sampler, path_of, paths, prompts_of, random_model
 from sampling.steps import Graphs
 
@@ -69,8 +69,7 @@ def one_way(part, model, batch: int, path: str, cudnn: bool, captures: list) -> 
     length, few, many = (20, 3, 7) if part.small else (400, 17, 81)
     prompts = prompts_of(batch, length)
     sampler = make_sampler(model, **PATHS[path])
-    if gpu():
-        allow_cudnn(cudnn)
+    allow_cudnn(cudnn)
     peak_gib()
     captures.clear()
     calls = [partial(sampler.generate, prompts, max_new_tokens=n) for n in (few, many)]
@@ -84,7 +83,7 @@ def one_way(part, model, batch: int, path: str, cudnn: bool, captures: list) -> 
     return (
         found
         | {"later_captures": len(captures) - len(spent), "peak_GiB": peak_gib()}
-        | (path_of(sampler) | {"cudnn_allowed": torch.backends.cuda.cudnn_sdp_enabled()})
+        | (path_of(sampler) | {"cudnn_allowed": cudnn_allowed()})
     )
 
 
@@ -143,8 +142,7 @@ def ragged(part, model, captures: list) -> dict:
 
 def hf(part):
     """model.generate at its best, last, since compiling takes longest and is the least to lose."""
-    if gpu():
-        allow_cudnn(False)
+    allow_cudnn(False)
     for cache in ("static", "dynamic", "compiled"):
         for name in NAMES[:1] if part.small else NAMES:
             part.section(f"{name} {cache}", hf_model, part, name, cache)

@@ -10,6 +10,8 @@ from statistics import median
 
 import torch
 
+from sampling import attention
+
 DONE = "done"  # what a part that came to its end was doing last
 
 
@@ -134,8 +136,13 @@ def timed(function, repeats: int = 5, warm: int = 2) -> float:
 
 
 def allow_cudnn(wanted: bool) -> None:
-    """cuDNN's attention, which plans anew for each shape, or never."""
+    """cuDNN's attention, which plans anew for each shape; on a CPU this does nothing."""
     torch.backends.cuda.enable_cudnn_sdp(wanted)
+    attention.CUDNN = wanted  # in ours, too
+
+
+def cudnn_allowed() -> bool:
+    return attention.CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def peak_gib() -> float | None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from gpu_parts.lines import allow_cudnn, device, gpu, once, peak_gib, sync, timed
+from gpu_parts.lines import allow_cudnn, cudnn_allowed, device, gpu, once, peak_gib, sync, timed
 from gpu_parts.models import NAMES, prompts_of, random_model
 from loss import token_scores
 from score import Config
@@ -76,11 +76,11 @@ def all_weights(part, name: str, work: Batch) -> None:
     words = vocabulary_of(scorer)
     settings = {
         "as it is": {},
-        "no cuDNN": {"cudnn": False},
-        "chunk 2^24": {"cudnn": False, "chunk": 2**24 // words},
-        "chunk 2^27": {"cudnn": False, "chunk": 2**27 // words},
-        "chunk 2^28": {"cudnn": False, "chunk": 2**28 // words},
-        "checkpointing": {"cudnn": False, "checkpointing": True},
+        "cuDNN": {"cudnn": True},
+        "chunk 2^24": {"chunk": 2**24 // words},
+        "chunk 2^27": {"chunk": 2**27 // words},
+        "chunk 2^28": {"chunk": 2**28 // words},
+        "checkpointing": {"checkpointing": True},
     }
     optimizer = optimizer_of(scorer)
     for label, setting in settings.items():
@@ -94,7 +94,7 @@ def adapters_alone(part, name: str, work: Batch) -> None:
     scorer = lora_scorer(part, name)
     optimizer = optimizer_of(scorer)
     for label, checkpointing in (("LoRA", False), ("LoRA checkpointing", True)):
-        setting = {"cudnn": False, "checkpointing": checkpointing}
+        setting = {"checkpointing": checkpointing}
         part.measure(f"{name} {label}", updates, scorer, optimizer, work, setting, needs=5)
 
 
@@ -105,13 +105,12 @@ def compiled_blocks(part, name: str, work: Batch) -> None:
         torch.compile = partial(torch.compile, backend="eager")
     kinds = {"LoRA": lora_scorer} | ({} if part.small else {"all weights": whole_scorer})
     for label, make in kinds.items():
-        what, setting = f"{name} {label} compiled", {"cudnn": False}
 
-        def measured(make=make, setting=setting):
+        def measured(make=make):
             scorer = make(part, name, compiled=True)
-            return updates(scorer, optimizer_of(scorer), work, setting)
+            return updates(scorer, optimizer_of(scorer), work, {})
 
-        part.measure(what, measured, needs=25)
+        part.measure(f"{name} {label} compiled", measured, needs=25)
 
 
 def optimizer_of(scorer: Scorer):
@@ -121,8 +120,7 @@ def optimizer_of(scorer: Scorer):
 
 def updates(scorer: Scorer, optimizer, work: Batch, setting: dict) -> dict:
     """Three of them; the first one plans and compiles, the last one is what counts."""
-    if gpu():
-        allow_cudnn(setting.get("cudnn", torch.backends.cuda.cudnn_sdp_enabled()))
+    allow_cudnn(setting.get("cudnn", False))
     scorer.chunk = setting.get("chunk")
     scorer.checkpointing = setting.get("checkpointing", False)
     flags, times, norms = Config(dtype="bfloat16", token_budget=work.rollout.ids.numel()), [], []
@@ -138,8 +136,7 @@ def updates(scorer: Scorer, optimizer, work: Batch, setting: dict) -> dict:
         "TFLOP_s": flops / gradients / 1e12,
         "MFU": flops / gradients / BEST if gpu() else None,
     }
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    return found | {"norm": norms[-1], "peak_GiB": peak_gib(), "cudnn_allowed": cudnn}
+    return found | {"norm": norms[-1], "peak_GiB": peak_gib(), "cudnn_allowed": cudnn_allowed()}
 
 
 def flops_of(scorer: Scorer, work: Batch) -> float:

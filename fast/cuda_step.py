@@ -143,22 +143,27 @@ def step_of(model, adapters, kept: dict) -> Step:
 
 
 @torch.no_grad()
-def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
-    """What is wrong with a step of this model here, if anything is.
+def error_of(model, ids: Tensor, logits: Tensor) -> float:
+    """How far a step's logits are off, by the largest logit; whatever Triton raises.
 
-    Nothing is if, after ids (1, Q) = 0, 1, ... at their own positions by the fused forward pass,
-    the last one again gives the model's logits (1, V).
+    It feeds ids (1, Q) = 0, 1, ... at their own positions by the fused forward pass, and then the
+    last one again, which should give the model's logits (1, V).
     """
     cache, last = KVCache(1, ids.shape[1], ids.device), ids[0, -1:]
     cache.aim(0, ids, [ids.shape[1]])
     fuse(model)(cache, ids, ids)
+    step = step_of(model, None, {})
+    step.aim(cache)
+    own = step.run(last, last.clone(), torch.zeros_like(last, dtype=torch.bool))
+    return float((own - logits).abs().max() / logits.abs().max())
+
+
+def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
+    """What is wrong with a step of this model here, if anything is. ids, logits: of `error_of`."""
     try:
-        step = step_of(model, None, {})
-        step.aim(cache)
-        error = step.run(last, last.clone(), torch.zeros_like(last, dtype=torch.bool)) - logits
-        right = error.abs().max() < relative_error(model.dtype) * logits.abs().max()
+        error = error_of(model, ids, logits)
     except Exception as reason:  # of Triton's many kinds, and all that is lost is speed
         return f"fast/cuda_kernels.py fails: {type(reason).__name__}: {reason}"[:500]
-    if right:  # not so for a NaN
+    if error < relative_error(model.dtype):  # not so for a NaN
         return None
     return "fast/cuda_kernels.py computes something else than the model itself"

@@ -6,6 +6,7 @@ now and then in float32, and in bfloat16 after a few tokens.
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -153,10 +154,10 @@ def twice(model, rows) -> dict:
 
 
 def kernels(part):
-    """ADAPT HERE: decode attention by our kernels beside the plain path: right, and how fast.
+    """Decoding with the kernels of fast/ beside torch's operations: right, and how fast.
 
-    The same tokens and log-probs on random models, from lengths of 1 to 700, in each dtype and
-    head size; then the time of each way.
+    On random models, from lengths of 1 to 700, in each dtype and head size. What Triton has against
+    a kernel is the first line's error: a sampler only warns, and does without.
     """
     if not gpu():
         return part.skip("kernels", "they take a GPU")
@@ -164,12 +165,21 @@ def kernels(part):
         model = random_model(part, name, torch.float32, 4, vocabulary=32000, spread=SPREAD)
         for dtype in DTYPES:
             cast(model, dtype)
+            part.measure(f"{name} {dtype} alone", kernels_alone, model)
             samplers = {on: make_sampler(model, kernels=on, graphs=False) for on in (True, False)}
-            if not getattr(samplers[True], "kernels", False):
+            if not samplers[True].kernels:
                 part.skip(f"{name} {dtype}", "the sampler has no kernels here")
                 continue
             part.measure(f"{name} {dtype} agree", kernels_agree, model, samplers)
             part.measure(f"{name} {dtype} times", kernels_times, samplers)
+
+
+@torch.no_grad()
+def kernels_alone(model) -> dict:
+    ids = torch.arange(2, device=model.device)[None]
+    step, logits = import_module("fast.cuda_step"), model(ids).logits[:, -1].float()
+    error = step.error_of(model, ids, logits)
+    return {"relative": error} | wrong(logits=error < step.relative_error(model.dtype))
 
 
 def kernels_agree(model, samplers: dict) -> dict:

@@ -1,7 +1,7 @@
 """A decode step: of our sampler on each of its paths, and of model.generate.
 
-The step is a difference of two calls, of 17 and 81 new tokens after prompts of 400: no row crosses
-a multiple of 128 in between, where a step would be captured anew.
+The step is a difference of two calls, of 17 and 81 new tokens after prompts of 400. A step is
+captured in the second block of the first call.
 """
 
 import random

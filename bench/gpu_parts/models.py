@@ -51,19 +51,17 @@ def prompts_of(count: int, length: int) -> list[list[int]]:
 
 
 def make_sampler(model, **switches) -> Sampler:
-    """One that never stops by itself. switches: `fused`, `kernels`, `graphs`, as far as it has."""
+    """One that never stops by itself. switches: of `fused`, `kernels`, `graphs` what is wanted."""
     sampler = Sampler(model, TOKENIZER)
     sampler.is_stop[:] = False
     for name, wanted in switches.items():
-        if hasattr(sampler, name):
-            setattr(sampler, name, wanted and getattr(sampler, name))
+        setattr(sampler, name, wanted and getattr(sampler, name))
     return sampler
 
 
 def path_of(sampler: Sampler) -> dict:
     """Which path it takes, for a line."""
-    names = ("fused", "kernels", "graphs")
-    return {name: getattr(sampler, name) for name in names if hasattr(sampler, name)}
+    return {name: getattr(sampler, name) for name in ("fused", "kernels", "graphs")}
 
 
 PATHS = {  # ways to decode, each with one thing less than the one before

@@ -22,6 +22,7 @@ from sampler import Sampler  # noqa: E402
 from sampling import steps  # noqa: E402
 from sampling.attention import KVCache, attention_is, ragged_mask  # noqa: E402
 from training import distributed, loop, lora  # noqa: E402
+from training.models import cast  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="written for the interpreter"),
@@ -155,15 +156,16 @@ def step_error(model, adapters=None):
     return ((logits[0] - logits[1]).abs().max() / logits[1].abs().max()).item()
 
 
+@pytest.mark.parametrize("config_class", [tf.LlamaConfig, tf.Qwen3Config])
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_a_step_handles_biases_adapters_and_bfloat16(dtype, error):
+def test_a_step_handles_biases_norms_adapters_and_bfloat16(config_class, dtype, error):
+    more = {"mlp_bias": True} if config_class is tf.LlamaConfig else {}
     with torch.no_grad():
-        model = build(tf.LlamaConfig, attention_bias=True, mlp_bias=True, initializer_range=0.1)
+        model = build(config_class, attention_bias=True, initializer_range=0.1, **more)
         for name, parameter in model.named_parameters():
-            if "bias" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if "bias" in name or "norm" in name:
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+        cast(model, dtype)
         adapters = lora.make(model, 3, seed=0)
         plain = fused.fuse(model)
         for adapter in adapters.values():

@@ -26,7 +26,7 @@ check_data() {  # NAME FILE
 
 seconds_of() {  # NAME MINUTES
   [[ $2 =~ ^[0-9]+(\.[0-9]+)?$ ]] || stop "$1=$2: must be minutes, as 13 or 2.5"
-  "$PYTHON" -c "print(int(60 * $2))"
+  awk "BEGIN { print int(60 * $2) }"
 }
 
 newest() {  # RUN: the name of its newest state, if it has one
@@ -109,7 +109,7 @@ train() {
   local left=$((training - SECONDS))
   [ "$left" -gt 0 ] || left=1
   timeout --foreground -k 30 $((box - SECONDS)) "$PYTHON" "$root/$1" "${@:2}" --resume \
-    --output_dir "$OUT/run" --max_minutes "$((left / 60)).$(printf %02d $((left % 60 * 5 / 3)))"
+    --output_dir "$OUT/run" --max_minutes "$(awk "BEGIN { print $left / 60 }")"
   step=$(newest "$OUT/run")
   step=${step#step_}
   mapfile -t as_run < <(flags_of_run)

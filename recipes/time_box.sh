@@ -134,12 +134,16 @@ failed=0
 evaluate() {
   local file=$OUT/eval/$1 left=$((box - SECONDS)) code=0
   [ ! -e "$file.json" ] || return 0
+  if [ "$left" -lt 1 ]; then
+    echo "eval/$1: no time is left, the same line goes on with it"
+    return 0
+  fi
   echo "eval/$1: $left seconds are left"
-  if [ "$left" -lt 1 ]; then return 0; fi
   timeout --foreground -k 15 "$left" "$PYTHON" "$root/evaluate.py" "${as_run[@]}" --split test \
     --limit "$LIMIT" --output "$file.json" "${@:2}" >"$file.log" 2>&1 || code=$?
-  [ "$code" = 0 ] || tail -n 1 "$file.log" >&2
-  [ "$code" = 0 ] || [ "$code" = 124 ] || failed=1  # 124: the time was up
+  if [ -e "$file.json" ]; then return 0; fi
+  tail -n 1 "$file.log" >&2
+  [ "$code" = 124 ] || failed=1  # 124: the time was up
 }
 
 # The figures of all evaluations as a table, and what there is to take along, with its size in KiB.

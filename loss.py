@@ -62,6 +62,19 @@ def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
     return _Float32Product.apply(hidden, head) if head.dtype.itemsize == 2 else hidden @ head.T
 
 
+def logits_at_once(device: torch.device) -> int:
+    """How many logits `token_scores` makes at a time: 2^24, on a GPU up to 2^27, as it has memory.
+
+    About 20 bytes of each are alive, for which this takes at most a 25th of a GPU's memory: 2^25 of
+    24 GB, 2^27 of 80. With 152,000 words 2^24 are 110 tokens, whose products would wait for the
+    head's weights, and the head's gradient would be rounded, in bfloat16, once more every 110.
+    """
+    if device.type != "cuda":
+        return 2**24  # more is no faster there
+    fits = torch.cuda.get_device_properties(device).total_memory // (25 * 20)
+    return min(2**27, max(2**24, 2 ** (fits.bit_length() - 1)))
+
+
 def token_scores(
     hidden: Tensor,
     head: Tensor,
@@ -74,12 +87,12 @@ def token_scores(
     """Scores of M tokens from the hidden states that predict them, never holding (M, V) logits.
 
     hidden, ref_hidden (M, H); head, ref_head (V, H); tokens (M,) int64. `chunk` tokens at a time
-    (by default as many as make 2^24 logits), and each chunk's logits are computed again in the
+    (by default what `logits_at_once` allows), and each chunk's logits are computed again in the
     backward pass: so memory grows with the chunk only. Both distributions are taken at the sampling
     `temperature`. Without a reference the policy is its own: ref_logprobs are its log-probs, held
     fixed, and kl is zero, so that every KL term is zero too, and so is its gradient.
     """
-    chunk = chunk or max(1, 2**24 // len(head))
+    chunk = chunk or max(1, logits_at_once(hidden.device) // len(head))
 
     def log_softmax(hidden, head):  # (chunk, V)
         logits = logits_of(hidden, head)

@@ -8,7 +8,8 @@ measure_memory.py holds it against steps that ran.
 
 from typing import NamedTuple
 
-CHUNK = 2**24  # logits at a time, of `loss.token_scores`
+# Logits at a time, of `loss.token_scores`: of a CPU, and of a GPU of 80 GB.
+CHUNK, LARGE_CHUNK = 2**24, 2**27
 COPIED = 2**32  # bytes of weights up to which fast/fused.py copies them on a CPU
 
 
@@ -119,7 +120,8 @@ def updating(shape: Shape, load: Load, how: How) -> float:
     own = kept_by_block(shape, load, how)
     kept = (c * H * m if how.checkpointing else own) * L + (4 + 2 * c) * H * m + 2 * root
     # autograd adds up the head's gradient of several chunks, old and new, into a third
-    logits, several = 4 * min(CHUNK, load.scored * V), load.scored * V > CHUNK
+    most = CHUNK if how.cpu else LARGE_CHUNK
+    logits, several = 4 * min(most, load.scored * V), load.scored * V > most
     chunk = max(5 * logits + several * head, 3 * several * head)
     moments = (
         kept + 4 * c * H * load.scored + chunk + c * block,

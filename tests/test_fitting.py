@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import baselines
 import evaluate
 import helpers
+import loss
 import rrr
 import score
 from training import fitting, setup
@@ -188,3 +190,11 @@ def test_a_run_says_what_was_chosen_and_whose_it_is(other, tmp_path, capsys):
     assert said.endswith(
         "self_correct; --max_new_tokens 16 --max_reflection_tokens 72 (the task's)"
     )
+
+
+@pytest.mark.parametrize("gigabytes, power", [(16, 24), (24, 25), (40, 26), (80, 27), (141, 27)])
+def test_logits_at_once_grow_with_a_gpu_and_stay_as_they_are_on_a_cpu(gigabytes, power, monkeypatch):
+    gpu = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert loss.logits_at_once(torch.device("cuda", 0)) == 2**power
+    assert loss.logits_at_once(torch.device("cpu")) == 2**24

@@ -13,10 +13,10 @@ embedding and head (untied 2 V H), B = (N - E) / L is a block:
                 2 c E  +  (4 + 2 c) H m  embedding and head of both models; the last norm of the m
                                          nodes of a micro-batch
                 L a  or  c L H m         what blocks keep; with --checkpointing their inputs only
-      and then  5 * 4 * 2^24  +  c V H   or  3 c V H
-                4 c H u  +  c B          logits: a chunk, in float32, and what is made of it, beside
-                                         the head's gradient of those before; or that, added up.
-                                         Hidden states of the u tokens of the loss
+      and then  5 * 4 * C  +  c V H   or  3 c V H
+                4 c H u  +  c B          C logits: a chunk, in float32, and what is made of it,
+                                         beside the head's gradient of those before; or that, added
+                                         up. Hidden states of the u tokens of the loss
       or        2 c F m  +  c V H  +  (3 c + 4) B  +  with --checkpointing  a
                                          a block's backward pass (untied without c V H)
     or, at its end, after 4 N / S only   2 c E  +  3 c V H  +  4 E  (untied 2 c V H)
@@ -31,6 +31,8 @@ c N + 12 n / S, gradients 4 n / S; no other copy, no E, B or V H; norms keep 4 +
 4 + 2 c, adapters 7 c r m, and each phase makes 2 c n of them. One process that is in no group
 computes in float32 with the very weights that it trains: no copy of them, no 2 c E, 4 E or B. On a
 CPU the sampler copies float32 weights of up to 2^32 bytes (fast/fused.py).
+
+C is 2^24 on a CPU, on a GPU of 80 GB 2^27 (`loss.logits_at_once`).
 
 The peak is the first line and the larger phase. bench/memory.py prints it for some models, and
 bench/measure_memory.py measures it: SCoRe and RRR differ in t, b, p, m, s and u alone.

@@ -5,6 +5,8 @@ the same for all of them. Shapes: B rows, T positions, M sampled tokens of a mic
 size, V vocabulary, N groups of G.
 """
 
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -75,6 +77,22 @@ def logits_at_once(device: torch.device) -> int:
     return min(2**27, max(2**24, 2 ** (fits.bit_length() - 1)))
 
 
+@cache
+def compiled(function):
+    """By torch.compile, for any sizes; each function once."""
+    return torch.compile(function, dynamic=True)
+
+
+@contextmanager
+def compiling():
+    """Around what `compiled` gave: new kinds of input are compiled, and none is mistaken."""
+    from torch._dynamo import config  # takes a second
+
+    # eight kinds by default, then it would run uncompiled; and hooks (adapters) would not count
+    with config.patch(recompile_limit=64, skip_nnmodule_hook_guards=False):
+        yield
+
+
 def token_scores(
     hidden: Tensor,
     head: Tensor,
@@ -83,6 +101,7 @@ def token_scores(
     ref_head: Tensor | None = None,
     temperature: float = 1.0,
     chunk: int | None = None,
+    compile: bool = False,
 ) -> Scores:
     """Scores of M tokens from the hidden states that predict them, never holding (M, V) logits.
 
@@ -93,29 +112,31 @@ def token_scores(
     fixed, and kl is zero, so that every KL term is zero too, and so is its gradient.
     """
     chunk = chunk or max(1, logits_at_once(hidden.device) // len(head))
-
-    def log_softmax(hidden, head):  # (chunk, V)
-        logits = logits_of(hidden, head)
-        return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-
-    def score(hidden, tokens, ref_hidden):
-        logp = log_softmax(hidden, head)
-        logprobs, p = logp.gather(-1, tokens[:, None])[:, 0], logp.exp()
-        with torch.no_grad():
-            entropy = -(p * logp).sum(-1)
-            if ref_hidden is None:
-                return logprobs, logprobs.detach(), torch.zeros_like(logprobs), entropy
-            ref_logp = log_softmax(ref_hidden, ref_head)
-        kl = (p * (logp - ref_logp)).sum(-1)
-        return logprobs, ref_logp.gather(-1, tokens[:, None])[:, 0], kl, entropy
-
-    parts = []
+    score, parts = partial(compiled(_score) if compile else _score, head, ref_head, temperature), []
     for start in range(0, len(tokens), chunk):
         piece = slice(start, start + chunk)
         reference = None if ref_hidden is None else ref_hidden[piece]
         inputs = (hidden[piece], tokens[piece], reference)
         parts.append(checkpoint(score, *inputs, use_reentrant=False))
-    return Scores(*map(torch.cat, zip(*parts, strict=True)))
+    return Scores(*(torch.cat(columns)[:, 0] for columns in zip(*parts, strict=True)))
+
+
+def _score(head, ref_head, temperature: float, hidden, tokens, ref_hidden) -> tuple[Tensor, ...]:
+    """Of a chunk of n tokens what `Scores` has, each (n, 1), by all logits (n, V) at once."""
+
+    def log_softmax(hidden, head):  # (chunk, V)
+        logits = logits_of(hidden, head)
+        return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+    logp = log_softmax(hidden, head)
+    logprobs, p = logp.gather(-1, tokens[:, None]), logp.exp()
+    with torch.no_grad():
+        entropy = -(p * logp).sum(-1, keepdim=True)
+        if ref_hidden is None:
+            return logprobs, logprobs.detach(), torch.zeros_like(logprobs), entropy
+        ref_logp = log_softmax(ref_hidden, ref_head)
+    kl = (p * (logp - ref_logp)).sum(-1, keepdim=True)
+    return logprobs, ref_logp.gather(-1, tokens[:, None]), kl, entropy
 
 
 def subtract_baseline(

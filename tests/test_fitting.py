@@ -193,7 +193,7 @@ def test_a_run_says_what_was_chosen_and_whose_it_is(other, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("gigabytes, power", [(16, 24), (24, 25), (40, 26), (80, 27), (141, 27)])
-def test_logits_at_once_grow_with_a_gpu_and_stay_as_they_are_on_a_cpu(gigabytes, power, monkeypatch):
+def test_logits_at_once_grow_with_a_gpu_but_not_on_a_cpu(gigabytes, power, monkeypatch):
     gpu = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     assert loss.logits_at_once(torch.device("cuda", 0)) == 2**power

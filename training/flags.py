@@ -160,6 +160,13 @@ class TrainConfig(TaskConfig):
         free=True,
         other=machines("where they don't fit a quarter of the memory otherwise"),
     )
+    compile: bool = flag(
+        False,
+        "torch.compile of the update, by a C++ compiler: half a minute at the start, then 0.88 of "
+        "the time on a CPU; on GPUs not measured. docs/gpus.md says what of memory it changes",
+        group=MACHINE,
+        free=True,
+    )
     hsdp: int = flag(
         1,
         "with torchrun: copies of the weights, each spread over its own ranks; "

@@ -63,12 +63,27 @@ def check_flags(config) -> None:
         raise ValueError(f"--hsdp {hsdp} does not divide the {distributed.world()} ranks")
     if adapters and config.cpu_offload:
         raise ValueError("--cpu_offload: leave it out, with --lora_rank weights stay whole")
+    if getattr(config, "compile", False):
+        check_compiler()
     if getattr(config, "lora_merged", False) and not adapters:
         raise ValueError("--lora_merged: there are no adapters to be merged: give --lora_rank")
     if config.base and not any(lora.is_adapter(path_of(name)) for name in names):
         raise ValueError(
             f"--base {config.base}: --model {config.model} is no directory of adapters"
         )
+
+
+def check_compiler() -> None:
+    """ValueError where torch.compile does not work: it takes a C compiler, and Python's headers."""
+    step = torch.compile(lambda x: 2 * x + 1)
+    try:
+        step(torch.ones(2, device=distributed.device()))
+    except Exception as error:  # of Inductor, Triton, or the compiler itself
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(
+            "--compile: torch.compile does not work here; leave the flag out, or install a C++ "
+            f"compiler (g++) and Python's headers (python3-dev): {reason}"
+        ) from None
 
 
 def compute_dtype(config) -> torch.dtype:
@@ -236,22 +251,23 @@ def make_scorer(model, config, reference: bool = True) -> Scorer:
     With --lora_rank adapters are trained, and spread, alone: every rank needs whole weights to
     sample from, and they do for the update too.
     """
+    how = {"checkpointing": config.checkpointing, "compiled": config.compile}
     if config.lora_rank:
         adapters = lora.make(model, config.lora_rank, config.seed)
         own = getattr(config, "reference", "base") == "stage1"
         ref_adapters = copy.deepcopy(adapters) if own else None
         frozen = model if reference else None
-        scorer = Scorer(model, frozen, adapters, ref_adapters, checkpointing=config.checkpointing)
+        scorer = Scorer(model, frozen, adapters, ref_adapters, **how)
         if distributed.together():
             distributed.shard(scorer, [], compute_dtype(config), config.hsdp, whole=model)
         return scorer
     if not distributed.together():
         frozen = copy.deepcopy(model) if reference else None
-        return Scorer(model, frozen, checkpointing=config.checkpointing)
+        return Scorer(model, frozen, **how)
     distributed.drop_weights(model)
     source, _ = read_model(config.model, config.base)  # again, since `model` may be rounded
     models, device = [skeleton(source) for _ in range(1 + reference)], distributed.device()
-    scorer = Scorer(*models, checkpointing=config.checkpointing)
+    scorer = Scorer(*models, **how)
     distributed.shard(scorer, models, compute_dtype(config), config.hsdp, config.cpu_offload)
     materialise(scorer, "cpu" if config.cpu_offload else device, device)
     distributed.send(source, *models)

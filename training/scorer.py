@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loss import Scores, token_scores
+from loss import Scores, compiled, compiling, token_scores
 from sampling.adapters import adapted
 from sampling.attention import OURS, attention_is, check_layer
 
@@ -127,21 +127,53 @@ def _reading_trees(model, adapters):
 
 
 @contextmanager
-def _checkpointed(model, adapters):
-    """Blocks keep only what they are given, and run again in the backward pass."""
+def _blocks_run(model, *ways):
+    """The blocks run in these ways, the first one innermost: each wraps a block's `forward`."""
     blocks = model.get_decoder().layers
+    try:
+        for block in blocks:
+            for way in ways:
+                block.forward = way(block.forward)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+def _checkpointed(model, adapters):
+    """A way of blocks to run: they keep what they are given, and run again for the backward."""
 
     def contexts():  # when run again, it is long after `_hidden`, but all is to be as it was
         return nullcontext(), _reading_trees(model, adapters)
 
     again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
-    try:
-        for block in blocks:
-            block.forward = partial(again, block.forward)
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+    return lambda forward: partial(again, forward)
+
+
+def _compiled(forward):
+    """A way of blocks to run: what is compiled of one serves all of its kind, and both models."""
+    function, block = compiled(forward.__func__), forward.__self__
+
+    def run(hidden, *rest, **more):
+        if torch.is_grad_enabled() and not hidden.requires_grad:  # of adapters' first block
+            hidden = hidden.detach().requires_grad_()
+        return function(block, hidden, *rest, **more)
+
+    return run
+
+
+def _forgetful(forward):
+    """A way of the reference's blocks to run: as if for gradients, of which nothing is kept.
+
+    So it is the very code that the policy runs, and both are the same bit for bit while their
+    weights are. Compiled without gradients it would be another, which may round differently.
+    """
+
+    def run(hidden, *rest, **more):
+        with torch.enable_grad():
+            return forward(hidden, *rest, **more).detach()
+
+    return run
 
 
 class Scorer(nn.Module):
@@ -151,7 +183,7 @@ class Scorer(nn.Module):
     where not sampled. Rows start at position 0. A prefix that several rows begin with, and a token
     sampled there by several of them, is computed once: its scores, and with them the gradients, are
     those of every row that has it. `checkpointing` spares the memory of all activations inside the
-    model's blocks, for about a third more time.
+    model's blocks, for about a third more time. `compiled`: blocks and head by torch.compile.
 
     With `adapters` (LoRA) they are what is trained, and the weights of `model` are frozen. Then the
     reference is the very same model, with its adapters off, or with `ref_adapters` on.
@@ -165,14 +197,16 @@ class Scorer(nn.Module):
         ref_adapters=None,
         chunk=None,
         checkpointing=False,
+        compiled=False,
     ):
         super().__init__()
         self.model, self.reference = model, reference
         self.adapters, self.ref_adapters = adapters, ref_adapters
-        self.chunk, self.checkpointing = chunk, checkpointing
+        self.chunk, self.checkpointing, self.compiled = chunk, checkpointing, compiled
+        self.nodes = self.scored = 0  # that it has encoded so far, and those of them it scored
         for frozen in (reference, ref_adapters, model if adapters is not None else None):
-            if frozen is not None:
-                frozen.requires_grad_(False)
+            if frozen is not None:  # what `_forgetful` runs as if for gradients seems to have some
+                frozen.requires_grad_(compiled and frozen is self.frozen)
 
     @property
     def trained(self) -> nn.Module:
@@ -193,24 +227,28 @@ class Scorer(nn.Module):
         tree = prefix_tree(ids, needed)
         sampled = tree.node[tree.row][action_mask]  # (M,) the nodes of sampled tokens
         chosen, back = torch.unique(sampled, return_inverse=True)
-        ref_hidden = ref_head = None
-        if self.reference is not None:  # first, while no graph of the policy takes memory
-            with torch.no_grad():
-                ref_hidden, ref_head = self._hidden(self.reference, self.ref_adapters, tree, chosen)
-        policy = self.model, self.adapters
-        with _checkpointed(*policy) if self.checkpointing else nullcontext():
-            hidden, head = self._hidden(*policy, tree, chosen)
-        tokens = tree.ids[0, chosen]
-        scores = token_scores(hidden, head, tokens, ref_hidden, ref_head, temperature, self.chunk)
+        self.nodes, self.scored = self.nodes + tree.ids.shape[1], self.scored + len(chosen)
+        policy, ref_hidden, ref_head = (self.model, self.adapters), None, None
+        ways, how = [_compiled] if self.compiled else [], (temperature, self.chunk, self.compiled)
+        with compiling() if self.compiled else nullcontext():
+            if self.reference is not None:  # first, while no graph of the policy takes memory
+                reference = self.reference, self.ref_adapters
+                forgetful = [*ways, _forgetful] if ways else []
+                with torch.no_grad():
+                    ref_hidden, ref_head = self._hidden(*reference, forgetful, tree, chosen)
+            ways += [_checkpointed(*policy)] if self.checkpointing else []
+            hidden, head = self._hidden(*policy, ways, tree, chosen)
+            tokens = tree.ids[0, chosen]
+            scores = token_scores(hidden, head, tokens, ref_hidden, ref_head, *how)
         placed = (x.new_zeros(ids.shape).masked_scatter(action_mask, x[back]) for x in scores)
         return Scores(*placed)
 
     @staticmethod
-    def _hidden(model, adapters, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _hidden(model, adapters, ways, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """What the chosen nodes (M,) are predicted from, (M, H), and the output weights (V, H)."""
         positions = tree.positions.clone()
         positions.tree = tree  # the layers hand it on to their attention
         inputs = {"input_ids": tree.ids, "position_ids": positions, "use_cache": False}
-        with _reading_trees(model, adapters):
+        with _reading_trees(model, adapters), _blocks_run(model, *ways):
             hidden = model.get_decoder()(**inputs).last_hidden_state  # (1, N, H)
         return hidden[0, tree.parent[chosen]], model.get_output_embeddings().weight

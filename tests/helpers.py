@@ -168,7 +168,7 @@ def train_here(script, model_dir, out, *flags):
 
 
 def without_times(rows):
-    times = ("seconds", "memory")
+    times = ("seconds", "memory", "tokens_per_second", "share_of_time", "mfu")
     return [{k: v for k, v in row.items() if not k.startswith(times)} for row in rows]
 
 

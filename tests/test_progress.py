@@ -88,13 +88,14 @@ def test_a_long_prompt_is_shown_with_its_end_on_one_line():
 def test_a_log_file_gets_lines_without_carriage_returns_and_the_last_one(log):
     with progress.bar("training", 3) as bar:
         for step in range(3):
-            row = {"reward": float(step), "kl_t2": 0.5, "tokens": 8, "seconds_rollout": 4}
+            row = {"reward": float(step), "kl_t2": 0.5, "tokens_per_second_update": 22.4}
+            row |= {"tokens_per_second_rollout": 2.0, "mfu": 0.25} if step else {}
             show(bar, row, rrr.Config.shown, idle=step)
     text = log()
     first, *_, last = lines = text.splitlines()
     assert first.startswith("training: 0 of 3") and "training: 3 of 3" in last and len(lines) == 4
-    assert last.endswith("left, retry=2.000, kl_reflection=0.500, idle=2, tokens_s=2")
-    assert "idle" not in lines[1]
+    assert last.endswith("left, retry=2.000, kl_reflection=0.500, idle=2, tokens_s=2/22, mfu=0.250")
+    assert lines[1].endswith("kl_reflection=0.500, tokens_s=-/22")
     assert "\r" not in text and "\x1b" not in text
 
 

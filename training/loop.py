@@ -5,7 +5,6 @@ It knows neither evaluation nor pictures: it is handed what to call (`Hooks`).
 
 import copy
 import math
-import resource
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from training import checkpoint, distributed
 from training.command import exit_on_bad_input
 from training.distributed import Stopped, exchange, interruptible, listening, on_first
 from training.models import hand_over, save_policy
+from training.pace import Done, flops, pace, said
 from training.policy import Batch, finite_weights, is_cap, set_lr, update
 from training.progress import bar, counted
 from training.run import cut_logs, log, log_sizes, newest, saving, stop, time_is_up
@@ -117,7 +117,7 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
     started = time.perf_counter()
     with interruptible():
         batch = hooks.step_batch(step, state)
-    sampled = time.perf_counter()
+    sampled, nodes, scored = time.perf_counter(), scorer.nodes, scorer.scored
     with given_up(scorer, sampler):
         scores, norm, wrong, idle = update(scorer, optimizer, batch, config)
     tokens = token_metrics(batch, scores, scorer.reference is not None, is_cap(config))
@@ -125,9 +125,8 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
     row = first | batch.figures | tokens
     row |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
     row |= {"skipped": int(bool(wrong)), "idle": int(idle)}
-    row["seconds_rollout"] = sampled - started
-    row["seconds_update"] = time.perf_counter() - sampled
-    row["memory_mib"] = max(exchange(memory_mib()))
+    made = flops(scorer, scorer.nodes - nodes, scorer.scored - scored)
+    row |= pace(batch, Done(sampled - started, time.perf_counter() - sampled, made))
     finite = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON has no NaN
     return finite | ({"not_finite": ", ".join(wrong)} if wrong else {})
 
@@ -186,13 +185,6 @@ def token_row(parts: list[dict]) -> dict:
     return row | {"response_length": total["tokens"] / max(1, total["attempts"])}
 
 
-def memory_mib() -> float:
-    """The peak so far: of the GPU if there is one, else of the process (Linux counts in KiB)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
 def save_memory(config, run: Path, scorer, optimizer, memory: dict, save_best=None) -> None:
     """A state of all there is; weights that are not finite end the run instead."""
     if not finite_weights(scorer.trained):
@@ -245,7 +237,7 @@ def show(progress, row: dict, names: dict[str, str], idle: int) -> None:
     """The step's figures beside the bar, by `names` {shown as: figure}, and idle steps so far."""
     figures = {name: row[key] for name, key in names.items() if key in row}
     figures |= {"idle": idle} if idle else {}
-    figures["tokens_s"] = round(row["tokens"] / row["seconds_rollout"])
-    said = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in figures.items()}
-    progress.set_postfix(said, refresh=False)
+    figures |= said(row)
+    shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in figures.items()}
+    progress.set_postfix(shown, refresh=False)
     progress.update()

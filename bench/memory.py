@@ -80,10 +80,11 @@ def parts(shape: Shape, load: Load, how: How) -> dict[str, float]:
     """Bytes, by phase: the peak is "always" and the larger of the other two."""
     N, n, S = shape.N, shape.adapters(how.lora_rank), how.ranks or 1
     whole = how.c * N if how.ranks and not how.lora_rank else 0  # a copy to sample from
+    stays = 0 if how.cpu else whole + 12 * shape.V * load.rows  # where CUDA graphs find it
     return {
         "always": how.c * N + 12 * n / S if how.lora_rank else 16 * N / S,
         "sampling": whole + sampling(shape, load, how),
-        "updating": updating(shape, load, how),
+        "updating": stays + updating(shape, load, how),
     }
 
 

@@ -67,7 +67,7 @@ class Sampler:
         self.fast_forward = self.fast_step = None  # set while it samples, by `_sampling`
         self.adapters = self.on_tokens = None
         self.fused, self.kernels = self._try_out()
-        self.graphs, self._graphs, self._kept = self.kernels, Graphs(model.device), {}
+        self.graphs, self._graphs, self._kept = self.kernels, Graphs(), {}
         vocabulary, eos = range(config.vocab_size), model.generation_config.eos_token_id
         self.limit = position_limit(config)
         stops = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]

@@ -1,8 +1,9 @@
 """The first minutes on a GPU: what can go wrong there costs one line, and not the rest of them.
 
-    python bench/gpu.py --out gpu.jsonl                                  # 8 minutes
-    python bench/gpu.py --out gpu.jsonl --budget 200 --parts decode,update    # again, after a fix
-    python bench/gpu.py --small                         # a rehearsal on a CPU, about a minute
+    python bench/gpu.py --out gpu.jsonl                # 8 minutes, of parts that may take 13
+    python bench/gpu.py --out gpu.jsonl --budget 200 --parts train,hf       # what had no time
+    python bench/gpu.py --out gpu.jsonl --budget 200 --parts decode,update  # again, after a fix
+    python bench/gpu.py --small                        # a rehearsal on an idle CPU, a minute
 
 Each part is a process of its own, boxed in time, forked from this one, which has imported all and
 never touches CUDA: an error that sticks, no memory, or a hang ends that part alone. Each

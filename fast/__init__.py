@@ -7,5 +7,5 @@ cpu_kernels.py  compiles cpu_kernels.c on first use: products with weights, atte
 cuda_step.py    a decoding step on CUDA, on memory that stays, so that it can be a CUDA graph
 cuda_kernels.py what that takes of Triton: attention of one query, what stands between products
 
-Only sampler.py looks in here.
+Only sampler.py looks in here, and the benches of what is in it.
 """

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # bytes of one number of so many keys: what is read at a time
-PROGRAMS = 1024  # so many parts attention is cut into, or fewer: some eight a multiprocessor
+BLOCK = 128  # by the bytes of a number: keys read at a time, 64 of bfloat16 or 32 of float32
+PROGRAMS = 1024  # that attention is cut into, at most: some eight a multiprocessor
 MOST_PARTS = 32  # of one row's keys
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which has no products of bfloat16
 
@@ -34,12 +34,12 @@ def _rotated(x, at, real, cos, sin, HALF: tl.constexpr):
 @triton.jit
 def _own_token(
     left, right, key, value, cos, sin, keys, values, place, own, scale,
-    HALF: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Keeps a token's key and value, if `own` is true: (most, total, acc) of them, or of none.
 
-    left, right: halves of its queries (16, TILE); key, value: where its own are; keys, values:
-    where the row's are kept.
+    left, right: halves of its queries (HEADS, TILE); key, value: where its own are; keys, values:
+    where the row's are kept. From there nobody reads them in this launch, which has no order.
     """
     half, wide = tl.arange(0, TILE), tl.arange(0, WIDE)
     k_left, k_right = _rotated(key, half, half < HALF, cos, sin, HALF)
@@ -51,8 +51,9 @@ def _own_token(
     score = tl.sum(left.to(tl.float32) * k_left.to(tl.float32), 1)
     score += tl.sum(right.to(tl.float32) * k_right.to(tl.float32), 1)
     most = tl.where(own, score * scale, -float("inf"))
-    total = tl.where(own, 1.0, 0.0) + tl.zeros([16], tl.float32)
-    acc = tl.where(own, v.to(tl.float32), 0.0)[None, :] + tl.zeros([16, WIDE], tl.float32)
+    total = tl.where(own, 1.0, 0.0) + tl.zeros([HEADS], tl.float32)
+    acc = tl.where(own, v.to(tl.float32), 0.0)[None, :]
+    acc += tl.zeros([HEADS, WIDE], tl.float32)
     return most, total, acc
 
 
@@ -64,7 +65,7 @@ def _earlier_tokens(
     """(most, total, acc) with keys and values begin, ..., end - 1 beside what there is.
 
     In one pass (Milakov and Gimelshein 2018): most is the largest score so far, total the sum of
-    exp(score - most), acc (16, WIDE) that of exp(score - most) * value. Both are multiplied by
+    exp(score - most), acc (HEADS, WIDE) that of exp(score - most) * value. Both are multiplied by
     exp(most - higher) when most grows to higher.
     """
     half, wide = tl.arange(0, TILE), tl.arange(0, WIDE)
@@ -77,8 +78,8 @@ def _earlier_tokens(
         seen = there[None, :] & (half[:, None] < HALF)
         k_left = tl.load(at, mask=seen, other=0.0).to(KIND)  # (TILE, BLOCK) each
         k_right = tl.load(at + HALF, mask=seen, other=0.0).to(KIND)
-        scores = tl.dot(left, k_left, input_precision="ieee")
-        scores = tl.dot(right, k_right, scores, input_precision="ieee") * scale  # (16, BLOCK)
+        scores = tl.dot(left, k_left, input_precision="ieee")  # (HEADS, BLOCK)
+        scores = tl.dot(right, k_right, scores, input_precision="ieee") * scale
         scores = tl.where(there[None, :], scores, -float("inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         keep, p = tl.exp(most - higher), tl.exp(scores - higher[:, None])
@@ -95,22 +96,24 @@ def _attend(
     query, key, value, query_row, key_row, value_row,  # *_row: from one row to the next
     cos, sin, position, idle, table, layer, layers, out, weight, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr,
-    TILE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+    HEADS: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """softmax(scale * q K^T) V of one row, the GROUP heads of one key-value head, one part of keys.
 
-    acc / total is this part's answer. It weighs as total * exp(most), whose logarithm is kept.
+    acc / total is this part's answer. It weighs as total * exp(most), whose logarithm is kept, so
+    that `_join` can make one of them all (which is known as flash-decoding).
     """
     row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place, done = tl.load(position + row), tl.load(idle + row).to(tl.int32)
     half, wide = tl.arange(0, TILE), tl.arange(0, WIDE)  # powers of two, as tiles have to be
-    heads = tl.arange(0, 16)  # and 16 at least where products are made of them
+    heads = tl.arange(0, HEADS)  # and 16 at least, as products want them
     angles = row * 2 * HALF + half
     c = tl.load(cos + angles, mask=half < HALF, other=0.0).to(tl.float32)
     s = tl.load(sin + angles, mask=half < HALF, other=0.0).to(tl.float32)
     mine = row * query_row + (head * GROUP + heads[:, None]) * 2 * HALF + half
     real = (heads[:, None] < GROUP) & (half < HALF)
-    left, right = _rotated(query, mine, real, c[None, :], s[None, :], HALF)  # (16, TILE) each
+    left, right = _rotated(query, mine, real, c[None, :], s[None, :], HALF)  # (HEADS, TILE)
 
     kind = query.dtype.element_ty
     capacity = tl.load(table + 2 * layers)
@@ -122,7 +125,7 @@ def _attend(
     value += row * value_row + head * 2 * HALF
     own = (part == 0) & (done == 0)
     most, total, acc = _own_token(
-        left, right, key, value, c, s, keys, values, place, own, scale, HALF, TILE, WIDE
+        left, right, key, value, c, s, keys, values, place, own, scale, HALF, HEADS, TILE, WIDE
     )
 
     count = tl.where(done == 0, place, 0)  # keys before the token's own
@@ -210,7 +213,8 @@ def attend(table, layer, query, key, value, cos, sin, position, idle, scale) -> 
     where = (cos, sin, position, idle, table, layer, len(table) // 2)
     wide = power_of_two(size)
     shapes = {"KV_HEADS": kv_heads, "GROUP": group, "HALF": size // 2, "PARTS": parts}
-    shapes |= {"TILE": power_of_two(size // 2), "WIDE": wide, "BLOCK": BLOCK // query.itemsize}
+    shapes |= {"HEADS": power_of_two(group), "TILE": power_of_two(size // 2), "WIDE": wide}
+    shapes |= {"BLOCK": BLOCK // query.itemsize}
     shapes |= {"KIND": getattr(tl, str(kind).removeprefix("torch."))}
     grid = (n, kv_heads, parts)
     _attend[grid](query, key, value, *strides, *where, answers, weights, scale, **shapes)

@@ -50,7 +50,8 @@ class Layer(NamedTuple):
 def neighbours(parameters: list[Tensor]) -> Tensor:
     """One tensor of all their rows, on the memory that they have.
 
-    Where they don't lie one behind the other they are moved, once: their values stay the same.
+    Where they don't lie one behind the other they are moved, once, with the same values: a copy of
+    them would take memory, and would not see what an update changes.
     """
     first, *others = [parameter.data for parameter in parameters]
     sizes, end = [len(parameter) for parameter in parameters], first.data_ptr() + first.nbytes
@@ -80,9 +81,10 @@ def _joined(kept: dict, adapters: dict, *layers: nn.Linear) -> Callable:
 
 def _placed(kept: dict, key, tensor: Tensor) -> Tensor:
     """The tensor, at the place in memory that the one before of this key and shape had."""
-    if key not in kept or kept[key].shape != tensor.shape:
-        kept[key] = tensor.clone()
-    return kept[key].copy_(tensor)
+    if key in kept and kept[key].shape == tensor.shape:
+        return kept[key].copy_(tensor)
+    kept[key] = tensor.contiguous()
+    return kept[key]
 
 
 def _norm(module) -> tuple | None:

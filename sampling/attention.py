@@ -6,7 +6,7 @@ nothing we ignore, the sampler's cache and its attention over it, "ragged"; the 
 "prefix_tree", is in training/scorer.py.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def attention_is(model, name: str):
     configs = {id(m.config): m.config for m in parts}.values()
     before = [(config, config._attn_implementation) for config in configs]
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(cudnn and CUDNN)
+    torch.backends.cuda.enable_cudnn_sdp(CUDNN)
     try:
         for config, _ in before:  # the public setter would also overwrite nested configs
             config._attn_implementation_internal = name
@@ -83,12 +83,14 @@ def head_is(model, product):
 
 @contextmanager
 def sampling_mode(model):
-    """Evaluation mode, no gradients and ragged attention; afterwards everything is as it was."""
+    """Evaluation mode, no gradients, ragged attention, the model's GPU; afterwards as it was."""
     training = [m for m in model.modules() if m.training]
+    cuda = model.device.type == "cuda"
+    here = torch.cuda.device(model.device) if cuda else nullcontext()  # where kernels start
     try:
         model.eval()
         # no_grad, since inference_mode's tensors can't enter a loss later
-        with attention_is(model, "ragged"), torch.no_grad():
+        with attention_is(model, "ragged"), torch.no_grad(), here:
             yield
     finally:
         for module in training:

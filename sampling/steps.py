@@ -1,5 +1,6 @@
 """What a block of decoding steps works on, how much of the cache it reads, and its CUDA graphs."""
 
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -68,8 +69,8 @@ class Graphs:
     have moved, all graphs are thrown away.
     """
 
-    def __init__(self, device):
-        self.device, self.reads = device, None
+    def __init__(self):
+        self.reads = None
         self.places, self.met, self.replays, self.pool = {}, set(), {}, None
 
     @staticmethod
@@ -93,24 +94,36 @@ class Graphs:
         if reads != self.reads:
             self.reads, self.met, self.replays, self.pool = reads, set(), {}, None
         n, active = self.rounded(len(state.done)), len(state.done)
-        if n not in self.places:
-            self.places[n] = State(*(x.new_zeros(n, *x.shape[1:]) for x in state))
-        fixed, key = self.places[n], (n, temperature)
+        shape = n, state.tokens.shape[1]
+        if shape not in self.places:
+            self.places[shape] = State(*(x.new_zeros(n, *x.shape[1:]) for x in state))
+        fixed, key = self.places[shape], (*shape, temperature)
         for old, new in zip(fixed, state, strict=True):
             old[:active] = new
         fixed.done[active:] = True  # rows that are none
         once = partial(step, fixed)
         if key in self.met and key not in self.replays:
-            self.replays[key] = self.capture(once)
+            self.replays[key] = self.captured_or_not(once)
         self.met.add(key)
         for _ in range(count):
             self.replays.get(key, once)()
         return fixed
 
+    def captured_or_not(self, step):
+        """Its graph; where that can't be had the step itself, which a capture does not run."""
+        try:
+            return self.capture(step)
+        except RuntimeError as error:
+            said = (
+                "a decoding step can't be a CUDA graph, and is launched each time, which is slower"
+            )
+            warnings.warn(f"{said}: {error}", stacklevel=2)
+            return step
+
     def capture(self, step):
         """The CUDA graph of step(), which is not run by this, as a function."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
+        graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # other threads may use CUDA meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
             step()
         return graph.replay

@@ -5,6 +5,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import transformers as tf
 
 pytest.importorskip("triton")
 pytest.importorskip("fast.fused")
+import sampler as sampler_module  # noqa: E402
 from conftest import PROMPTS, TINY, build, check, equal, three_turns  # noqa: E402
 from fast import cuda_kernels, cuda_step, fused, paths  # noqa: E402
 from sampler import Sampler  # noqa: E402
@@ -66,8 +68,12 @@ def attend_both_ways(lengths, heads, kv_heads, size, dtype, done):
     return fast, slow, one.layers[1], two.layers[1]
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-@pytest.mark.parametrize("size, heads, kv_heads", [(64, 7, 1), (128, 4, 2), (64, 1, 1), (24, 8, 1)])
+SIZES = [(64, 7, 1), (128, 4, 2), (64, 1, 1), (24, 8, 1), (80, 20, 1)]  # size, heads, kv_heads
+DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 0.003)]
+
+
+@pytest.mark.parametrize("dtype, error", DTYPES)
+@pytest.mark.parametrize("size, heads, kv_heads", SIZES)
 @pytest.mark.parametrize("lengths", [(1, 700), (64, 65, 66, 1, 2, 129, 9)])
 def test_attention_is_that_of_the_plain_path_and_reads_no_further_than_its_own_row(
     lengths, size, heads, kv_heads, dtype, error
@@ -90,9 +96,10 @@ def test_attention_is_that_of_the_plain_path_and_reads_no_further_than_its_own_r
 def test_a_rows_keys_are_cut_into_parts_or_not_with_the_same_outcome(programs, monkeypatch):
     monkeypatch.setattr(cuda_kernels, "PROGRAMS", programs)
     assert cuda_kernels.parts_of(4) == max(1, programs // 4)
-    done = torch.zeros(2, dtype=torch.bool)
+    done = torch.tensor([False, True])
     fast, slow, *_ = attend_both_ways((700, 3), 4, 2, 64, torch.float32, done)
-    torch.testing.assert_close(fast.double(), slow, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast[0].double(), slow[0], atol=1e-5, rtol=1e-5)
+    assert not fast[1].any()
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
@@ -243,14 +250,15 @@ def captured(sampler, monkeypatch):
     rows, replays = [], []
 
     def capture(_, step):
-        then, number = sampler.fast_step, len(rows)
+        then, number = (sampler.fast_step, sampler.is_stop), len(rows)
         rows.append(len(step.args[-1].done))
         replays.append(0)
 
         def replay():
-            now, sampler.fast_step = sampler.fast_step, then
+            now = sampler.fast_step, sampler.is_stop
+            sampler.fast_step, sampler.is_stop = then
             step()
-            sampler.fast_step = now
+            sampler.fast_step, sampler.is_stop = now
             replays[number] += 1
 
         return replay
@@ -269,6 +277,7 @@ def test_steps_that_are_replayed_sample_the_same_from_any_cache(
     tokenizer, max_batch, monkeypatch, in_torch
 ):
     """All of it but the graphs: rows that are none, one place for a state, caches that grow."""
+    monkeypatch.setattr(sampler_module, "room_for", lambda tokens, limit: tokens)
     model = build(tf.LlamaConfig, max_position_embeddings=400)
     sampler = with_kernels(model, tokenizer, max_batch=max_batch, block=5)
     sampler.is_stop[:], sampler.kernels = False, False
@@ -319,6 +328,79 @@ def test_graphs_follow_weights_and_adapters_and_go_where_these_have_moved(
         assert equal(sampler.generate(**ask), fresh()) and rows == [1, 1]
 
 
+@pytest.mark.parametrize("what", ["adapters off", "another rank", "stops", "angles"])
+def test_graphs_go_where_anything_that_they_read_is_another(tokenizer, what, monkeypatch, in_torch):
+    model = build(tf.LlamaConfig)
+    sampler, ask = with_kernels(model, tokenizer, block=5), {"prompt_ids": [[5, 6]]}
+    ask["max_new_tokens"] = 5
+    sampler.adapters, sampler.is_stop[:] = lora.make(model, 2, seed=0), False
+    for adapter in sampler.adapters.values():
+        torch.nn.init.normal_(adapter.B)
+
+    def fresh():
+        other = Sampler(model, tokenizer)
+        other.adapters, other.is_stop = sampler.adapters, sampler.is_stop
+        return other.generate(**ask)
+
+    def change():
+        if what == "adapters off":
+            sampler.adapters = None
+        elif what == "another rank":
+            sampler.adapters = lora.make(model, 3, seed=1)
+        elif what == "stops":
+            sampler.is_stop = torch.ones_like(sampler.is_stop)
+        else:
+            rotary = model.model.rotary_emb
+            rotary.inv_freq = rotary.inv_freq / 7
+
+    with captured(sampler, monkeypatch) as (rows, _), torch.no_grad():
+        for _ in range(2):
+            sampler.generate(**ask)
+        before, _ = fresh(), change()
+        assert rows == [1] and equal(sampler.generate(**ask), fresh())
+        assert equal(again := sampler.generate(**ask), fresh()) and not equal(before, again)
+
+
+def test_a_step_that_can_not_be_captured_is_run_as_it_is_and_it_says_so(tiny, tokenizer, in_torch):
+    sampler, ask = with_kernels(tiny("llama"), tokenizer), {"prompt_ids": [[5]]}
+    plain = Sampler(tiny("llama"), tokenizer).generate(**ask, max_new_tokens=9)
+    sampler.graphs = True  # without a GPU
+    with pytest.warns(UserWarning, match="can't be a CUDA graph, and is launched each time"):
+        assert equal(plain, sampler.generate(**ask, max_new_tokens=9))
+
+
+def test_blocks_may_change_their_length_while_there_are_graphs(
+    tiny, tokenizer, monkeypatch, in_torch
+):
+    sampler, ask = with_kernels(tiny("llama"), tokenizer, block=2), {"prompt_ids": [[5]]}
+    plain = Sampler(tiny("llama"), tokenizer).generate(**ask, max_new_tokens=9)
+    with captured(sampler, monkeypatch):
+        for sampler.block in (2, 5, 2):
+            assert equal(plain, sampler.generate(**ask, max_new_tokens=9))
+
+
+def test_rows_are_rounded_up_to_few_sizes():
+    sizes = {1: 1, 2: 8, 8: 8, 9: 16, 33: 64, 64: 64, 65: 96, 97: 128, 129: 192, 193: 256, 257: 384}
+    assert {rows: steps.Graphs.rounded(rows) for rows in sizes} == sizes
+
+
+@pytest.mark.parametrize("reason", [None, "it is Tuesday"])
+def test_on_a_gpu_kernels_and_graphs_are_taken_or_it_says_why_not(reason, tokenizer, monkeypatch):
+    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    monkeypatch.setattr(fused, "why_not", lambda model: None)
+    monkeypatch.setattr(fused, "why_wrong", lambda *arguments: None)
+    monkeypatch.setattr(paths, "why_no_kernels", lambda *arguments: reason)
+    paths._warn.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert paths.tried(gpu, None, None) == (True, reason is None)
+    start = "decoding with SimpleNamespace is slower, without kernels and CUDA graphs: "
+    assert [str(w.message) for w in said] == ([start + reason] if reason else [])
+    monkeypatch.setattr(Sampler, "_try_out", lambda self: (True, reason is None))
+    sampler = Sampler(build(tf.LlamaConfig), tokenizer)
+    assert sampler.fused and sampler.kernels == sampler.graphs == (reason is None)
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 def test_an_update_leaves_weights_where_graphs_find_them(graphs, monkeypatch):
     monkeypatch.setattr(distributed, "together", lambda: True)
@@ -363,6 +445,8 @@ def test_kernels_that_are_wrong_or_fail_are_not_taken_and_it_says_why(tiny, monk
 
 
 COMPILE = """
+import re
+
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -375,13 +459,14 @@ def compiled(kernel, arguments, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 for number, kind in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
-    shapes = dict(KV_HEADS=2, GROUP=7, HALF=32, PARTS=4, TILE=32, WIDE=64, BLOCK=32, KIND=kind)
+    shapes = dict(KV_HEADS=2, GROUP=7, HALF=32, PARTS=4, HEADS=16, TILE=32, WIDE=64, BLOCK=32)
+    shapes["KIND"] = kind
     pointers = {k: f"*{number}" for k in ("query", "key", "value", "cos", "sin")}
     pointers |= {"position": "*i64", "idle": "*i1", "table": "*i64", "out": "*fp32"}
     numbers = {k: "i32" for k in ("query_row", "key_row", "value_row", "layer", "layers")}
     pointers |= {"weight": "*fp32", "scale": "fp32"}
     ptx = compiled(kernels._attend, pointers | numbers, **shapes)
-    print(number, "cp.async" in ptx)
+    print(number, *sorted({*re.findall(r"cp\.async\.c\S+ .*, (0x\w+),", ptx)}))
     row = {"SIZE": 896, "WIDE": 1024}
     parts = {"answers": "*fp32", "weights": "*fp32", "out": f"*{number}"}
     compiled(kernels._join, parts, **row, PARTS=4)
@@ -397,4 +482,4 @@ def test_the_compiler_takes_them_for_a_gpu_and_reads_the_cache_in_wide_words():
     root = Path(__file__).parent.parent
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.stdout == "bf16 True\nfp32 True\n", done.stderr[-2000:]
+    assert done.stdout == "bf16 0x10\nfp32 0x10\n", done.stderr[-2000:]

@@ -248,7 +248,8 @@ def make_scorer(model, config, reference: bool = True) -> Scorer:
     """The policy to be trained, which starts as the whole `model`, and its frozen reference.
 
     In a group both are spread over the ranks, in float32, and `model` keeps being a copy of the
-    whole policy to sample from: it is given up for each update, and gathered again after it.
+    whole policy to sample from: gathered again after each update, for which it is given up unless
+    CUDA graphs know its place.
     With --lora_rank adapters are trained, and spread, alone: every rank needs whole weights to
     sample from, and they do for the update too.
     """

@@ -12,20 +12,24 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from common import draw_lengths, generate_step
-from gpu_parts.lines import allow_cudnn, cudnn_allowed, gpu, once, peak_gib, sync, timed
+from gpu_parts.lines import allow_cudnn, cudnn_allowed, described, gpu, once, peak_gib, sync, timed
 from gpu_parts.models import NAMES, PATHS, make_sampler, path_of, paths, prompts_of, random_model
 from sampling.steps import Graphs
 
 BATCHES = (64, 1, 256, 16)
 
 
-def counted_captures() -> list[float]:
-    """From now on the seconds of each capture are put into this list."""
+def counted_captures(part) -> list[float]:
+    """From now on the seconds of each capture are put into this list; one that fails is a line."""
     capture, seconds = Graphs.capture, []
 
     def timed_capture(self, step):
         made = []
-        seconds.append(once(lambda: made.append(capture(self, step))))
+        try:
+            seconds.append(once(lambda: made.append(capture(self, step))))
+        except Exception as error:
+            part.write(name="capture", **described(error))
+            raise
         return made[0]
 
     Graphs.capture = timed_capture
@@ -33,7 +37,7 @@ def counted_captures() -> list[float]:
 
 
 def decode(part):
-    captures = counted_captures()
+    captures = counted_captures(part)
     for name in NAMES:
         part.section(name, decode_model, part, name, captures)
 

@@ -1,14 +1,16 @@
 """What the machine has, which kernels torch chooses, and the best that they reach."""
 
 import subprocess
+import sysconfig
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers as tf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu_parts.lines import device, gpu, once, timed
+from gpu_parts.lines import device, gpu, once, timed, wrong
 from sampling.attention import ragged_mask
 
 BACKENDS = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn", 4: "overrideable"}
@@ -26,12 +28,18 @@ TOOLS = (
 )
 
 
+def header() -> dict:
+    """Triton compiles what starts its kernels, which takes it and a C compiler."""
+    return wrong(Python_h=Path(sysconfig.get_path("include"), "Python.h").exists())
+
+
 def env(part):
     """Versions and flags; which attention torch chooses for our shapes."""
     part.measure("versions", versions)
     part.measure("attention", chosen)
     for command in TOOLS:
         part.measure(command.split()[0], said, command)
+    part.measure("Python.h", header)
 
 
 def versions() -> dict:

@@ -62,10 +62,16 @@ class Part:
         return row
 
     def section(self, name: str, function, *arguments) -> None:
-        """Several measurements: nothing is written for itself, but if it raises; all goes on."""
+        """Several measurements: nothing is written for itself, but if it raises; all goes on.
+
+        What it made is gone afterwards: sharded models hold themselves, in circles.
+        """
         row = self.guarded(name, function, *arguments)
         if row:
             self.write(name=name, **row)
+        gc.collect()
+        if gpu():
+            torch.cuda.empty_cache()
 
     def guarded(self, name: str, function, *arguments):
         """What it returns, or a description of what it raises."""

@@ -3,7 +3,6 @@
 32 rows of 256 + 256 tokens, prompts shared by 8: 9,216 nodes, of which 8,192 are scored.
 """
 
-import inspect
 from functools import partial
 from types import SimpleNamespace
 
@@ -99,8 +98,6 @@ def adapters_alone(part, name: str, work: Batch) -> None:
 
 
 def compiled_blocks(part, name: str, work: Batch) -> None:
-    if "compiled" not in inspect.signature(Scorer.__init__).parameters:
-        return part.skip(f"{name} compiled", "the scorer has no such option yet")
     if part.small:  # traced as on a GPU, but a CPU's compiler takes minutes
         torch.compile = partial(torch.compile, backend="eager")
     kinds = {"LoRA": lora_scorer} | ({} if part.small else {"all weights": whole_scorer})

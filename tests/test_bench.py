@@ -314,10 +314,19 @@ def test_lines_of_a_gpu_that_cant_be_are_refused(monkeypatch, capsys, tmp_path):
     assert "give --small" in refusal(gpu, capsys, *out)
 
 
-def test_captures_are_counted_and_made_all_the_same(monkeypatch):
-    monkeypatch.setattr(Graphs, "capture", lambda self, step: step)
-    seconds = decode.counted_captures()
-    assert Graphs("cpu").capture("a step") == "a step" and len(seconds) == 1
+def test_captures_are_counted_and_made_all_the_same_or_a_line_says_why_not(monkeypatch, tmp_path):
+    def capture(self, step):
+        if step is None:
+            raise RuntimeError("there is no step")
+        return step
+
+    monkeypatch.setattr(Graphs, "capture", capture)
+    out = tmp_path / "lines"
+    seconds = decode.counted_captures(Part("decode", str(out), 9))
+    assert Graphs().capture("a step") == "a step" and len(seconds) == 1
+    with pytest.raises(RuntimeError, match="there is no step"):
+        Graphs().capture(None)
+    assert json.loads(out.read_text())["error"] == "RuntimeError: there is no step"
 
 
 @pytest.mark.parametrize("wanted", [True, False])

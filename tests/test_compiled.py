@@ -69,7 +69,9 @@ def models_of(kind: str):
 
 
 @pytest.mark.parametrize("kind, checkpointing, kinds", [
-    ("whole", False, 2), ("lora", True, 3), ("own", False, 2),
+    pytest.param("whole", False, 2, marks=pytest.mark.slow),
+    ("lora", True, 3),
+    pytest.param("own", False, 2, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_compiled_is_as_plain_and_compiled_once_for_all_sizes(kind, checkpointing, kinds, traced):
     models = models_of(kind)

@@ -441,7 +441,7 @@ def test_kernels_that_are_wrong_or_fail_are_not_taken_and_it_says_why(tiny, monk
     assert whats_wrong(model).startswith("Triton, which comes with torch for CUDA, can't be")
 
 
-COMPILE = """
+COMPILE = r"""
 import re
 
 import triton

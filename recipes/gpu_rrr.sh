@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rehearsed on CPU (models/tiny on its own task, 135M for one step); has not run on a GPU.
+# Rehearsed on CPU (models/tiny on its own task, 0.5B for two steps); has not run on a GPU.
 # Reflect, Retry, Reward in a quarter of an hour, or what fits one; called again, it goes on:
 #   recipes/gpu_rrr.sh MODEL_DIR function_call calls.jsonl --seed 1
 #   STATE=brought_along MINUTES=13 recipes/gpu_rrr.sh MODEL_DIR countdown -

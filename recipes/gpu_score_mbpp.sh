@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rehearsed on CPU (models/tiny on its own task, 135M for one step); has not run on a GPU.
+# Rehearsed on CPU (models/tiny on its own task, 0.5B for two steps); has not run on a GPU.
 # SCoRe on MBPP, the paper's own experiment with code, in a quarter of an hour, or what fits one:
 #   recipes/gpu_score_mbpp.sh MODEL_DIR mbpp.jsonl humaneval.jsonl --seed 1
 #   METHOD=plain OUT=runs/plain STATE=brought_along MINUTES=13 recipes/gpu_score_mbpp.sh ...

@@ -138,10 +138,14 @@ def test_an_evaluation_keeps_within_the_tokens_and_is_the_same(loaded, cache_byt
 
 
 @pytest.mark.parametrize("script", ["score", "rrr", "baselines", "evaluate"])
-def test_a_problem_that_does_not_fit_alone_is_refused_before_any_work(script, capsys, monkeypatch):
+def test_a_problem_that_does_not_fit_alone_is_refused_before_any_work(
+    script, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(Sampler, "generate", None)
     module = __import__(script)
-    flags = ["--cache_tokens", "50"] + ["--samples=8", "--temperature=1"] * (script == "evaluate")
+    own = [f"--output_dir={tmp_path / 'run'}"]  # by default there may be a run already
+    own = ["--samples=8", "--temperature=1"] if script == "evaluate" else own
+    flags = ["--cache_tokens", "50", *own]
     said = helpers.refusal(module, capsys, *flags)
     assert "--cache_tokens 50: one problem alone needs " in said and " rows of up to " in said
     assert "raise it, or lower the token limits or the rows" in said

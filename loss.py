@@ -5,6 +5,7 @@ the same for all of them. Shapes: B rows, T positions, M sampled tokens of a mic
 size, V vocabulary, N groups of G.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import NamedTuple
@@ -101,7 +102,7 @@ def token_scores(
     ref_head: Tensor | None = None,
     temperature: float = 1.0,
     chunk: int | None = None,
-    compile: bool = False,
+    score: Callable | None = None,
 ) -> Scores:
     """Scores of M tokens from the hidden states that predict them, never holding (M, V) logits.
 
@@ -109,16 +110,21 @@ def token_scores(
     (by default what `logits_at_once` allows), and each chunk's logits are computed again in the
     backward pass: so memory grows with the chunk only. Both distributions are taken at the sampling
     `temperature`. Without a reference the policy is its own: ref_logprobs are its log-probs, held
-    fixed, and kl is zero, so that every KL term is zero too, and so is its gradient.
+    fixed, and kl is zero, so that every KL term is zero too, and so is its gradient. `score` may
+    take the place of `scoring()`, for speed.
     """
     chunk = chunk or max(1, logits_at_once(hidden.device) // len(head))
-    score, parts = partial(compiled(_score) if compile else _score, head, ref_head, temperature), []
+    score, parts = partial(score or scoring(), head, ref_head, temperature), []
     for start in range(0, len(tokens), chunk):
         piece = slice(start, start + chunk)
         reference = None if ref_hidden is None else ref_hidden[piece]
-        inputs = (hidden[piece], tokens[piece], reference)
-        parts.append(checkpoint(score, *inputs, use_reentrant=False))
+        parts.append(score(hidden[piece], tokens[piece], reference))
     return Scores(*(torch.cat(columns)[:, 0] for columns in zip(*parts, strict=True)))
+
+
+def scoring(compile: bool = False) -> Callable:
+    """`_score`, run once more for the gradient, so that it keeps no logits."""
+    return partial(checkpoint, compiled(_score) if compile else _score, use_reentrant=False)
 
 
 def _score(head, ref_head, temperature: float, hidden, tokens, ref_hidden) -> tuple[Tensor, ...]:

@@ -304,12 +304,13 @@ class Sampler:
     def _step(self, cache, widths, temperature, state: State):
         """One token more for each row that isn't done; the state is changed in place."""
         end, start, position, token, logprob, done, draws, tokens, logprobs = state
+        draw = draws.gather(1, (position - start)[:, None])[:, 0]
         if self.fast_step:
             logits = self.fast_step.run(token, position, done)
+            new_token, new_logprob = self.fast_step.sample(logits, temperature, draw)
         else:
             logits = self._forward(cache, 0, token[:, None], position[:, None], widths)
-        draw = draws.gather(1, (position - start)[:, None])[:, 0]
-        new_token, new_logprob = sample(logits, temperature, draw)
+            new_token, new_logprob = sample(logits, temperature, draw)
         # A row that is done feeds its last token at its own place again, which changes nothing.
         token.copy_(torch.where(done, token, new_token))
         logprob.copy_(torch.where(done, logprob, new_logprob))

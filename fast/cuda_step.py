@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fast.cuda_draw import sample
 from fast.cuda_kernels import add_norm, attend, fill, gated
 from fast.fused import fuse, head_of, relative_error
 from sampling.adapters import ALPHA
@@ -23,15 +24,17 @@ from sampling.attention import KVCache
 class Step(NamedTuple):
     """One token for each of n rows, with the weights of when it was made.
 
-    run:   (token, position, idle), (n,) each -> logits (n, V); rows that are idle neither read the
-           cache nor write to it, and their logits mean nothing
-    aim:   (cache): rows 0, 1, ... of this one from now on
-    reads: the addresses of all it reads but its arguments
+    run:    (token, position, idle), (n,) each -> logits (n, V); rows that are idle neither read the
+            cache nor write to it, and their logits mean nothing
+    aim:    (cache): rows 0, 1, ... of this one from now on
+    reads:  the addresses of all it reads but its arguments
+    sample: (logits, temperature, u) -> tokens (n,), log-probs (n,)
     """
 
     run: Callable
     aim: Callable
     reads: tuple
+    sample: Callable
 
 
 class Layer(NamedTuple):
@@ -141,7 +144,7 @@ def step_of(model, adapters, kept: dict) -> Step:
         return head(h)
 
     tensors = [*model.parameters(), *model.buffers(), *kept.values()]
-    return Step(run, aim, (adapters is None, *(tensor.data_ptr() for tensor in tensors)))
+    return Step(run, aim, (adapters is None, *(tensor.data_ptr() for tensor in tensors)), sample)
 
 
 @torch.no_grad()

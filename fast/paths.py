@@ -1,4 +1,4 @@
-"""Which fast paths a model can take on this machine: all that sampler.py asks of this folder."""
+"""Which fast paths a model can take on this machine: all that others ask of this folder."""
 
 import warnings
 from collections.abc import Callable
@@ -49,6 +49,29 @@ def step_of(model, adapters, kept: dict):
     from fast.cuda_step import step_of  # only here, since it needs Triton
 
     return step_of(model, adapters, kept)
+
+
+@cache
+def score_of(device: torch.device) -> Callable | None:
+    """What may score tokens on this device in place of `loss._score`, if anything may."""
+    if device.type != "cuda":
+        return None
+    try:
+        from fast import cuda_loss, cuda_update
+    except ImportError as error:
+        reason = f"Triton, which comes with torch for CUDA, can't be imported: {error}"
+    else:
+        reason = cuda_update.why_no_score(device)
+    if reason:
+        _warn(f"updates are slower, without kernels for the loss: {reason}")
+    return None if reason else cuda_loss.score
+
+
+def blocks_fused(model):
+    """A context in which norms and gates are one kernel each, where `score_of` is not None."""
+    from fast.cuda_update import blocks_fused  # only here, since it needs Triton
+
+    return blocks_fused(model)
 
 
 @cache  # once a reason

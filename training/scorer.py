@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from loss import Scores, compiled, compiling, token_scores
+from loss import Scores, compiled, compiling, scoring, token_scores
+from sampler import fast
 from sampling.adapters import adapted
 from sampling.attention import OURS, attention_is, check_layer
 
@@ -120,9 +121,13 @@ OURS["prefix_tree"] = tree_attention
 
 
 @contextmanager
-def _reading_trees(model, adapters):
-    """The model attends as a tree wants it, with its adapters on, or (None) off."""
-    with attention_is(model, "prefix_tree"), adapted(model, adapters):
+def _reading_trees(model, adapters, fused=False):
+    """The model attends as a tree wants it, with its adapters on, or (None) off.
+
+    fused: and by fast/'s kernels between its products.
+    """
+    kernels = fast.blocks_fused(model) if fused else nullcontext()
+    with attention_is(model, "prefix_tree"), adapted(model, adapters), kernels:
         yield
 
 
@@ -140,11 +145,11 @@ def _blocks_run(model, *ways):
             vars(block).pop("forward", None)
 
 
-def _checkpointed(model, adapters):
+def _checkpointed(*how):
     """A way of blocks to run: they keep what they are given, and run again for the backward."""
 
     def contexts():  # when run again, it is long after `_hidden`, but all is to be as it was
-        return nullcontext(), _reading_trees(model, adapters)
+        return nullcontext(), _reading_trees(*how)
 
     again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     return lambda forward: partial(again, forward)
@@ -228,11 +233,13 @@ class Scorer(nn.Module):
         sampled = tree.node[tree.row][action_mask]  # (M,) the nodes of sampled tokens
         chosen, back = torch.unique(sampled, return_inverse=True)
         self.nodes, self.scored = self.nodes + tree.ids.shape[1], self.scored + len(chosen)
-        policy, ref_hidden, ref_head = (self.model, self.adapters), None, None
-        ways, how = [_compiled] if self.compiled else [], (temperature, self.chunk, self.compiled)
+        score = fast.score_of(ids.device) if fast else None  # not None on a GPU, where it is right
+        how = temperature, self.chunk, score or scoring(self.compiled)
+        ways, fused = [_compiled] if self.compiled else [], bool(score) and not self.compiled
+        policy, ref_hidden, ref_head = (self.model, self.adapters, fused), None, None
         with compiling() if self.compiled else nullcontext():
             if self.reference is not None:  # first, while no graph of the policy takes memory
-                reference = self.reference, self.ref_adapters
+                reference = self.reference, self.ref_adapters, fused
                 forgetful = [*ways, _forgetful] if ways else []
                 with torch.no_grad():
                     ref_hidden, ref_head = self._hidden(*reference, forgetful, tree, chosen)
@@ -244,11 +251,11 @@ class Scorer(nn.Module):
         return Scores(*placed)
 
     @staticmethod
-    def _hidden(model, adapters, ways, tree: PrefixTree, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _hidden(model, adapters, fused, ways, tree, chosen) -> tuple[Tensor, Tensor]:
         """What the chosen nodes (M,) are predicted from, (M, H), and the output weights (V, H)."""
         positions = tree.positions.clone()
         positions.tree = tree  # the layers hand it on to their attention
         inputs = {"input_ids": tree.ids, "position_ids": positions, "use_cache": False}
-        with _reading_trees(model, adapters), _blocks_run(model, *ways):
+        with _reading_trees(model, adapters, fused), _blocks_run(model, *ways):
             hidden = model.get_decoder()(**inputs).last_hidden_state  # (1, N, H)
         return hidden[0, tree.parent[chosen]], model.get_output_embeddings().weight

@@ -118,24 +118,31 @@ def draws_are_fair(words: int, count: int = 20000) -> dict:
     bits = torch.equal(draws.uniform(seeds, places), here.cpu())
     logits = torch.randn(1, words, generator=torch.Generator().manual_seed(0)).to(device())
     u = draws.uniform(torch.arange(count), torch.zeros(count, dtype=torch.int64)).to(device())
-    pieces = [draws.sample(logits.expand(len(some), -1), 1.0, some)[0] for some in u.split(2000)]
     p = logits[0].double().softmax(-1)
-    top = p.topk(20).indices
-    shares = (torch.cat(pieces)[:, None] == top).double().mean(0)
-    z = float(((shares - p[top]) / (p[top] * (1 - p[top]) / count).sqrt()).abs().max())
-    return {"largest_z_of_20": z} | wrong(uniforms_as_on_a_CPU=bits, shares=z < 5)
+    top, z = p.topk(20).indices, {}
+    ways = {"plain": draws.sample}
+    if gpu():
+        ways["kernels"] = import_module("fast.cuda_draw").sample
+    for name, sample in ways.items():
+        pieces = [sample(logits.expand(len(some), -1), 1.0, some)[0] for some in u.split(2000)]
+        shares = (torch.cat(pieces)[:, None] == top).double().mean(0)
+        z[name] = float(((shares - p[top]) / (p[top] * (1 - p[top]) / count).sqrt()).abs().max())
+    fine = wrong(uniforms_as_on_a_CPU=bits, shares=max(z.values()) < 5)
+    return {"largest_z_of_20": z} | fine
 
 
 def gradient(part, rows) -> dict:
-    """Through the prefix tree in float32, here, beside the same in float64 on the CPU."""
+    """Of log-probs and KL, in float32, here, beside the same in float64 on the CPU."""
     model = random_model(part, "0.5B", torch.float32, layers=2, vocabulary=2000, spread=SPREAD)
     rollout, found = make_sampler(model).generate(rows, 4, max_new_tokens=12), []
     weights = torch.randn(rollout.ids.shape, generator=torch.Generator().manual_seed(3))
     for where, dtype in ((device(), torch.float32), ("cpu", torch.float64)):
-        twin = AutoModelForCausalLM.from_config(model.config, dtype=dtype).to(where)
+        make = partial(AutoModelForCausalLM.from_config, model.config, dtype=dtype)
+        twin, other = make().to(where), make().to(where)
         twin.load_state_dict(model.state_dict())
-        scores = Scorer(twin)(rollout.ids.to(where), rollout.action_mask.to(where))
-        (scores.logprobs * weights.to(where)).sum().backward()
+        other.load_state_dict({k: 0.9 * v for k, v in model.state_dict().items()})
+        scores = Scorer(twin, other)(rollout.ids.to(where), rollout.action_mask.to(where))
+        (scores.logprobs * weights.to(where) + scores.kl).sum().backward()
         found.append(torch.cat([p.grad.flatten().double().cpu() for p in twin.parameters()]))
     difference = float((found[0] - found[1]).norm() / found[1].norm())
     return {"relative": difference, "tolerance": 1e-3} | wrong(gradient=difference < 1e-3)

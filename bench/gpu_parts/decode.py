@@ -5,15 +5,12 @@ captured in the second block of the first call.
 """
 
 import random
-from collections import Counter
 from functools import partial
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-
 from common import draw_lengths, generate_step
-from gpu_parts.lines import allow_cudnn, cudnn_allowed, described, gpu, once, peak_gib, sync, timed
+from gpu_parts.lines import allow_cudnn, cudnn_allowed, described, gpu, once, peak_gib, timed
 from gpu_parts.models import NAMES, PATHS, make_sampler, path_of, paths, prompts_of, random_model
+from gpu_parts.profiles import kernels_of, ranking
 from sampling.steps import Graphs
 
 BATCHES = (64, 1, 256, 16)
@@ -95,30 +92,14 @@ def launches(part, model, path: str) -> dict:
     """Kernels of one step (on a CPU: operations), by name: a difference of two calls."""
     sampler = make_sampler(model, **PATHS[path])
     prompts = prompts_of(2 if part.small else 64, 20 if part.small else 400)
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu()
     seen = {}
     for count in (3, 7):
-        sampler.generate(prompts, max_new_tokens=count)
-        with profile(activities=kinds) as profiled:
-            sampler.generate(prompts, max_new_tokens=count)
-            sync()
-        seen[count] = totals(profiled)
+        call = partial(sampler.generate, prompts, max_new_tokens=count)
+        call()
+        seen[count] = kernels_of(call)
     number, us = (seen[7][i].copy() for i in range(2))
     number.subtract(seen[3][0]), us.subtract(seen[3][1])
-    top = [[name[:70], number[name] / 4, us[name] / 4] for name, _ in us.most_common(20)]
-    found = {"launches": sum(number.values()) / 4, "us": sum(us.values()) / 4, "top": top}
-    return found | path_of(sampler)
-
-
-def totals(profiled) -> tuple[Counter, Counter]:
-    """How often each kernel ran, and for how many us."""
-    number, us = Counter(), Counter()
-    for event in profiled.key_averages():
-        if (event.device_type == torch.autograd.DeviceType.CUDA) == gpu():
-            number[event.key] += event.count
-            own = event.self_device_time_total if gpu() else event.self_cpu_time_total
-            us[event.key] += own
-    return number, us
+    return ranking(number, us, 4) | path_of(sampler)
 
 
 def ragged(part, model, captures: list) -> dict:

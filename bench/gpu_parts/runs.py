@@ -96,9 +96,13 @@ def compare(whole: Path, cut: Path, stop: int) -> dict:
 
 
 def train(part):
-    """The embedded model, 60 steps: does the reward rise here as on a CPU?"""
+    """The embedded model, 60 steps: does the reward rise here as on a CPU?
+
+    ratio_error is a step's largest, and a word of one in a million is off by 1 in bfloat16: so its
+    mean over the steps is looked at (on a CPU 0.16).
+    """
     flags = f"{SMALL} {QUICK}" if part.small else LEARN
-    for dtype, error in (("bfloat16", 0.1), ("float32", 1e-3)):
+    for dtype, error in (("bfloat16", 0.4), ("float32", 1e-3)):
         part.measure(dtype, learn, part, f"{flags} --dtype {dtype}", error, needs=5)
 
 
@@ -109,8 +113,8 @@ def learn(part, flags: str, error: float) -> dict:
     if not rows:
         return found
     ends = [mean(some, "reward") for some in (rows[:10], rows[-10:])]
-    found |= {"reward_first_last": ends, "ratio_error": max(row["ratio_error"] for row in rows)}
-    for key in ("seconds_rollout", "seconds_update"):
+    found["reward_first_last"] = ends
+    for key in ("ratio_error", "seconds_rollout", "seconds_update"):
         found[key] = mean(rows[5:] or rows, key)
     learns = part.small or ends[1] > ends[0]  # a few steps teach nothing
     return wrong(reward_does_not_rise=learns, ratio_error=found["ratio_error"] < error) | found

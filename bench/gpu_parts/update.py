@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import torch
 
-from gpu_parts.lines import allow_cudnn, cudnn_allowed, device, gpu, once, peak_gib, sync, timed
+from gpu_parts.lines import allow_cudnn, cudnn_allowed, device, gpu, once, peak_gib, sync, timed, wrong
 from gpu_parts.models import NAMES, prompts_of, random_model
+from gpu_parts.profiles import kernels_of, ranking
 from loss import token_scores
 from score import Config
 from training import distributed, lora
@@ -24,6 +25,7 @@ BEST = 989e12  # FLOPs a second of bfloat16 products, by the data sheet of an H1
 def update(part):
     distributed.start(Config(dtype="bfloat16"))
     work = batch_of(*((4, 8, 8) if part.small else (32, 256, 256)))
+    part.measure("gradients", sharded_gradients, part, NAMES[-1], work, needs=8)
     for name in NAMES:
         part.section(f"{name} all weights", all_weights, part, name, work)
         part.section(f"{name} LoRA", adapters_alone, part, name, work)
@@ -85,6 +87,7 @@ def all_weights(part, name: str, work: Batch) -> None:
     for label, setting in settings.items():
         what = f"{name} {label}"
         part.measure(what, updates, scorer, optimizer, work, setting, needs=5)
+    part.measure(f"{name} profile", launches, scorer, work, needs=5)
     part.measure(f"{name} gather_weights", gathering, part, name, scorer, needs=4)
     part.measure(f"{name} head by chunk", head_alone, scorer, work, needs=4)
 
@@ -95,6 +98,7 @@ def adapters_alone(part, name: str, work: Batch) -> None:
     for label, checkpointing in (("LoRA", False), ("LoRA checkpointing", True)):
         setting = {"checkpointing": checkpointing}
         part.measure(f"{name} {label}", updates, scorer, optimizer, work, setting, needs=5)
+    part.measure(f"{name} LoRA checkpointing profile", launches, scorer, work, needs=5)
 
 
 def compiled_blocks(part, name: str, work: Batch) -> None:
@@ -105,9 +109,38 @@ def compiled_blocks(part, name: str, work: Batch) -> None:
 
         def measured(make=make):
             scorer = make(part, name, compiled=True)
-            return updates(scorer, optimizer_of(scorer), work, {})
+            found = updates(scorer, optimizer_of(scorer), work, {})
+            return found | {"profile": launches(scorer, work)}
 
         part.measure(f"{name} {label} compiled", measured, needs=25)
+
+
+def sharded_gradients(part, name: str, work: Batch) -> dict:
+    """Of one rank in bfloat16, with checkpointing and without, beside a plain float32 model's."""
+    twins = [cast(random_model(part, name, HALF), torch.float32) for _ in range(2)]
+    right, found = gradient_of(Scorer(*twins), work), {}
+    for label, checkpointing in (("whole", False), ("checkpointing", True)):
+        scorer = whole_scorer(part, name)
+        scorer.checkpointing = checkpointing
+        ours = gradient_of(scorer, work)
+        off = {key: float((ours[key] - x).norm() / x.norm()) for key, x in right.items()}
+        worst = sorted(off.items(), key=lambda item: -item[1])[:6]
+        both = [torch.stack([x.norm() for x in g.values()]).norm() for g in (ours, right)]
+        rest = torch.stack([(ours[key] - x).norm() for key, x in right.items()]).norm()
+        found[label] = {"relative": float(rest / both[1]), "norms": [float(x) for x in both]}
+        found[label]["worst"] = worst
+    fine = {label: found[label]["relative"] < 0.1 for label in found}
+    return found | wrong(**fine)
+
+
+def gradient_of(scorer: Scorer, work: Batch) -> dict:
+    """Of each parameter, whole, in float32."""
+    gradients_of(scorer, work)
+    grads = {key: p.grad for key, p in scorer.trained.named_parameters()}
+    return {
+        key: (g.full_tensor() if hasattr(g, "full_tensor") else g).float()
+        for key, g in grads.items()
+    }
 
 
 def optimizer_of(scorer: Scorer):
@@ -120,10 +153,10 @@ def updates(scorer: Scorer, optimizer, work: Batch, setting: dict) -> dict:
     allow_cudnn(setting.get("cudnn", False))
     scorer.chunk = setting.get("chunk")
     scorer.checkpointing = setting.get("checkpointing", False)
-    flags, times, norms = Config(dtype="bfloat16", token_budget=work.rollout.ids.numel()), [], []
+    times, norms = [], []
     peak_gib()
     for _ in range(3):
-        gradients = once(lambda: accumulate_gradients(scorer, work, flags))
+        gradients = once(lambda: gradients_of(scorer, work))
         step = once(lambda: norms.append(apply_gradients(scorer.trained, optimizer, 1.0)))
         times.append((gradients, step))
     gradients, step = times[-1]
@@ -134,6 +167,16 @@ def updates(scorer: Scorer, optimizer, work: Batch, setting: dict) -> dict:
         "MFU": flops / gradients / BEST if gpu() else None,
     }
     return found | {"norm": norms[-1], "peak_GiB": peak_gib(), "cudnn_allowed": cudnn_allowed()}
+
+
+def gradients_of(scorer: Scorer, work: Batch) -> None:
+    flags = Config(dtype="bfloat16", token_budget=work.rollout.ids.numel())
+    accumulate_gradients(scorer, work, flags)
+
+
+def launches(scorer: Scorer, work: Batch) -> dict:
+    """Kernels of an update's gradients, as it was run last."""
+    return ranking(*kernels_of(lambda: gradients_of(scorer, work)))
 
 
 def flops_of(scorer: Scorer, work: Batch) -> float:

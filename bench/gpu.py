@@ -26,7 +26,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from common import ROOT, flag, parse_args  # noqa: E402
-from gpu_parts import correct, decode, hardware, runs, update  # noqa: E402
+from gpu_parts import correct, decode, hardware, runs, tune, update  # noqa: E402
 from gpu_parts.lines import DONE, Part, described  # noqa: E402
 from training.command import exit_on_bad_input  # noqa: E402
 
@@ -41,14 +41,17 @@ PARTS = {  # and the seconds that each may take
     "resume": (runs.resume, 115),
     "train": (runs.train, 80),
     "hf": (decode.hf, 180),
+    "compiled": (update.compiled, 240),
+    "tune": (tune.tune, 120),
 }
+USUAL = [name for name in PARTS if name != "tune"]
 LEAST = 5  # seconds without which no part is begun
 
 
 @dataclass
 class Config:
     out: str = flag("gpu.jsonl", "where the lines go; they are added to what is there")
-    parts: str = flag(",".join(PARTS), "which, and in which order")
+    parts: str = flag(",".join(USUAL), "which, and in which order")
     budget: float = flag(480.0, "seconds for all of them", above=0)
     small: bool = flag(False, "rehearse all parts on a CPU, with small models")
 

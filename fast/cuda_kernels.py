@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128  # by the bytes of a number: keys read at a time, 64 of bfloat16 or 32 of float32
-PROGRAMS = 1024  # that attention is cut into, at most: some eight a multiprocessor
+PROGRAMS = 64  # up to which attention is cut: on an H100 so many read as fast as memory is
 MOST_PARTS = 32  # of one row's keys
-WARPS, STAGES = 4, 3
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which has no products of bfloat16
 
 
@@ -218,7 +217,6 @@ def attend(table, layer, query, key, value, cos, sin, position, idle, scale) -> 
     shapes |= {"BLOCK": BLOCK // query.itemsize}
     shapes |= {"KIND": getattr(tl, str(kind).removeprefix("torch."))}
     grid = (n, kv_heads, parts)
-    shapes |= {"num_warps": WARPS, "num_stages": STAGES}
     _attend[grid](query, key, value, *strides, *where, answers, weights, scale, **shapes)
     if parts > 1:
         _join[(len(answers),)](answers, weights, out, SIZE=size, WIDE=wide, PARTS=parts)

@@ -19,6 +19,7 @@ from fast.cuda_kernels import add_norm, attend, fill, gated
 from fast.fused import fuse, head_of, relative_error
 from sampling.adapters import ALPHA
 from sampling.attention import KVCache
+from sampling.draws import sample as slowly
 
 
 class Step(NamedTuple):
@@ -163,12 +164,23 @@ def error_of(model, ids: Tensor, logits: Tensor) -> float:
     return float((own - logits).abs().max() / logits.abs().max())
 
 
+def draws_alike(logits: Tensor) -> bool:
+    """Whether the kernels draw from logits (1, V) what torch's operations do, and as likely."""
+    u = logits.new_full((1,), 0.5, dtype=torch.float32)
+    for temperature in (0, 0.7):
+        (token, logprob), (right, likely) = (f(logits, temperature, u) for f in (sample, slowly))
+        if token != right or not (logprob - likely).abs() < 1e-3:
+            return False
+    return True
+
+
 def why_wrong(model, ids: Tensor, logits: Tensor) -> str | None:
     """What is wrong with a step of this model here, if anything is. ids, logits: of `error_of`."""
     try:
-        error = error_of(model, ids, logits)
+        if not error_of(model, ids, logits) < relative_error(model.dtype):  # a NaN is not
+            return "fast/cuda_kernels.py computes something else than the model itself"
+        if not draws_alike(logits):
+            return "fast/cuda_draw.py draws something else than sampling/draws.py"
     except Exception as reason:  # of Triton's many kinds, and all that is lost is speed
-        return f"fast/cuda_kernels.py fails: {type(reason).__name__}: {reason}"[:500]
-    if error < relative_error(model.dtype):  # not so for a NaN
-        return None
-    return "fast/cuda_kernels.py computes something else than the model itself"
+        return f"a kernel of fast/ for CUDA fails: {type(reason).__name__}: {reason}"[:500]
+    return None

@@ -32,7 +32,7 @@ def _gate(gate, up, out, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gate_gradient(gate, up, grad, of_gate, of_up, size, BLOCK: tl.constexpr):
-    """With s = sigmoid(gate): d/dup = grad * gate * s, d/dgate = grad * up * s (1 + gate (1 - s))"""
+    """Of up: grad * gate * s, s = sigmoid(gate); of gate: grad * up * s * (1 + gate (1 - s))."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + i, mask=i < size, other=0.0).to(tl.float32)
     u = tl.load(up + i, mask=i < size, other=0.0).to(tl.float32)
@@ -78,7 +78,7 @@ def blocks_fused(model):
     ways = {family + part: way for family in FAMILIES for part, way in WAYS.items()}
     stock = [m for m in model.modules() if type(m).__module__.startswith("transformers.")]
     changed = [module for module in stock if type(module).__name__ in ways]
-    if model.config.get_text_config().hidden_act != "silu":
+    if getattr(model.config, "hidden_act", None) != "silu":
         changed = []
     try:
         for module in changed:
@@ -91,7 +91,7 @@ def blocks_fused(model):
 
 @cache
 def why_no_score(device: torch.device) -> str | None:
-    """What is wrong with cuda_loss.py on this GPU, if anything is: a chunk of it against loss.py."""
+    """What is wrong with cuda_loss.py on this GPU, if anything is: one chunk against loss.py."""
     generator = torch.Generator(device).manual_seed(0)
     random = partial(torch.randn, device=device, generator=generator)
     hidden, head, other = random(5, 16), random(3000, 16), random(3000, 16)

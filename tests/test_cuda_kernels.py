@@ -19,10 +19,11 @@ pytest.importorskip("triton")
 pytest.importorskip("fast.fused")
 import sampler as sampler_module  # noqa: E402
 from conftest import PROMPTS, TINY, build, check, equal, three_turns  # noqa: E402
-from fast import cuda_kernels, cuda_step, fused, paths  # noqa: E402
+from fast import cuda_draw, cuda_kernels, cuda_step, fused, paths  # noqa: E402
 from sampler import Sampler  # noqa: E402
 from sampling import steps  # noqa: E402
 from sampling.attention import KVCache, attention_is, ragged_mask  # noqa: E402
+from sampling.draws import sample  # noqa: E402
 from training import distributed, loop, lora  # noqa: E402
 from training.models import cast  # noqa: E402
 
@@ -117,6 +118,31 @@ def test_what_stands_between_products_is_what_torch_makes_of_it(size, dtype, err
     gated = cuda_kernels.gated(gate_up)
     torch.testing.assert_close(gated.double(), F.silu(gate) * up, atol=error, rtol=error)
     assert normed.dtype == gated.dtype == dtype
+
+
+def drawn_both_ways(logits, temperature, u):
+    """(tokens, log-probs) of the kernels and of sampling/draws.py."""
+    return cuda_draw.sample(logits, temperature, u), sample(logits, temperature, u)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+@pytest.mark.parametrize("words", [3, 256, 257, 5000])
+def test_tokens_are_those_of_torchs_draws_with_their_log_probs(words, temperature):
+    g = torch.Generator().manual_seed(words)
+    logits = 4 * torch.randn(24, words, generator=g)
+    ours, right = drawn_both_ways(logits, temperature, torch.rand(24, generator=g))
+    assert torch.equal(ours[0], right[0]) and ours[0].dtype == torch.int64
+    torch.testing.assert_close(ours[1], right[1], atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_impossible_is_drawn_at_the_ends_of_the_distribution():
+    logits = torch.full((3, 1000), -torch.inf)
+    logits[:, [300, 301, 700]] = torch.tensor([0.0, -3.0, 2.0])
+    u = torch.tensor([0.0, 1 - 2**-23, 0.5])
+    (tokens, logprobs), right = drawn_both_ways(logits, 1.0, u)
+    assert tokens[0] == 300 and set(tokens.tolist()) <= {300, 301, 700}
+    torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0])
+    torch.testing.assert_close((tokens, logprobs), right)
 
 
 def with_kernels(model, tokenizer, **options):
@@ -434,8 +460,15 @@ def test_kernels_that_are_wrong_or_fail_are_not_taken_and_it_says_why(tiny, monk
     for factor in (1.5, float("nan")):
         monkeypatch.setattr(cuda_step, "gated", lambda x, f=factor: f * cuda_kernels.gated(x))
         assert whats_wrong(model) == wrong
+    monkeypatch.setattr(cuda_step, "gated", cuda_kernels.gated)
+    own, wrong = cuda_draw.sample, "fast/cuda_draw.py draws something else than sampling/draws.py"
+    for change in ((1, 0.0), (0, 0.1)):  # of tokens, of log-probs
+        monkeypatch.setattr(
+            cuda_step, "sample", lambda *a, c=change: [x + y for x, y in zip(own(*a), c)]
+        )
+        assert whats_wrong(model) == wrong
     monkeypatch.setattr(cuda_step, "gated", lambda x: 1 / 0)
-    said = "fast/cuda_kernels.py fails: ZeroDivisionError: division by zero"
+    said = "a kernel of fast/ for CUDA fails: ZeroDivisionError: division by zero"
     assert whats_wrong(model) == said
     monkeypatch.setitem(sys.modules, "fast.cuda_step", None)
     assert whats_wrong(model).startswith("Triton, which comes with torch for CUDA, can't be")
@@ -448,7 +481,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fast import cuda_kernels as kernels
+from fast import cuda_draw as draw, cuda_kernels as kernels, cuda_loss as loss
+from fast import cuda_update as update
 
 def compiled(kernel, arguments, **constants):
     types = {**arguments, **dict.fromkeys(constants, "constexpr")}
@@ -470,6 +504,24 @@ for number, kind in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
     four = {k: f"*{number}" for k in ("x", "y", "weight", "out")}
     compiled(kernels._add_norm, four | {"eps": "fp32"}, **row)
     compiled(kernels._gated, {"gate_up": f"*{number}", "out": f"*{number}"}, **row)
+    flat = {**dict.fromkeys(("gate", "up", "out"), f"*{number}"), "size": "i32"}
+    compiled(update._gate, flat, BLOCK=1024)
+    five = dict.fromkeys(("gate", "up", "grad", "of_gate", "of_up"), f"*{number}")
+    compiled(update._gate_gradient, five | {"size": "i32"}, BLOCK=1024)
+    for reference in (True, False):
+        logits = dict.fromkeys(("logits", "ref_logits"), "*fp32") | {"tokens": "*i64"}
+        numbers = {"count": "i32", "temperature": "fp32", "V": "i32"}
+        sizes = {"REFERENCE": reference, "BLOCK": loss.BLOCK}
+        compiled(loss._score_row, logits | {"out": "*fp32"} | numbers, **sizes)
+        slopes = dict.fromkeys(("out", "of_logprob", "of_kl"), "*fp32") | {"grad": f"*{number}"}
+        compiled(loss._gradient, logits | slopes | numbers, **sizes)
+
+numbers = {"temperature": "fp32", "V": "i32", "blocks": "i32"}
+blocks = dict.fromkeys(("logits", "peaks", "masses"), "*fp32")
+compiled(draw._weigh, blocks | numbers, SIZE=256, TOGETHER=16)
+blocks |= {"draws": "*fp32", "tokens": "*i64", "logprobs": "*fp32"}
+for greedy in (True, False):
+    compiled(draw._pick, blocks | numbers, SIZE=256, WIDE=1024, GREEDY=greedy)
 """
 
 

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import torch
 
-from gpu_parts.lines import allow_cudnn, cudnn_allowed, device, gpu, once, peak_gib, sync, timed, wrong
+from gpu_parts.lines import device, gpu, once, peak_gib, sync, timed, wrong
 from gpu_parts.models import NAMES, prompts_of, random_model
 from gpu_parts.profiles import kernels_of, ranking
 from loss import token_scores
+from sampler import fast
 from score import Config
 from training import distributed, lora
+from training import scorer as scorer_module
 from training.models import cast, materialise, skeleton
 from training.policy import Batch, accumulate_gradients, apply_gradients
 from training.scorer import Scorer, prefix_tree
@@ -29,7 +31,14 @@ def update(part):
     for name in NAMES:
         part.section(f"{name} all weights", all_weights, part, name, work)
         part.section(f"{name} LoRA", adapters_alone, part, name, work)
-    for name in NAMES[:1] if part.small else NAMES[::-1]:  # it takes long: the smaller one first
+    distributed.leave()
+
+
+def compiled(part):
+    """The same with --compile, whose first update took more than 75 s on an H100's host."""
+    distributed.start(Config(dtype="bfloat16"))
+    work = batch_of(*((4, 8, 8) if part.small else (32, 256, 256)))
+    for name in NAMES[:1] if part.small else NAMES[::-1]:  # the smaller one first
         part.section(f"{name} compiled", compiled_blocks, part, name, work)
     distributed.leave()
 
@@ -74,13 +83,9 @@ def vocabulary_of(scorer: Scorer) -> int:
 
 def all_weights(part, name: str, work: Batch) -> None:
     scorer = whole_scorer(part, name)
-    words = vocabulary_of(scorer)
     settings = {
         "as it is": {},
-        "cuDNN": {"cudnn": True},
-        "chunk 2^24": {"chunk": 2**24 // words},
-        "chunk 2^27": {"chunk": 2**27 // words},
-        "chunk 2^28": {"chunk": 2**28 // words},
+        "no kernels": {"kernels": False},
         "checkpointing": {"checkpointing": True},
     }
     optimizer = optimizer_of(scorer)
@@ -95,10 +100,13 @@ def all_weights(part, name: str, work: Batch) -> None:
 def adapters_alone(part, name: str, work: Batch) -> None:
     scorer = lora_scorer(part, name)
     optimizer = optimizer_of(scorer)
-    for label, checkpointing in (("LoRA", False), ("LoRA checkpointing", True)):
-        setting = {"checkpointing": checkpointing}
+    settings = {
+        "LoRA": {},
+        "LoRA no kernels": {"kernels": False},
+        "LoRA checkpointing": {"checkpointing": True},
+    }
+    for label, setting in settings.items():
         part.measure(f"{name} {label}", updates, scorer, optimizer, work, setting, needs=5)
-    part.measure(f"{name} LoRA checkpointing profile", launches, scorer, work, needs=5)
 
 
 def compiled_blocks(part, name: str, work: Batch) -> None:
@@ -150,9 +158,8 @@ def optimizer_of(scorer: Scorer):
 
 def updates(scorer: Scorer, optimizer, work: Batch, setting: dict) -> dict:
     """Three of them; the first one plans and compiles, the last one is what counts."""
-    allow_cudnn(setting.get("cudnn", False))
-    scorer.chunk = setting.get("chunk")
     scorer.checkpointing = setting.get("checkpointing", False)
+    scorer_module.fast = fast if setting.get("kernels", True) else None
     times, norms = [], []
     peak_gib()
     for _ in range(3):
@@ -166,7 +173,7 @@ def updates(scorer: Scorer, optimizer, work: Batch, setting: dict) -> dict:
         "TFLOP_s": flops / gradients / 1e12,
         "MFU": flops / gradients / BEST if gpu() else None,
     }
-    return found | {"norm": norms[-1], "peak_GiB": peak_gib(), "cudnn_allowed": cudnn_allowed()}
+    return found | {"norm": norms[-1], "peak_GiB": peak_gib()}
 
 
 def gradients_of(scorer: Scorer, work: Batch) -> None:
@@ -175,7 +182,8 @@ def gradients_of(scorer: Scorer, work: Batch) -> None:
 
 
 def launches(scorer: Scorer, work: Batch) -> dict:
-    """Kernels of an update's gradients, as it was run last."""
+    """Kernels of an update's gradients, with all activations kept."""
+    scorer.checkpointing, scorer_module.fast = False, fast
     return ranking(*kernels_of(lambda: gradients_of(scorer, work)))
 
 
@@ -211,9 +219,11 @@ def head_alone(scorer: Scorer, work: Batch) -> dict:
     half = {"device": device(), "dtype": HALF}
     hidden, head = (torch.randn(n, size, **half).requires_grad_() for n in (count, words))
     tokens = torch.randint(words, (count,), device=device())
+    inputs = (hidden, head, tokens, hidden.detach(), head.detach())
+    score = fast.score_of(torch.device(device())) if fast else None
 
     def both_ways(chunk):
-        scores = token_scores(hidden, head, tokens, hidden.detach(), head.detach(), chunk=chunk)
+        scores = token_scores(*inputs, chunk=chunk, score=score)
         (scores.logprobs.sum() + scores.kl.sum()).backward()
         hidden.grad = head.grad = None
 

@@ -24,6 +24,7 @@ from common import BenchConfig, draw_ids, draw_lengths, finish, parse_args
 from sampler import Sampler, fast
 from sampling import steps
 from sampling.attention import KVCache
+from sampling.draws import sample
 
 SHAPE = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
 SHAPE |= {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}
@@ -74,7 +75,7 @@ def counted_as_one(count: Counter):
 
 
 def kernels_counted(count: Counter):
-    """Those of fast/cuda_kernels.py, which need values, left out."""
+    """Those of fast/, which need values, left out."""
     parts_of = import_module("fast.cuda_kernels").parts_of
 
     def attend(table, layer, query, key, *rest):
@@ -90,7 +91,12 @@ def kernels_counted(count: Counter):
         count["gated"] += 1
         return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
 
-    return patched(import_module("fast.cuda_step"), attend=attend, add_norm=add_norm, gated=gated)
+    def sample(logits, temperature, u):
+        count.update(("weigh", "pick"))
+        return u.new_empty(len(u), dtype=torch.int64), u.new_empty(len(u))
+
+    module = import_module("fast.cuda_step")
+    return patched(module, attend=attend, add_norm=add_norm, gated=gated, sample=sample)
 
 
 def launches(kernels: bool, rows: int = 64, context: int = 450) -> dict:
@@ -153,7 +159,7 @@ def ragged(longest: int, calls: int = 3) -> dict:
         count["needed"] += int(((state.position + 1) * ~state.done).sum())
         taken(self, cache, widths, temperature, state)
 
-    model_step = SimpleNamespace(run=run, aim=lambda cache: None, reads=())
+    model_step = SimpleNamespace(run=run, aim=lambda cache: None, reads=(), sample=sample)
     taken, found = Sampler._step, []
     with (
         patched(fast, step_of=lambda *_: model_step),

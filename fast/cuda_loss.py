@@ -1,8 +1,8 @@
 """What the loss needs of all logits on CUDA, as two Triton kernels: the twin of loss.py's `_score`.
 
 Logits are as many as tokens times words, and what is done to them between two products is bound by
-memory: torch's operations read and write them some seventy times an update, which were a quarter of
-it for a model of 1.5B. Here they are read once each way, and their gradient is written once.
+memory: torch's operations read and write them some seventy times an update, a fifth of its time for
+a model of 1.5B. Here they are read once each way, and their gradient is written once.
 """
 
 import torch

@@ -136,9 +136,9 @@ def test_tokens_are_those_of_torchs_draws_with_their_log_probs(words, temperatur
 
 
 def test_nothing_impossible_is_drawn_at_the_ends_of_the_distribution():
-    logits = torch.full((3, 1000), -torch.inf)
+    logits = torch.full((4, 1000), -torch.inf)
     logits[:, [300, 301, 700]] = torch.tensor([0.0, -3.0, 2.0])
-    u = torch.tensor([0.0, 1 - 2**-23, 0.5])
+    u = torch.tensor([0.0, 1 - 2**-23, 0.5, 1.0])  # the last one as if rounding had lifted it
     (tokens, logprobs), right = drawn_both_ways(logits, 1.0, u)
     assert tokens[0] == 300 and set(tokens.tolist()) <= {300, 301, 700}
     torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0])

@@ -29,10 +29,13 @@ fi
 # rows: here are 256, of 32 failures x 8 reflections. Its learning rate is for 1,750 steps: with a
 # hundred ten times 5e-7, what adapters get, would move little. 5e-5 is SCoRe's for adapters, and
 # not tuned. Failures are collected before the first step, once for all calls.
+# A small model's update waits for its launches on an H100, not for the card: micro-batches are four
+# times the default's (docs/gpus.md).
 train rrr.py --model "$model" --task "$task" "${from[@]}" \
   --lora_rank 4 --failures_per_step 32 --group_size 8 --steps 100 --lr 5e-5 --queries 512 \
   --max_new_tokens 128 --max_reflection_tokens 128 --controls False \
-  --save_every 10 --keep 1 --eval_every 40 --eval_problems 32 --final_problems 32 "$@"
+  --token_budget 65536 --save_every 10 --keep 1 --eval_every 40 \
+  --eval_problems 32 --final_problems 32 "$@"
 
 trained=(--model "$OUT/run/checkpoint" --base "$model" --method)
 base=(--model "$model" --method)

@@ -35,9 +35,12 @@ fi
 # gets by itself; so is ten times its learning rate for adapters, 5e-5, in steps of 128 rows and up.
 # 256 rows are 16 problems x 4 first x 4 second attempts. Calls of BFCL take 20 to 100 tokens. The
 # best checkpoint is looked for over 10 steps, which may be all that a call adds.
+# A small model's update waits for its launches on an H100, not for the card: micro-batches are four
+# times the default's (docs/gpus.md).
 train score.py --model "$model" --task "$TASK" "${from[@]}" "${method[@]}" \
   --lora_rank 4 --problems 16 --group_size 4 --second_attempts 4 --max_new_tokens 128 \
-  --save_every 10 --keep 1 --eval_every 40 --eval_problems 32 --final_problems 32 "$@"
+  --token_budget 65536 --save_every 10 --keep 1 --eval_every 40 \
+  --eval_problems 32 --final_problems 32 "$@"
 
 trained=(--model "$OUT/run/checkpoint" --base "$model")
 sampled=(--temperature 1 --samples "${SAMPLES:-4}")

@@ -68,7 +68,7 @@ def logits_of(hidden: Tensor, head: Tensor) -> Tensor:
 def logits_at_once(device: torch.device) -> int:
     """How many logits `token_scores` makes at a time: 2^24, on a GPU up to 2^27, as it has memory.
 
-    About 20 bytes of each are alive (with fast/'s kernels 10), for which this takes at most a 25th
+    About 20 bytes of each are alive (with fast/'s kernels 12), for which this takes at most a 25th
     of a GPU's memory: 2^25 of 24 GB, 2^27 of 80. With 152,000 words 2^24 are 110 tokens, whose
     products would wait for the head's weights, and the head's gradient would be rounded, in
     bfloat16, once more every 110.

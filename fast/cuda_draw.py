@@ -62,7 +62,8 @@ def _pick(
         index = tl.argmax(x, 0)
     else:
         index, rest = _drawn(tl.exp(x - top), rest, j)
-    tl.store(tokens + row, (block * SIZE + index).to(tl.int64))
+    token = tl.minimum(block * SIZE + index, V - 1)  # of a NaN, whose log-prob says what is wrong
+    tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, tl.sum(tl.where(j == index, x, 0.0), 0) - top - tl.log(total))
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128  # by the bytes of a number: keys read at a time, 64 of bfloat16 or 32 of float32
-PROGRAMS = 64  # up to which attention is cut: on an H100 so many read as fast as memory is
+PROGRAMS = 128  # up to which attention is cut, about one a multiprocessor of an H100
 MOST_PARTS = 32  # of one row's keys
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which has no products of bfloat16
 

@@ -16,10 +16,30 @@ BLOCK = 1024  # words at a time
 
 
 @triton.jit
-def _summed(most, total):
-    """log of the sum of exp over all lanes, of which each has (most, total * exp(most))."""
+def _top_and_rest(most, total):
+    """(top, rest): log of the sum of exp is top + rest; each lane has its most, total * exp(most).
+
+    Apart, since their sum is rounded: the logits of a sure policy lie within that of it.
+    """
     top = tl.max(most, 0)
-    return top + tl.log(tl.sum(total * tl.exp(most - top), 0))
+    return top, tl.log(tl.sum(total * tl.exp(most - top), 0))
+
+
+@triton.jit
+def _seen(most, total, x):
+    """(most, total, keep, e) with x beside what there is; keep: what sums are multiplied by."""
+    higher = tl.maximum(most, x)
+    keep, e = tl.exp(most - higher), tl.exp(x - higher)
+    return higher, total * keep + e, keep, e
+
+
+@triton.jit
+def _put(out, row, count, first: tl.constexpr, a, b, c, d):
+    at = out + first * count + row
+    tl.store(at, a)
+    tl.store(at + count, b)
+    tl.store(at + 2 * count, c)
+    tl.store(at + 3 * count, d)
 
 
 @triton.jit
@@ -27,45 +47,37 @@ def _score_row(
     logits, ref_logits, tokens, out, count, temperature, V, REFERENCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one row, in one pass, out (6, count): log-prob, the reference's, KL, entropy, both norms.
+    """Of one row, in one pass, out (8, count): log-prob, the reference's, KL, entropy, both norms.
 
-    Each lane has sums of its own, multiplied by exp(most - higher) when its most grows to higher,
-    and they are added up at the end. With x and y the logits of policy and reference, and norms
-    log sum exp: KL = E[x - y] - (norm - ref_norm), entropy = norm - E[x].
+    Each lane has sums of its own, and they are added up at the end. With x and y the logits of
+    policy and reference: KL = E[x - y] - (norm - ref_norm), entropy = rest - E[x - top].
     """
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    logits, ref_logits = logits + row * V, ref_logits + row * V
     most, total = tl.full([BLOCK], -1e30, tl.float32), tl.zeros([BLOCK], tl.float32)
-    means, apart, ref_most, ref_total = total, total, most, total
+    below, apart, ref_most, ref_total = total, total, most, total
     for start in range(0, V, BLOCK):
-        real = start + lane < V
-        at = row * V + start + lane
-        x = tl.load(logits + at, mask=real, other=-float("inf")) / temperature
-        higher = tl.maximum(most, x)
-        keep, e = tl.exp(most - higher), tl.exp(x - higher)
-        total, most = total * keep + e, higher
-        means = means * keep + tl.where(real, e * x, 0.0)
+        i = start + lane
+        x = tl.load(logits + i, mask=i < V, other=-float("inf")) / temperature
+        before, had = most, total
+        most, total, keep, e = _seen(most, total, x)
+        below = (below + (before - most) * had) * keep + tl.where(i < V, e * (x - most), 0.0)
         if REFERENCE:
-            y = tl.load(ref_logits + at, mask=real, other=-float("inf")) / temperature
-            apart = apart * keep + tl.where(real, e * (x - y), 0.0)
-            higher = tl.maximum(ref_most, y)
-            ref_total = ref_total * tl.exp(ref_most - higher) + tl.exp(y - higher)
-            ref_most = higher
-    norm = _summed(most, total)
-    share = tl.exp(most - norm)
-    entropy = norm - tl.sum(means * share, 0)
+            y = tl.load(ref_logits + i, mask=i < V, other=-float("inf")) / temperature
+            apart = apart * keep + tl.where(i < V, e * (x - y), 0.0)
+            ref_most, ref_total, _, _ = _seen(ref_most, ref_total, y)
+    top, rest = _top_and_rest(most, total)
+    share = tl.exp(most - top - rest)
+    entropy = rest - tl.sum((below + (most - top) * total) * share, 0)
     token = tl.load(tokens + row)
-    logprob = tl.load(logits + row * V + token) / temperature - norm
-    ref_norm, ref_logprob, kl = norm, logprob, 0.0
+    logprob = tl.load(logits + token) / temperature - top - rest
+    ref_top, ref_rest, ref_logprob, kl = top, rest, logprob, 0.0
     if REFERENCE:
-        ref_norm = _summed(ref_most, ref_total)
-        ref_logprob = tl.load(ref_logits + row * V + token) / temperature - ref_norm
-        kl = tl.sum(apart * share, 0) - (norm - ref_norm)
-    tl.store(out + row, logprob)
-    tl.store(out + count + row, ref_logprob)
-    tl.store(out + 2 * count + row, kl)
-    tl.store(out + 3 * count + row, entropy)
-    tl.store(out + 4 * count + row, norm)
-    tl.store(out + 5 * count + row, ref_norm)
+        ref_top, ref_rest = _top_and_rest(ref_most, ref_total)
+        ref_logprob = tl.load(ref_logits + token) / temperature - ref_top - ref_rest
+        kl = tl.sum(apart * share, 0) - (top - ref_top) - (rest - ref_rest)
+    _put(out, row, count, 0, logprob, ref_logprob, kl, entropy)
+    _put(out, row, count, 4, top, rest, ref_top, ref_rest)
 
 
 @triton.jit
@@ -76,14 +88,15 @@ def _gradient(
     """d/dx = (g_logprob * (1[token] - p) + g_kl * p * (log(p / q) - KL)) / temperature."""
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    real, at = word < V, row * V + word
-    logp = tl.load(logits + at, mask=real, other=0.0) / temperature - tl.load(out + 4 * count + row)
+    real, at, norms = word < V, row * V + word, out + 4 * count + row
+    logp = tl.load(logits + at, mask=real, other=0.0) / temperature
+    logp = logp - tl.load(norms) - tl.load(norms + count)
     p, g = tl.exp(logp), tl.load(of_logprob + row)
     slope = tl.where(word == tl.load(tokens + row), g, 0.0) - g * p
     if REFERENCE:
         logq = tl.load(ref_logits + at, mask=real, other=0.0) / temperature
-        apart = logp - (logq - tl.load(out + 5 * count + row)) - tl.load(out + 2 * count + row)
-        slope += tl.load(of_kl + row) * p * apart
+        logq = logq - tl.load(norms + 2 * count) - tl.load(norms + 3 * count)
+        slope += tl.load(of_kl + row) * p * (logp - logq - tl.load(out + 2 * count + row))
     tl.store(grad + at, slope / temperature, mask=real)
 
 
@@ -94,7 +107,7 @@ class Score(torch.autograd.Function):
     def forward(ctx, head, ref_head, temperature, hidden, tokens, ref_hidden):
         x, y = _both_logits(head, ref_head, hidden, ref_hidden)
         count, V = x.shape
-        out = x.new_empty(6, count, dtype=torch.float32)
+        out = x.new_empty(8, count, dtype=torch.float32)
         sizes = {"REFERENCE": ref_hidden is not None, "BLOCK": BLOCK}
         _score_row[(count,)](x, y, tokens, out, count, temperature, V, **sizes)
         ctx.save_for_backward(head, ref_head, hidden, tokens, ref_hidden, out)

@@ -166,10 +166,13 @@ def error_of(model, ids: Tensor, logits: Tensor) -> float:
 
 def draws_alike(logits: Tensor) -> bool:
     """Whether the kernels draw from logits (1, V) what torch's operations do, and as likely."""
-    u = logits.new_full((1,), 0.5, dtype=torch.float32)
+    u = (torch.arange(16, device=logits.device) + 0.5) / 16
     for temperature in (0, 0.7):
-        (token, logprob), (right, likely) = (f(logits, temperature, u) for f in (sample, slowly))
-        if token != right or not (logprob - likely).abs() < 1e-3:
+        (tokens, logprobs), right = (
+            f(logits.repeat(16, 1), temperature, u) for f in (sample, slowly)
+        )
+        same = tokens == right[0]  # rounding may tip one
+        if same.sum() < 15 or not ((logprobs - right[1]).abs()[same] < 1e-3).all():
             return False
     return True
 

@@ -5,7 +5,7 @@ rounds once, as it does when we sample. On a CPU, and with --compile (which fuse
 are left as they are.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 
 import torch
@@ -77,7 +77,7 @@ def blocks_fused(model):
     """Norms and gates are one kernel each, of a model of the families that fast/ knows."""
     ways = {family + part: way for family in FAMILIES for part, way in WAYS.items()}
     stock = [m for m in model.modules() if type(m).__module__.startswith("transformers.")]
-    changed = [module for module in stock if type(module).__name__ in ways]
+    changed = [m for m in stock if type(m).__name__ in ways and "forward" not in vars(m)]
     if getattr(model.config, "hidden_act", None) != "silu":
         changed = []
     try:
@@ -92,6 +92,17 @@ def blocks_fused(model):
 @cache
 def why_no_score(device: torch.device) -> str | None:
     """What is wrong with cuda_loss.py on this GPU, if anything is: one chunk against loss.py."""
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            with torch.inference_mode(False), torch.enable_grad():  # whoever asks
+                fine = _scores_alike(device)
+    except Exception as reason:  # of Triton's many kinds, and all that is lost is speed
+        return f"fast/cuda_loss.py fails: {type(reason).__name__}: {reason}"[:500]
+    return None if fine else "fast/cuda_loss.py computes something else than loss.py"
+
+
+def _scores_alike(device: torch.device) -> bool:
+    """Whether scores and gradients of a chunk are those that loss.py has."""
     generator = torch.Generator(device).manual_seed(0)
     random = partial(torch.randn, device=device, generator=generator)
     hidden, head, other = random(5, 16), random(3000, 16), random(3000, 16)
@@ -103,9 +114,5 @@ def why_no_score(device: torch.device) -> str | None:
         (scores[0] * weight[0] + scores[2] * weight[2]).sum().backward()
         return [*scores, *(x.grad for x in mine)]
 
-    try:
-        pairs = zip(both_ways(cuda_loss.score), both_ways(loss._score), strict=True)
-        fine = all(torch.allclose(ours, right, rtol=1e-3, atol=1e-3) for ours, right in pairs)
-    except Exception as reason:  # of Triton's many kinds, and all that is lost is speed
-        return f"fast/cuda_loss.py fails: {type(reason).__name__}: {reason}"[:500]
-    return None if fine else "fast/cuda_loss.py computes something else than loss.py"
+    pairs = zip(both_ways(cuda_loss.score), both_ways(loss._score), strict=True)
+    return all(torch.allclose(ours, right, rtol=1e-3, atol=1e-3) for ours, right in pairs)

@@ -63,7 +63,7 @@ def score_of(device: torch.device) -> Callable | None:
     else:
         reason = cuda_update.why_no_score(device)
     if reason:
-        _warn(f"updates are slower, without kernels for the loss: {reason}")
+        _warn(f"updates are slower, without kernels for the loss: {reason}", 2)
     return None if reason else cuda_loss.score
 
 
@@ -75,5 +75,5 @@ def blocks_fused(model):
 
 
 @cache  # once a reason
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)  # the line that makes the Sampler
+def _warn(message: str, level: int = 5) -> None:
+    warnings.warn(message, stacklevel=level)  # 5: the line that makes the Sampler

@@ -29,8 +29,8 @@ fi
 # rows: here are 256, of 32 failures x 8 reflections. Its learning rate is for 1,750 steps: with a
 # hundred ten times 5e-7, what adapters get, would move little. 5e-5 is SCoRe's for adapters, and
 # not tuned. Failures are collected before the first step, once for all calls.
-# A small model's update waits for its launches on an H100, not for the card: micro-batches are four
-# times the default's (docs/gpus.md).
+# A small model's update most likely waits for its launches on an H100 (docs/gpus.md), so
+# micro-batches are four times the default's.
 train rrr.py --model "$model" --task "$task" "${from[@]}" \
   --lora_rank 4 --failures_per_step 32 --group_size 8 --steps 100 --lr 5e-5 --queries 512 \
   --max_new_tokens 128 --max_reflection_tokens 128 --controls False \

@@ -35,8 +35,8 @@ fi
 # gets by itself; so is ten times its learning rate for adapters, 5e-5, in steps of 128 rows and up.
 # 256 rows are 16 problems x 4 first x 4 second attempts. Calls of BFCL take 20 to 100 tokens. The
 # best checkpoint is looked for over 10 steps, which may be all that a call adds.
-# A small model's update waits for its launches on an H100, not for the card: micro-batches are four
-# times the default's (docs/gpus.md).
+# A small model's update most likely waits for its launches on an H100 (docs/gpus.md), so
+# micro-batches are four times the default's.
 train score.py --model "$model" --task "$TASK" "${from[@]}" "${method[@]}" \
   --lora_rank 4 --problems 16 --group_size 4 --second_attempts 4 --max_new_tokens 128 \
   --token_budget 65536 --save_every 10 --keep 1 --eval_every 40 \

@@ -28,8 +28,8 @@ if [ "$mbpp" != - ]; then from=(--data "$mbpp"); fi
 # As gpu_score_calls.sh; but the paper's beta2 with code is 0.25, its learning rate twice as high
 # (for adapters 1e-4), and first attempts see three examples, all of which is the task's default.
 # The paper's batch has 128 rows. MBPP's own programs take up to 200 tokens but for a few.
-# A small model's update waits for its launches on an H100, not for the card: micro-batches are four
-# times the default's (docs/gpus.md).
+# A small model's update most likely waits for its launches on an H100 (docs/gpus.md), so
+# micro-batches are four times the default's.
 train score.py --model "$model" --task "$TASK" "${from[@]}" "${method[@]}" \
   --lora_rank 4 --problems 16 --group_size 4 --second_attempts 4 --max_new_tokens 256 \
   --token_budget 65536 --save_every 10 --keep 1 --eval_every 40 \

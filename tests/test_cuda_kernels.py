@@ -145,6 +145,13 @@ def test_nothing_impossible_is_drawn_at_the_ends_of_the_distribution():
     torch.testing.assert_close((tokens, logprobs), right)
 
 
+def test_of_logits_that_are_no_numbers_a_word_is_drawn_that_exists_and_its_log_prob_tells():
+    logits = torch.randn(2, 300)
+    logits[0, 7], logits[1, 9] = torch.nan, torch.inf
+    tokens, logprobs = cuda_draw.sample(logits, 1.0, torch.full((2,), 0.5))
+    assert (tokens < 300).all() and not logprobs.isfinite().any()
+
+
 def with_kernels(model, tokenizer, **options):
     """A sampler that decodes with them, which on CPU none does by itself."""
     sampler = Sampler(model, tokenizer, **options)

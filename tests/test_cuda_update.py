@@ -64,6 +64,20 @@ def test_a_reference_that_is_the_policy_is_zero_nats_away_to_the_last_bit():
     assert not kl.any() and not any(x.grad.any() for x in inputs)
 
 
+def test_a_policy_that_is_sure_has_its_entropy_gradient_and_small_kl():
+    """1 - p is 1e-5: a tenth of it is lost where a norm of 20 is rounded before it is taken off."""
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0))
+    logits[:, 700], found = 20.0, []
+    for score, dtype in ((cuda_loss.score, torch.float32), (loss._score, torch.float64)):
+        head = logits.T.to(dtype).requires_grad_()
+        scores = score(head, head.detach() * 1.001, 1.0, torch.eye(4, dtype=dtype),
+                       torch.full((4,), 700), torch.eye(4, dtype=dtype))  # fmt: skip
+        (scores[0].sum() + scores[2].sum()).backward()
+        found.append([*(x.detach() for x in scores), head.grad])
+    for mine, its in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), its, atol=1e-7, rtol=0.02)
+
+
 def test_a_head_that_is_frozen_gets_no_gradient_and_the_reference_never_one():
     *scores, of_hidden, of_head = scored(cuda_loss.score, frozen=True)
     assert of_head is None and torch.equal(of_hidden, scored(cuda_loss.score)[4])
@@ -155,6 +169,8 @@ def test_what_is_compiled_has_the_kernels_of_the_loss_and_no_others(on_a_gpu, mo
 def test_kernels_of_the_loss_that_are_wrong_or_fail_are_not_taken_and_it_says_why(monkeypatch):
     why = cuda_update.why_no_score.__wrapped__
     assert why(CPU) is None and paths.score_of.__wrapped__(CPU) is None  # right, but not for CPUs
+    with torch.no_grad():  # an evaluation may be the first to ask
+        assert why(CPU) is None
     own = cuda_loss.score
     for change in (lambda s: (s[0] * 1.01, *s[1:]), lambda s: (*s[:2], s[2].detach() * s[2], s[3])):
         monkeypatch.setattr(cuda_loss, "score", lambda *inputs, f=change: f(own(*inputs)))

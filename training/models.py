@@ -34,7 +34,7 @@ CPU the sampler copies float32 weights of up to 2^32 bytes (fast/fused.py).
 
 C is 2^24 on a CPU, on a GPU of 80 GB 2^27 (`loss.logits_at_once`). There, while CUDA graphs know
 their place, the whole copy and the logits of b rows stay when it comes to updating, too; and with
-fast/'s kernels norms, gates and logits keep less than this says (1.5B: 8 GiB of 60, measured).
+fast/'s kernels norms, gates and logits keep less than this says (of 1.5B 8 GiB, measured).
 
 The peak is the first line and the larger phase. bench/memory.py prints it for some models, and
 bench/measure_memory.py measures it: SCoRe and RRR differ in t, b, p, m, s and u alone.

@@ -188,7 +188,8 @@ class Scorer(nn.Module):
     where not sampled. Rows start at position 0. A prefix that several rows begin with, and a token
     sampled there by several of them, is computed once: its scores, and with them the gradients, are
     those of every row that has it. `checkpointing` spares the memory of all activations inside the
-    model's blocks, for about a third more time. `compiled`: blocks and head by torch.compile.
+    model's blocks, for about a third more time. `compiled`: blocks by torch.compile, and the head
+    where it has no kernels.
 
     With `adapters` (LoRA) they are what is trained, and the weights of `model` are frozen. Then the
     reference is the very same model, with its adapters off, or with `ref_adapters` on.
@@ -235,9 +236,12 @@ class Scorer(nn.Module):
         self.nodes, self.scored = self.nodes + tree.ids.shape[1], self.scored + len(chosen)
         score = fast.score_of(ids.device) if fast else None  # not None on a GPU, where it is right
         how = temperature, self.chunk, score or scoring(self.compiled)
+        here = (
+            torch.cuda.device(ids.device) if ids.is_cuda else nullcontext()
+        )  # kernels start there
         ways, fused = [_compiled] if self.compiled else [], bool(score) and not self.compiled
         policy, ref_hidden, ref_head = (self.model, self.adapters, fused), None, None
-        with compiling() if self.compiled else nullcontext():
+        with here, compiling() if self.compiled else nullcontext():
             if self.reference is not None:  # first, while no graph of the policy takes memory
                 reference = self.reference, self.ref_adapters, fused
                 forgetful = [*ways, _forgetful] if ways else []

@@ -28,14 +28,15 @@ def compared(part, shape: str, rows: int, tokens: int) -> None:
     """us a layer of each cut, a line each: compiling takes longer than all the rest."""
     kernels, call = import_module("fast.cuda_kernels"), layers_of(shape, rows, tokens)
     usual, done = (kernels.BLOCK, kernels.PROGRAMS), set()
-    for block, programs in CUTS:
-        kernels.BLOCK, kernels.PROGRAMS = block, programs
-        cut = kernels.BLOCK // 2, kernels.parts_of(rows * SHAPES[shape][1])
-        if cut not in done:
-            label = f"{shape} {rows} rows of {tokens}, {cut[0]} keys, {cut[1]} parts"
-            part.measure(label, micros, call, rows * tokens * SHAPES[shape][2] * 8, needs=4)
-        done.add(cut)
-    kernels.BLOCK, kernels.PROGRAMS = usual
+    try:
+        for kernels.BLOCK, kernels.PROGRAMS in CUTS:
+            cut = kernels.BLOCK // 2, kernels.parts_of(rows * SHAPES[shape][1])
+            if cut not in done:
+                label = f"{shape} {rows} rows of {tokens}, {cut[0]} keys, {cut[1]} parts"
+                part.measure(label, micros, call, rows * tokens * SHAPES[shape][2] * 8, needs=4)
+            done.add(cut)
+    finally:
+        kernels.BLOCK, kernels.PROGRAMS = usual
 
 
 def layers_of(shape: str, rows: int, tokens: int, layers: int = 28):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from gpu_parts.lines import device, gpu, once, peak_gib, sync, timed, wrong
+from gpu_parts.lines import device, gpu, once, peak_gib, timed, wrong
 from gpu_parts.models import NAMES, prompts_of, random_model
 from gpu_parts.profiles import kernels_of, ranking
 from loss import token_scores
@@ -21,13 +21,13 @@ from training.policy import Batch, accumulate_gradients, apply_gradients
 from training.scorer import Scorer, prefix_tree
 
 HALF = torch.bfloat16
-BEST = 989e12  # FLOPs a second of bfloat16 products, by the data sheet of an H100 or H200
+PEAK = 989e12  # FLOPs a second of bfloat16 products, by the data sheet of an H100 or H200
 
 
 def update(part):
     distributed.start(Config(dtype="bfloat16"))
     work = batch_of(*((4, 8, 8) if part.small else (32, 256, 256)))
-    part.measure("gradients", sharded_gradients, part, NAMES[-1], work, needs=8)
+    part.section("gradients", compared_gradients, part, work)
     for name in NAMES:
         part.section(f"{name} all weights", all_weights, part, name, work)
         part.section(f"{name} LoRA", adapters_alone, part, name, work)
@@ -77,10 +77,6 @@ def lora_scorer(part, name: str, **how) -> Scorer:
     return scorer
 
 
-def vocabulary_of(scorer: Scorer) -> int:
-    return scorer.model.config.vocab_size
-
-
 def all_weights(part, name: str, work: Batch) -> None:
     scorer = whole_scorer(part, name)
     settings = {
@@ -121,6 +117,10 @@ def compiled_blocks(part, name: str, work: Batch) -> None:
             return found | {"profile": launches(scorer, work)}
 
         part.measure(f"{name} {label} compiled", measured, needs=25)
+
+
+def compared_gradients(part, work: Batch) -> None:
+    part.measure("gradients", sharded_gradients, part, NAMES[-1], work, needs=8)
 
 
 def sharded_gradients(part, name: str, work: Batch) -> dict:
@@ -171,7 +171,7 @@ def updates(scorer: Scorer, optimizer, work: Batch, setting: dict) -> dict:
     found = {"first_s": times[0][0], "gradients_s": gradients, "optimizer_s": step}
     found |= {
         "TFLOP_s": flops / gradients / 1e12,
-        "MFU": flops / gradients / BEST if gpu() else None,
+        "MFU": flops / gradients / PEAK if gpu() else None,
     }
     return found | {"norm": norms[-1], "peak_GiB": peak_gib()}
 
@@ -214,7 +214,7 @@ def gathering(part, name: str, scorer: Scorer) -> dict:
 
 def head_alone(scorer: Scorer, work: Batch) -> dict:
     """Seconds of the loss's own part, forward and backward, by logits a chunk."""
-    count, words = int(work.rollout.action_mask.sum()), vocabulary_of(scorer)
+    count, words = int(work.rollout.action_mask.sum()), scorer.model.config.vocab_size
     found, size = {}, scorer.model.config.hidden_size
     half = {"device": device(), "dtype": HALF}
     hidden, head = (torch.randn(n, size, **half).requires_grad_() for n in (count, words))
@@ -230,5 +230,4 @@ def head_alone(scorer: Scorer, work: Batch) -> dict:
     for power in (24, 26, 27, 28):
         chunk = max(1, 2**power // words)
         found[f"2^{power}"] = timed(lambda chunk=chunk: both_ways(chunk), 2, 1)
-        sync()
     return {"seconds": found}

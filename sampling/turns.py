@@ -26,20 +26,31 @@ def today() -> str:
 
 
 def first_turn_ids(
-    tokenizer, message: str, shots: tuple[tuple[str, str], ...] = (), day: str | None = None
+    tokenizer,
+    message: str,
+    shots: tuple[tuple[str, str], ...] = (),
+    day: str | None = None,
+    system: str = "",
 ) -> list[int]:
     """A conversation's first prompt, up to where the model's answer begins.
 
     shots: (user's message, good answer) of few-shot examples, which stand before it as turns of the
     same conversation; without a chat template, as plain text in which every answer ends with the
     eos token, as the model's own has to.
+    system: a system's message before all; without a chat template, a paragraph. Empty: none, or the
+    template's own. One that the template has no place for is a ValueError.
     """
     if tokenizer.chat_template is None:
         require_end(tokenizer)
         turns = [f"{asked}\n{answer}{tokenizer.eos_token}\n" for asked, answer in shots]
-        return begin(tokenizer, "".join(turns) + message + "\n")
+        before = f"{system}\n\n" if system else ""
+        return begin(tokenizer, before + "".join(turns) + message + "\n")
     turns = [turn for asked, answer in shots for turn in (("user", asked), ("assistant", answer))]
-    return encode(tokenizer, render(tokenizer, [*turns, ("user", message)], day))
+    turns = [("system", system)] * bool(system) + turns
+    text = render(tokenizer, [*turns, ("user", message)], day)
+    if system.strip() not in text:
+        raise ValueError("the chat template leaves out the system's message")
+    return encode(tokenizer, text)
 
 
 def seam_ids(tokenizer, message: str, day: str | None = None) -> list[int]:

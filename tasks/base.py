@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-PROMPTS = ("first", "correct", "reflect", "retry", "critique", "rewrite", "generic_reflection")
+PROMPTS = ("system", "first", "correct", "reflect", "retry", "critique", "rewrite")
+PROMPTS += ("generic_reflection",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,7 @@ class Task:
     conversations. It has what the prompt, the verdict and a few-shot example need.
 
     What is said (a file of --prompts replaces any of these):
+    system:    stands before all; empty: what the chat template puts there, if anything
     first:     the problem. {placeholders} stand for its parts, other braces for themselves;
                the other texts have no placeholders
     correct:   asks for a second attempt and never reveals a verdict (SCoRe, turn 2)
@@ -51,6 +53,7 @@ class Task:
 
     name: str
 
+    system: str = ""
     first: str
     correct: str
     reflect: str

@@ -34,12 +34,12 @@ class Env:
         self._prompts = {}  # by text: every epoch asks for the same ones again
 
     def prompts(self, problems: list[dict]) -> list[list[int]]:
-        """First prompts as ids, few-shot examples included, up to where the answer begins."""
+        """First prompts as ids, with system message and examples, up to where the answer begins."""
         texts = [self.task.prompt(problem) for problem in problems]
         for text in texts:
             if text not in self._prompts:
-                ids = first_turn_ids(self.tokenizer, text, self.task.shots, self.day)
-                self._prompts[text] = ids
+                told = (text, self.task.shots, self.day, self.task.system)
+                self._prompts[text] = first_turn_ids(self.tokenizer, *told)
         return [self._prompts[text] for text in texts]
 
     def first_attempts(self, sampler, problems, group_size: int, seeds, **limits) -> Rollout:

@@ -153,6 +153,25 @@ def test_a_base_model_without_a_template_gets_lines_with_examples_that_end_as_it
     assert prompt == parts[0] + parts[1] + parts[2][1:]
 
 
+def test_a_systems_message_stands_before_the_examples_in_place_of_the_templates_own():
+    tokenizer = character_tokenizer(TEMPLATES["qwen with its system prompt"][0], *IM)
+    shots = (("1+1", "2"),)
+    prompt = tokenizer.decode(first_turn_ids(tokenizer, "1+2", shots, system="Be brief."))
+    own = tokenizer.decode(first_turn_ids(tokenizer, "1+2", shots))
+    assert prompt == own.replace("You help.", "Be brief.") != own
+    bare = character_tokenizer(None, "<eos>")
+    prompt = first_turn_ids(bare, "1+2", shots, system="Be brief.")
+    assert bare.decode(prompt) == "Be brief.\n\n1+1\n2<eos>\n1+2\n"
+
+
+def test_a_template_that_would_leave_out_the_systems_message_is_refused():
+    users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    tokenizer = character_tokenizer(users, "<e>")
+    assert first_turn_ids(tokenizer, "add")
+    with pytest.raises(ValueError, match="leaves out the system's message"):
+        first_turn_ids(tokenizer, "add", system="Be brief.")
+
+
 def test_a_tokenizer_or_template_that_cannot_hold_a_conversation_is_refused():
     tokenizer = character_tokenizer(None, "<eos>")
     tokenizer.eos_token = None

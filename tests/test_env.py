@@ -31,6 +31,14 @@ def test_prompts_are_made_once_and_are_those_of_the_template(env):
     assert prompts == asked and env.prompts(problems[1:])[0] is prompts[1]
 
 
+def test_the_tasks_system_message_is_part_of_every_first_prompt(env):
+    problem = env.task.generate("train", 0)[0]
+    env.task = dataclasses.replace(env.task, system="7 8")
+    asked = first_turn_ids(env.tokenizer, env.task.prompt(problem), system="7 8")
+    own = first_turn_ids(env.tokenizer, env.task.prompt(problem))
+    assert env.prompts([problem]) == [asked] != [own]
+
+
 def test_a_message_is_one_of_the_tasks_or_a_text_for_each_row(env, sampler):
     first = sampler.generate(env.prompts(env.task.generate("train", 0)[:3]), max_new_tokens=4)
     last = first.last_ids()

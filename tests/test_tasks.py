@@ -331,6 +331,7 @@ def test_a_file_of_examples_is_shown_with_its_own_responses_and_kept_out_of_ever
      r"unknown placeholder \{target\} in 'correct': it may have none"),
     ({"fix": "Again."}, "unknown key 'fix'"),
     ({"retry": ""}, "'retry' must be a text"),
+    ({"system": "Make {target}."}, r"unknown placeholder \{target\} in 'system'"),
     (["retry"], "one JSON object"),
 ])  # fmt: skip
 def test_a_mistake_in_a_file_of_prompts_is_shown(tmp_path, prompts, message):
@@ -341,10 +342,12 @@ def test_a_mistake_in_a_file_of_prompts_is_shown(tmp_path, prompts, message):
 
 def test_prompts_of_a_file_replace_those_of_the_task(tmp_path):
     prompts = {"first": '{"x": 1} {target} from {numbers}', "retry": "Again."}
+    prompts["system"] = "Be brief."
     path = write(tmp_path / "prompts.json", [prompts])
     task = load_task(flags(task="countdown", prompts=path), ["validation"])[0]
     assert task.prompt(COUNTDOWN) == '{"x": 1} 3 from 1, 2'
     assert task.retry == "Again." and task.correct == TASKS["countdown"].correct
+    assert task.system == "Be brief."
 
 
 def hub(monkeypatch, parts):

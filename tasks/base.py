@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
-PROMPTS = ("system", "first", "correct", "reflect", "retry", "critique", "rewrite")
-PROMPTS += ("generic_reflection",)
+FOLLOW_UPS = ("correct", "reflect", "retry", "critique", "rewrite", "generic_reflection")
+PROMPTS = ("system", "first", *FOLLOW_UPS)
 
 
 @dataclass(frozen=True, kw_only=True)

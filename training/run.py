@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sampling.turns import today
-from tasks.base import PROMPTS
+from tasks.base import FOLLOW_UPS
 from training import checkpoint
 from training.command import BEGAN, OF_THIS_CALL
 from training.distributed import exchange, on_first, rank
@@ -197,7 +197,7 @@ def contents_of(env, model, splits: dict[str, list], failures: list | None = Non
         for name, problems in splits.items()
     }
     data |= {} if failures is None else {"failures": failures}
-    data["what is said between turns"] = [env.seam(name) for name in PROMPTS[1:]]
+    data["what is said between turns"] = [env.seam(name) for name in FOLLOW_UPS]
     named = {name: digest(x) for name, x in data.items()}
     return {"the model's weights": fingerprint(model), "the tokenizer": digest(words)} | named
 

@@ -2,7 +2,7 @@
 
 row:     {"query": "Weather in Rome?", "tools": [{"name": "weather"}],
           "answers": [{"name": "weather", "arguments": {"city": "Rome"}}]}
-prompt:  You can call these functions: {"name": "weather"} Answer the request with a JSON list ...
+prompt:  You can call these functions: {"name": "weather"} Request: Weather in Rome? Answer with ...
 answer:  [{"name": "weather", "arguments": {"city": "Rome"}}]
 
 Rows are those of APIGen (xLAM), as above, or of the Berkeley Function Calling Leaderboard, whose
@@ -88,31 +88,38 @@ def calls_text(response: str) -> str | None:
     return None if extract_calls(response) is None else response.rpartition("</think>")[2].strip()
 
 
+# The form comes last, and in dots: small models forget what stands before the functions, wrap no
+# single call in a list unless told, and call the function of any example beside those asked for.
+FORM = "one JSON list on one line, even of a single call"
+DOTS = '[{"name": "...", "arguments": {"...": ...}}]'
+
 TASK = Task(
     name="function_call",
     first=(
-        "You can call these functions:\n{tools}\n\n"
-        "Answer the request with a JSON list of calls and nothing else, each as "
-        '{"name": "...", "arguments": {"...": ...}}.\nRequest: {query}'
+        "You can call these functions:\n{tools}\n\nRequest: {query}\n\n"
+        "Answer with the calls that the request needs, and nothing else: "
+        f"{FORM}, as in\n{DOTS}"
     ),
     correct=(
-        "There may be an error in the calls above. Answer the same request again with the correct "
-        "JSON list of calls, and nothing else."
+        "There may be an error in the calls above. Check them against the request and the "
+        "functions, and answer the same request again with the correct calls, and nothing else: "
+        f"{FORM}."
     ),
     reflect=(
         "Your calls were wrong. Explain in a few sentences what went wrong and what to do better. "
         "Do not write the calls again yet."
     ),
     retry=(
-        "Now answer the same request again with the correct JSON list of calls, and nothing else."
+        "Now answer the same request again with the correct calls, and nothing else: "
+        f"{FORM}, as in\n{DOTS}"
     ),
     critique=(
         "Compare the calls above with the request and the functions: "
         "say what is right in them, and what not."
     ),
     rewrite=(
-        "Now answer the same request again, improved by that: "
-        "a JSON list of calls, and nothing else."
+        "Now answer the same request again, improved by that, with the calls and nothing else: "
+        f"{FORM}, as in\n{DOTS}"
     ),
     view={
         "query": lambda p: p["query"],

@@ -155,6 +155,14 @@ def test_the_page_of_a_task_shows_a_row_its_prompt_and_a_right_answer(name):
     assert task.verify(answer, problem), answer
 
 
+def test_the_form_that_a_prompt_for_calls_ends_in_is_no_answer_when_it_is_copied():
+    task = TASKS["function_call"]
+    problem = task.parse(ROWS["function_call"])
+    for said in (task.prompt(problem), task.retry, task.rewrite):
+        shown = said.splitlines()[-1]
+        assert shown.startswith("[{") and task.answer(shown, problem) is None
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_no_text_makes_a_task_raise(name):
     task, rng = TASKS[name], random.Random(0)

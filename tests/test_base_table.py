@@ -68,6 +68,11 @@ def test_what_was_made_otherwise_is_not_gone_on_from(whole, capsys):
     assert "tiny_tiny_greedy.json was made with other token limits" in said
 
 
+def test_the_table_that_is_published_is_that_of_its_files():
+    results = ROOT / "results" / "base"
+    assert (results / "table.md").read_text() == base_table.table(results) + "\n"
+
+
 def test_held_out_problems_are_those_of_lowest_hash_each_once():
     task, problems = TASKS["countdown"], TASKS["countdown"].generate("test", 0)[:40]
     found = base_table.lowest(task, problems, 10)

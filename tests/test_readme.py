@@ -88,6 +88,7 @@ FIGURES = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 
 
 ADAPTERS = DOCS["results.md"].partition("## With adapters")[2].partition("\n## ")[0]
+REAL = DOCS["results.md"].partition("## On real models")[2].partition("\n## ")[0]
 
 
 def test_the_figures_of_adapters_are_those_of_their_csv():
@@ -102,8 +103,14 @@ def test_the_figures_of_adapters_are_those_of_their_csv():
         assert len(seeds) == 3 and f"| {told} | {shown} | {' | '.join(cells)} |" in ADAPTERS
 
 
+def test_the_figures_of_real_models_are_those_of_the_base_table():
+    table = (ROOT / "results" / "base" / "table.md").read_text()
+    means = re.findall(r"\| \+?(-?\d+\.\d ± \d+\.\d)", REAL.replace("**", ""))
+    assert len(means) > 12 and not [mean for mean in means if f" {mean} " not in table]
+
+
 def test_the_figures_of_the_reproduction_are_those_of_its_tables():
-    text = DOCS["results.md"].replace(ADAPTERS, "") + DOCS["log.md"]
+    text = DOCS["results.md"].replace(ADAPTERS, "").replace(REAL, "") + DOCS["log.md"]
     means = re.findall(r"\| (-?\d+\.\d ± \d+\.\d)", text)
     assert len(means) > 200 and not [mean for mean in means if f" {mean} " not in TABLES]
     known = re.findall(r"\| ([+-]\d+\.\d) \| ([+-]\d+\.\d) to ([+-]\d+\.\d) \|", TABLES)

@@ -121,7 +121,7 @@ OURS["prefix_tree"] = tree_attention
 
 
 @contextmanager
-def _reading_trees(model, adapters, fused=False):
+def _reading_trees(model, adapters, fused: bool):
     """The model attends as a tree wants it, with its adapters on, or (None) off.
 
     fused: and by fast/'s kernels between its products.
@@ -236,11 +236,10 @@ class Scorer(nn.Module):
         self.nodes, self.scored = self.nodes + tree.ids.shape[1], self.scored + len(chosen)
         score = fast.score_of(ids.device) if fast else None  # not None on a GPU, where it is right
         how = temperature, self.chunk, score or scoring(self.compiled)
-        here = (
-            torch.cuda.device(ids.device) if ids.is_cuda else nullcontext()
-        )  # kernels start there
+        here = nullcontext() if ids.device.type == "cpu" else torch.cuda.device(ids.device)
         ways, fused = [_compiled] if self.compiled else [], bool(score) and not self.compiled
         policy, ref_hidden, ref_head = (self.model, self.adapters, fused), None, None
+        # kernels start on the current GPU
         with here, compiling() if self.compiled else nullcontext():
             if self.reference is not None:  # first, while no graph of the policy takes memory
                 reference = self.reference, self.ref_adapters, fused

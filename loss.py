@@ -43,10 +43,10 @@ class _Float32Product(torch.autograd.Function):
         ctx.save_for_backward(x, head)
         if x.is_cuda:
             return torch.mm(x, head.T, out_dtype=torch.float32)
-        out = torch.empty(len(x), len(head), device=x.device)
-        x, some = x.float(), max(1, 2**24 // head.shape[1])
-        for i in range(0, len(head), some):  # or a float32 copy of the whole head would be made
-            torch.mm(x, head[i : i + some].float().T, out=out[:, i : i + some])
+        out, x = torch.empty(len(x), len(head), device=x.device), x.float()
+        copy = x.new_empty(max(1, 2**20 // head.shape[1]), head.shape[1])  # stays in the cache
+        for rows, made in zip(head.split(len(copy)), out.split(len(copy), dim=1), strict=True):
+            torch.mm(x, copy[: len(rows)].copy_(rows).T, out=made)
         return out
 
     @staticmethod

@@ -44,7 +44,8 @@ class _Float32Product(torch.autograd.Function):
         if x.is_cuda:
             return torch.mm(x, head.T, out_dtype=torch.float32)
         out, x = torch.empty(len(x), len(head), device=x.device), x.float()
-        copy = x.new_empty(max(1, 2**20 // head.shape[1]), head.shape[1])  # stays in the cache
+        # A float32 copy of the whole head would take new pages, which cost more than the product.
+        copy = x.new_empty(max(1, 2**20 // head.shape[1]), head.shape[1])
         for rows, made in zip(head.split(len(copy)), out.split(len(copy), dim=1), strict=True):
             torch.mm(x, copy[: len(rows)].copy_(rows).T, out=made)
         return out

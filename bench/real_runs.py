@@ -6,28 +6,28 @@
 --add keeps of such a run, in --results/NAME: flags, metrics and curves, and of every evaluation on
 held-out problems each conversation's values, and SHOWN of them word for word. Both make table.md
 of all that is there. Beside evaluate's figures: `gain_t1`, `gain_t2`, over the base model's on the
-same problems; `fresh`, where there are several samples of a problem: of a wrong first attempt's
-sisters, first attempts too, so many are right. A second attempt that repairs less is no more than
-another draw.
+same problems; `fresh`, where there are several samples of a problem: where a first attempt is
+wrong, how often another first attempt at the problem is right. Second attempts that repair no more
+than this are no better than to draw again.
 """
 
 import json
 import shutil
 import sys
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import groupby, permutations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from report.figures import summarize  # noqa: E402
+from report.figures import COLUMNS, summarize  # noqa: E402
 from report.tables import format_table  # noqa: E402
+from tasks.sources import naming  # noqa: E402
 from training.checkpoint import write_text  # noqa: E402
 from training.flags import exit_on_bad_input, flag, run_script  # noqa: E402
 
 SHOWN = 8  # problems, whose first conversation is kept
-VALUES = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "well_formed")
-COLUMNS = (*VALUES, "retry_given_failure", "fresh", "gain_t1", "gain_t2")
+FIGURES = (*COLUMNS, "retry_given_failure", "fresh", "gain_t1", "gain_t2")
 FILES = ("config.json", "metrics.jsonl", "curves.png")
 
 
@@ -39,30 +39,43 @@ class Config:
 
 def keep(name: str, out: Path, results: Path) -> None:
     """ValueError if `out` is no run that has been evaluated, or another one has the name."""
-    found = sorted(out.glob("eval/*.json"))
-    if not found or not all((out / "run" / file).exists() for file in FILES):
-        raise ValueError(f"--add {name}={out}: no evaluated run of recipes/gpu_score_calls.sh")
-    kept = results / name
+    run, kept = out / "run", results / name
     if kept.exists():
-        raise ValueError(f"--add {name}={out}: {kept} exists: delete it, or choose another name")
-    kept.mkdir(parents=True)
-    for file in FILES[1:]:
-        shutil.copy(out / "run" / file, kept)
-    flags = json.loads((out / "run" / FILES[0]).read_text())
+        raise ValueError(f"{kept} exists: delete it, or choose another name")
+    if not all((run / file).exists() for file in FILES):
+        raise ValueError("no run of recipes/gpu_score_calls.sh")
+    cells = {path.name: json.dumps(cell_of(path)) + "\n" for path in out.glob("eval/*_*.json")}
+    if not cells:
+        raise ValueError("it has not been evaluated")
+    flags = json.loads((run / "config.json").read_text())
     flags = {k: v for k, v in flags.items() if k not in ("model", "base", "data")}  # paths
-    write_text(kept / FILES[0], json.dumps(flags, indent=2) + "\n")
-    for path in found:
-        cell = json.dumps(kept_of(json.loads(path.read_text())["conversations"])) + "\n"
-        write_text(kept / path.name, cell)
+    kept.mkdir(parents=True)
+    for file in ("metrics.jsonl", "curves.png"):
+        shutil.copy(run / file, kept)
+    for file, text in (cells | {"config.json": json.dumps(flags, indent=2) + "\n"}).items():
+        write_text(kept / file, text)
+
+
+def cell_of(path: Path) -> dict:
+    """Of an evaluation; ValueError if the base model's on the same problems is not beside it."""
+    base = path.with_name(f"base_{path.stem.rpartition('_')[2]}.json")
+    if not base.exists():
+        raise ValueError(f"{base.name} is missing: call the recipe again")
+    talks, of_base = (json.loads(p.read_text())["conversations"] for p in (path, base))
+    if [talk["problem"] for talk in talks] != [talk["problem"] for talk in of_base]:
+        raise ValueError(f"{path.name} and {base.name} are of other problems")
+    return kept_of(talks)
 
 
 def kept_of(talks: list[dict]) -> dict:
-    """samples: of each problem, one after another."""
-    samples = len(talks) // len({json.dumps(talk["problem"]) for talk in talks})
-    names = (*VALUES, "well_formed_retry")
+    """samples: conversations of each problem, one after another."""
+    runs = [len([*same]) for _, same in groupby(talks, lambda talk: talk["problem"])]
+    if len({*runs}) > 1:
+        raise ValueError("problems with more conversations than others: is one there twice?")
+    names = (*COLUMNS, "well_formed_retry")
     columns = {name: [round(talk["values"][name], 4) for talk in talks] for name in names}
-    shown = [{k: talk[k] for k in ("problem", "attempts")} for talk in talks[::samples][:SHOWN]]
-    return {"samples": samples, "values": columns, "conversations": shown}
+    shown = [{k: talk[k] for k in ("problem", "attempts")} for talk in talks[:: runs[0]][:SHOWN]]
+    return {"samples": runs[0], "values": columns, "conversations": shown}
 
 
 def rows_of(cell: dict) -> list[dict]:
@@ -100,7 +113,7 @@ def table(results: Path) -> str:
             who, _, mode = name.rpartition("_")
             figures = figures_of(cells[name], cells[f"base_{mode}"])
             found.setdefault(f"{run.name}: {who}", {})[mode] = figures
-    return format_table(found, COLUMNS)
+    return format_table(found, FIGURES)
 
 
 def main(config: Config) -> None:
@@ -110,7 +123,8 @@ def main(config: Config) -> None:
             name, is_pair, out = pair.partition("=")
             if not is_pair or "/" in name:
                 raise ValueError(f"--add {pair}: give NAME=OUT")
-            keep(name, Path(out), results)
+            with naming(f"--add {pair}"):
+                keep(name, Path(out), results)
         text = table(results)
     write_text(results / "table.md", text + "\n")
     print(text)

@@ -103,10 +103,64 @@ def test_the_figures_of_adapters_are_those_of_their_csv():
         assert len(seeds) == 3 and f"| {told} | {shown} | {' | '.join(cells)} |" in ADAPTERS
 
 
-def test_the_figures_of_real_models_are_those_of_their_tables():
-    table = "".join((ROOT / "results" / n / "table.md").read_text() for n in ("base", "real"))
-    means = re.findall(r"\| \+?(-?\d+\.\d ± \d+\.\d)", REAL.replace("**", ""))
-    assert len(means) > 12 and not [mean for mean in means if f" {mean} " not in table]
+SHORT = {"0.0 ± 0.0": "0", "100.0 ± 0.0": "100"}
+TASK_NAMES = {"function calls": "function_call", "MBPP": "mbpp", "HumanEval": "humaneval"}
+TASK_NAMES |= {"Countdown": "countdown", "GSM8K": "gsm8k"}
+RUNS = {"base": "calls_score: base", "SCoRe": "calls_score: trained_000100"}
+RUNS["plain multi-turn RL"] = "calls_plain: trained_000100"
+RUNS["SCoRe, first attempt held"] = "calls_score_held: trained_000100"
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """The cells of every line of its tables."""
+    lines = [line for line in text.replace("**", "").splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def kept_rows(name: str) -> dict:
+    """{(row, mode): {column: figure}} of a table in results/."""
+    (_, _, *columns), *rows = rows_of((ROOT / "results" / name / "table.md").read_text())
+    return {
+        (row, mode): dict(zip(columns, (SHORT.get(cell, cell) for cell in cells), strict=True))
+        for row, mode, *cells in rows
+    }
+
+
+def test_the_figures_of_real_models_before_training_are_those_of_their_table():
+    kept, columns = kept_rows("base"), "acc_t1 acc_t2 delta i_to_c c_to_i changed".split()
+    columns += ["well_formed", "truncated"]
+    told = [row for row in rows_of(REAL) if row[0][1:4] == ".5B"]
+    for name, mode, n, *cells in told:
+        size, _, task = name.partition(", ")
+        row = f"Qwen2.5-Coder-{size}-Instruct_{TASK_NAMES[task]}"
+        mode = "sampled" if mode == "T = 1" else mode
+        own, retried = (
+            kept[f"{row}, {m}, n = {n}", mode] for m in ("self_correct", "reflect_retry")
+        )
+        assert cells == [*(own[c] for c in columns), retried["retry_given_failure"]], row
+    assert 2 * len(told) == len(kept)
+
+
+def test_the_figures_of_real_models_after_training_are_those_of_their_table():
+    kept, common = kept_rows("real"), "acc_t1 acc_t2 delta i_to_c c_to_i changed".split()
+    rows, told = rows_of(REAL), []
+    for mode, more in (
+        ("sampled", ["fresh", "gain_t1", "gain_t2"]),
+        ("greedy", ["gain_t1", "gain_t2"]),
+    ):
+        start = next(
+            i for i, row in enumerate(rows) if row[0] == ("T = 1", "greedy")[mode == "greedy"]
+        )
+        for name, *cells in rows[start + 1 : start + 5]:
+            own = kept[RUNS[name], mode]
+            wanted = [own[c] for c in common + more]
+            assert cells == [*wanted[:-2], "", ""] if name == "base" else cells == wanted, name
+            told.append(own)
+    assert len(told) == 2 * len(RUNS)
+    sampled = [kept[RUNS[name], "sampled"] for name in ("base", "SCoRe", "plain multi-turn RL")]
+    for own in sampled:
+        first, second = (own[c].partition(" ±")[0] for c in ("acc_t1", "acc_t2"))
+        assert re.search(rf"\b{first} and (then )?{second}\b", README)
 
 
 def test_the_figures_of_the_reproduction_are_those_of_its_tables():

@@ -12,7 +12,7 @@ from report.figures import summarize
 def talk(problem: int, first: int, second: int) -> dict:
     values = {"acc_t1": first, "acc_t2": second, "delta": second - first}
     values |= {"i_to_c": (1 - first) * second, "c_to_i": first * (1 - second), "changed": 0.0}
-    values |= {"well_formed": 1.0, "well_formed_retry": 1.0, "tokens": 9}
+    values |= {"well_formed": 1.0, "well_formed_retry": 1.0, "edit_ratio": 0.5, "tokens": 9}
     return {"problem": {"id": problem}, "attempts": [], "said": [], "values": values}
 
 
@@ -48,18 +48,30 @@ def test_figures_are_those_of_an_evaluation_and_gains_are_paired(run, tmp_path):
     assert "mine: trained_000009 | sampled | 66.7" in real_runs.table(tmp_path / "kept")
 
 
-def test_fresh_is_how_often_the_sisters_of_wrong_first_attempts_are_right():
-    rows = real_runs.rows_of(real_runs.kept_of(BASE))
-    # two wrong ones have sisters (right, wrong) each, three have two wrong ones each
-    assert real_runs.fresh(rows, 3)[""] == pytest.approx(2 / 10)
+def test_fresh_is_how_often_others_at_the_problem_of_a_wrong_first_attempt_are_right():
+    rows = real_runs.rows_of(real_runs.kept_of(TRAINED))
+    # two are wrong, both at the second problem, each beside a right and a wrong one
+    assert real_runs.fresh(rows, 3)[""] == pytest.approx(1 / 2)
 
 
-def test_a_name_that_is_taken_and_what_is_no_run_are_refused(run, tmp_path, capsys):
-    real_runs.keep("mine", run, tmp_path / "kept")
+def test_what_can_not_be_compared_is_refused_and_nothing_is_kept(run, tmp_path, capsys):
     kept = ("--results", tmp_path / "kept", "--add")
-    assert "kept/mine exists" in refusal(real_runs, capsys, *kept, f"mine={run}")
-    assert "no evaluated run" in refusal(real_runs, capsys, *kept, f"other={tmp_path}")
-    assert "give NAME=OUT" in refusal(real_runs, capsys, *kept, "other")
+    assert "give NAME=OUT" in refusal(real_runs, capsys, *kept, "mine")
+    assert "no run of" in refusal(real_runs, capsys, *kept, f"mine={tmp_path}")
+    base, trained = (run / "eval" / f"{n}_sampled.json" for n in ("base", "trained_000009"))
+    base.write_text(json.dumps({"conversations": BASE[3:] + BASE[:3]}))
+    assert "are of other problems" in refusal(real_runs, capsys, *kept, f"mine={run}")
+    base.unlink()
+    assert "base_sampled.json is missing" in refusal(real_runs, capsys, *kept, f"mine={run}")
+    trained.unlink()
+    assert "has not been evaluated" in refusal(real_runs, capsys, *kept, f"mine={run}")
+    assert not (tmp_path / "kept" / "mine").exists()
+
+
+def test_a_name_that_is_taken_is_refused(run, tmp_path, capsys):
+    real_runs.keep("mine", run, tmp_path / "kept")
+    said = refusal(real_runs, capsys, "--results", tmp_path / "kept", "--add", f"mine={run}")
+    assert "kept/mine exists" in said
 
 
 def test_the_table_that_is_published_is_that_of_its_files():

@@ -37,6 +37,7 @@ class Task:
 
     The problems:
     parse:     row of data -> problem, or a ValueError that names the field; None: takes no data
+    ask:       a person's question -> a problem that it states in full, or None (talk.py)
     generate:  (split, seed) -> problems; None: there are none without data, and `source` says
                where to get some
     key:       problem -> the text that tells it from others; its hash decides the split
@@ -68,6 +69,7 @@ class Task:
     warm_up: Callable[[], bool] | None = None
 
     parse: Callable[[dict], dict] | None = None
+    ask: Callable[[str], dict | None] | None = None
     generate: Callable[[str, int], list[dict]] | None = None
     source: str = ""
     key: Callable[[dict], str]

@@ -6,6 +6,7 @@ answer:  7 * 8 is 56, and 3 more are 59. <answer>7 * 8 + 3</answer>
 """
 
 import random
+import re
 
 from tasks.base import Task
 from tasks.sources import split_of, take
@@ -18,6 +19,12 @@ def parse_countdown(row: dict) -> dict:
         raise ValueError("field 'nums' must be positive whole numbers")
     solution = {"solution": take(row, solution=str)[0]} if "solution" in row else {}
     return {"nums": nums, "target": target} | solution
+
+
+def ask_countdown(question: str) -> dict | None:
+    """`8 19 16 make 24`."""
+    match = re.fullmatch(r"((?:\d+ )+)make (\d+)", question)
+    return match and {"nums": [int(n) for n in match[1].split()], "target": int(match[2])}
 
 
 def countdown_key(problem: dict) -> str:
@@ -75,6 +82,7 @@ TASK = Task(
     verify=lambda response, p: verify_countdown(response, p["nums"], p["target"]),
     parse=parse_countdown,
     generate=generate_countdown,
+    ask=ask_countdown,
     key=countdown_key,
     solution=lambda p: f"<answer>{p['solution']}</answer>" if "solution" in p else None,
     max_new_tokens=256,

@@ -16,11 +16,7 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
 
     config: has task, data, prompts, shots, shots_file, seed, unsafe and code_* (training/flags.py)
     """
-    if config.task not in TASKS:
-        raise ValueError(f"unknown task '{config.task}': choose one of {', '.join(TASKS)}")
-    task = TASKS[config.task]
-    if config.prompts:
-        task = replace(task, **read_prompts(config.prompts, task.view))
+    task = task_of(config)
     set_up_sandbox(config)
     splits = load_splits(task, config.data, config.seed, wanted)
     try:
@@ -39,6 +35,14 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
         splits[split] = others
     shots = tuple((task.prompt(problem), answer) for problem, answer in examples)
     return replace(task, shots=shots), splits
+
+
+def task_of(config) -> Task:
+    """By --task and --prompts alone."""
+    if config.task not in TASKS:
+        raise ValueError(f"unknown task '{config.task}': choose one of {', '.join(TASKS)}")
+    task = TASKS[config.task]
+    return replace(task, **read_prompts(config.prompts, task.view)) if config.prompts else task
 
 
 def set_up_sandbox(config) -> None:

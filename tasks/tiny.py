@@ -11,7 +11,7 @@ import re
 from functools import cache
 
 from tasks.base import Task
-from tasks.countdown import countdown_key
+from tasks.countdown import ask_countdown, countdown_key
 from tasks.sources import content_hash
 
 OPERATORS = "+-*/"
@@ -116,6 +116,7 @@ TASK = Task(
     },
     answer=tiny_answer,
     verify=tiny_verify,
+    ask=ask_countdown,
     generate=lambda split, seed: tiny_splits()[split],
     key=countdown_key,
     solution=lambda p: None,

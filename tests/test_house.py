@@ -12,7 +12,7 @@ FLOORS = (  # nothing imports upwards; a folder is one storey
     {"sampler", "verifiers"},
     {"tasks"},
     {"training"},
-    {"evaluate"},
+    {"evaluate", "talk"},
     {"score", "rrr", "baselines"},
     {"tiny"},
 )

@@ -32,7 +32,8 @@ def flag(default, text: str, group: str = ALGORITHM, **more):
     more: `choices`; the range of a number, `least`, `above` or `most` (by default whole numbers
     are at least 1, or 0 if that is the default, and others at least 0); `other`, what other models
     than the embedded one get, and `paper`, what --preset paper sets (training/fitting.py); how it
-    may differ when a run goes on: `free`, in any way, or `grows`.
+    may differ when a run goes on: `free`, in any way, or `grows`; `positional`: given without its
+    name.
     """
     return field(default=default, metadata={"help": text, "group": group, **more})
 
@@ -122,6 +123,9 @@ def _add(group, f) -> None:
         values += [f"{whose}: {f.metadata[name].said}"] if name in f.metadata else []
     text = f.metadata["help"] + (f" ({'; '.join(values)})" if values else "")
     text = text.replace("%", "%%")
+    if f.metadata.get("positional"):
+        group.add_argument(f.name, nargs="?", help=text)
+        return
     if type_of(f) is not bool:
         choices = f.metadata.get("choices")
         group.add_argument(f"--{f.name}", type=type_of(f), choices=choices, help=text)

@@ -240,7 +240,7 @@ def main(config: Config) -> None:
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
     find = partial(sampler_of, scorer, sampler, env, config)
     results = exam.before_and_after(run, validation, find)
-    conclude(run, results, len(validation))
+    conclude(config, results, len(validation))
     distributed.finish()
 
 

@@ -19,6 +19,7 @@ from tasks.sources import SPLITS
 from training import checkpoint, distributed, partial
 from training.announce import chosen, machine, parameters
 from training.batches import row_seeds
+from training.card import write_card
 from training.distributed import exchange, on_first, share, world
 from training.fitting import tasks_own
 from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
@@ -245,14 +246,16 @@ def with_controls(exam: Exam, run: Path, problems, find) -> dict:
     return results
 
 
-def conclude(run: Path, results: dict, count: int, columns=COLUMNS) -> None:
+def conclude(config, results: dict, count: int, columns=COLUMNS) -> None:
     """A run's end: its tables, and results.json, which says that the run is complete."""
-    text = json.dumps(results, indent=2) + "\n"
+    run, text = Path(config.output_dir), json.dumps(results, indent=2) + "\n"
+    models = {name: modes for name, modes in results.items() if name != "controls"}
+    table = f"{count} validation problems:\n\n{format_table(models, columns)}"
     with saving(run):
+        on_first(write_card, config, run / "checkpoint", table)
         on_first(checkpoint.write_text, run / "results.json", text)
         on_first(partial.table_of(run).unlink, True)  # there may be none
-    models = {name: modes for name, modes in results.items() if name != "controls"}
-    print(f"\n{count} validation problems:\n\n{format_table(models, columns)}")
+    print(f"\n{table}")
     if "controls" in results:
         columns = ("retry_given_failure", "well_formed_retry")
         print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], columns)}")

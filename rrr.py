@@ -334,7 +334,7 @@ def main(config: Config) -> None:
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
     find = partial(sampler_of, scorer, sampler, env, config)
     results = with_controls(exam, run, validation, find)
-    conclude(run, results, len(validation), COLUMNS)
+    conclude(config, results, len(validation), COLUMNS)
     distributed.finish()
 
 

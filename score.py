@@ -340,7 +340,7 @@ def main(config: Config) -> None:
     state = {"beta2": config.beta2, "calm": 0}
     train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), state)
     results = exam.before_and_after(run, splits["validation"], find)
-    conclude(run, results, len(splits["validation"]))
+    conclude(config, results, len(splits["validation"]))
     distributed.finish()
 
 

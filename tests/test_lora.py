@@ -316,7 +316,7 @@ def test_adapters_alone_are_trained_and_saved_and_a_state_is_small(whole_run, ba
     assert rows[0]["kl_t1"] == rows[0]["kl_t2"] == 0 < rows[-1]["kl_t2"]
     assert max(row["ratio_error"] for row in rows) < 1e-4
     names = {path.name for path in (out / "checkpoint").iterdir()}
-    assert names == {lora.CONFIG, lora.WEIGHTS}
+    assert names == {lora.CONFIG, lora.WEIGHTS, "README.md"}
     model, _ = models.load_model(base_dir)
     trained = lora.count(model, RANK)
     config = score.Config(lora_rank=RANK)

@@ -12,6 +12,7 @@ To be read in this order; each module's docstring says more.
     setup.py        what comes before the loop: task, sampler, prompts that fit, a first try
     run.py          the run's directory: its lock, its logs, what is said when it can't be used
     checkpoint.py   saved states: complete or not at all
+    card.py         README.md of a published model
     distributed.py  many processes: what they tell each other, weights spread over them
     flags.py        the flags that scripts share
     fitting.py      defaults that fit another model than the embedded one

@@ -16,6 +16,7 @@ import torch
 
 from loss import Scores
 from training import checkpoint, distributed
+from training.card import write_card
 from training.command import exit_on_bad_input
 from training.distributed import Stopped, exchange, interruptible, listening, on_first
 from training.models import hand_over, save_policy
@@ -53,7 +54,7 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
     parameters = scorer.trained.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.0, fused=True)
     save = partial(save_memory, config, run, scorer, optimizer)
-    save_best = partial(save_policy, scorer, sampler, config)
+    save_best = partial(publish, scorer, sampler, config)
     # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
     memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "idle": 0}
     memory["state"] = state
@@ -100,6 +101,11 @@ def saved_if_stopped(save, run: Path, memory: dict):
         if safe["row"] or safe["step"] and not there:
             save(safe)
         stop(f"{stopped}: {newest(run)}, go on with --resume", stopped.code)
+
+
+def publish(scorer, sampler, config, path: Path) -> None:
+    save_policy(scorer, sampler, config, path)
+    on_first(write_card, config, path)
 
 
 def end_early(config, run: Path, memory: dict, save_best) -> None:

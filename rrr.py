@@ -205,7 +205,7 @@ def make_batch(episodes: Episodes, config) -> Batch:
     rollout, held = episodes.rollout, episodes.held
     present = gather(episodes.present)  # (N, G), of all ranks
     rewards = torch.zeros(*present.shape, config.retries)
-    rewards[present.bool()] = gather(episodes.retries.right).view(-1, config.retries)
+    rewards[present.bool()] = gather(episodes.retries.rewards).view(-1, config.retries)
     advantages = F.pad(turn_advantages(rewards, present, config), (1, 0))  # (B, 3)
     holds_first, holds_retry = config.kl_on == "all", config.kl_on != "reflection"
     weights = [config.anchor * holds_first, config.beta, config.anchor * holds_retry]

@@ -234,20 +234,20 @@ def adapt_beta2(state: dict, config) -> None:
 def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
     """Verdicts -> an advantage and a KL weight for every sampled token."""
     rollout, v1, v2, offline = attempts
-    r1, r2 = gather(v1.right).view(-1, config.group_size), None  # (P, G), of all ranks
+    r1, r2 = gather(v1.rewards).view(-1, config.group_size), None  # (P, G), of all ranks
     if v2 is not None:
-        r2 = gather(v2.right).view(*r1.shape, config.second_attempts)  # (P, G, K)
+        r2 = gather(v2.rewards).view(*r1.shape, config.second_attempts)  # (P, G, K)
     advantages = turn_advantages(r1, r2, stage, config, offline)  # (B, turns)
     kl_coef = torch.tensor(turn_kl_coefs(stage, beta2, config)).expand(len(advantages), 2)
     figures = {"stage": stage, "beta2": beta2}
     figures |= deviations(raw_advantages(r1, r2, stage, config, offline), config)
     if r2 is not None:
-        figures["acc_t2"] = float(r2.mean())
+        figures["acc_t2"] = float(gather(v2.right).mean())
     if not offline:  # another model's first attempts are no measure of this one
-        figures["acc_t1"] = float(r1.mean())
-        figures["reward"] = figures["acc_t1"] + figures.get("acc_t2", 0.0)
+        figures["acc_t1"] = float(gather(v1.right).mean())
+        figures["reward"] = float(r1.mean() + (0 if r2 is None else r2.mean()))
     elif config.offline_ratio == 1:
-        figures["reward"] = figures["acc_t2"]
+        figures["reward"] = float(r2.mean())
     per_token = (spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coef))
     return Batch(rollout, *per_token, len(advantages), figures)
 

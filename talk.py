@@ -88,7 +88,8 @@ def asked(task, question: str):
     names = PLACEHOLDER.findall(task.first)
     first = task.first if len(names) == 1 else "{question}"  # of several it can't fill all
     view = {name: lambda problem: problem["question"] for name in (*names, "question")}
-    return replace(task, first=first, view=view, given=None), {"question": question}, False
+    own = {"first": first, "view": view, "messages": None, "given": None}
+    return replace(task, **own), {"question": question}, False
 
 
 def check_words(tokenizer, question: str) -> None:

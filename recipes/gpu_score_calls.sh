@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Has run on an H200, with Qwen2.5-Coder-0.5B (docs/results.md, "On real models").
+# Has run, to its end, on an H200, with Qwen2.5-Coder-0.5B (docs/results.md, "On real models").
 # SCoRe on function calls in a quarter of an hour, or what fits one; called again, it goes on:
 #   recipes/gpu_score_calls.sh MODEL_DIR DATA --seed 1
 #   METHOD=plain OUT=runs/plain STATE=brought_along MINUTES=13 recipes/gpu_score_calls.sh ...

@@ -1,5 +1,5 @@
 # Not run by itself: what gpu_score_calls.sh, gpu_score_mbpp.sh and gpu_rrr.sh have in common.
-# Rehearsed on CPU with them; gpu_score_calls.sh has run on a GPU.
+# Has run, to its end, on an H200, with gpu_score_calls.sh; the others were rehearsed on CPU.
 # A call has MINUTES, all told. It trains, evaluates in what it has kept for that, and leaves in OUT
 #   run/     the run: checkpoint/ (adapters), states/, metrics.jsonl, transcripts.txt
 #   eval/    base_*.json and trained_STEP_*.json: figures and conversations; *.log: the first ones

@@ -27,27 +27,37 @@ def today() -> str:
 
 def first_turn_ids(
     tokenizer,
-    message: str,
+    message: str | list[dict],
     shots: tuple[tuple[str, str], ...] = (),
     day: str | None = None,
     system: str = "",
 ) -> list[int]:
     """A conversation's first prompt, up to where the model's answer begins.
 
+    message: the user's, or all messages {role, content} up to it, one of the system's first, if
+    any; without a chat template, paragraphs.
     shots: (user's message, good answer) of few-shot examples, which stand before it as turns of the
     same conversation; without a chat template, as plain text in which every answer ends with the
     eos token, as the model's own has to.
     system: a system's message before all; without a chat template, a paragraph. Empty: none, or the
     template's own. One that the template has no place for is a ValueError.
     """
+    if not isinstance(message, str):
+        system = message[0]["content"] if message[0]["role"] == "system" else system
+        said = [(m["role"], m["content"]) for m in message if m["role"] != "system"]
+        *before, (_, message) = said
+        if tokenizer.chat_template is None:
+            message = "\n\n".join(text for _, text in said)
+    else:
+        before = []
     if tokenizer.chat_template is None:
         require_end(tokenizer)
         turns = [f"{asked}\n{answer}{tokenizer.eos_token}\n" for asked, answer in shots]
-        before = f"{system}\n\n" if system else ""
-        return begin(tokenizer, before + "".join(turns) + message + "\n")
+        first = f"{system}\n\n" if system else ""
+        return begin(tokenizer, first + "".join(turns) + message + "\n")
     turns = [turn for asked, answer in shots for turn in (("user", asked), ("assistant", answer))]
     turns = [("system", system)] * bool(system) + turns
-    text = render(tokenizer, [*turns, ("user", message)], day)
+    text = render(tokenizer, [*turns, *before, ("user", message)], day)
     if system.strip() not in text:
         raise ValueError("the chat template leaves out the system's message")
     return encode(tokenizer, text)

@@ -11,5 +11,6 @@ To be read in this order; each module's docstring says what it is for.
     jail.py     what holds the guest: limits, another user, a list of system calls
     wire.py     how they speak: tagged JSON of plain values
     grader.py   apart from all this: math-verify in processes that may be killed
+    own.py      and a user's own verifier, which may hang
     cores.py    how many of all these may run at once
 """

@@ -11,6 +11,7 @@
     chats.py     rows that ask in a chat, made rows of a task
     sources.py   problems from files and hub data sets; train, validation and test kept apart
     loading.py   the task that a run's flags ask for, with its problems, prompts and examples
+    own.py       a task in a user's own file, --task FILE.py, which imports nothing of ours
     env.py       a task as one model meets it: prompts as ids, verdicts on rollouts
 
 Train, validation and test never overlap and never move when problems are added, reordered or

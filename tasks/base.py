@@ -28,11 +28,13 @@ class Task:
     generic_reflection: a reflection in the model's own name that knows nothing of the problem,
                for a control
     view:      the placeholders of `first`: {name: problem -> text}
+    messages:  problem -> a text, or messages {role, content}, in place of `first`
 
     The verdict, which never raises on any response:
     answer:    (response, problem) -> the answer in it, or None if it is not well-formed; asked of
                every response in training too, so it should take no time
-    verify:    (response, problem) -> is the answer right
+    verify:    (response, problem) -> is the answer right; or a reward from 0.0 to 1.0, which
+               alone is right
     warm_up:   a verdict whose processes are started, or fail, before a run; None: needs none
 
     The problems:
@@ -63,9 +65,10 @@ class Task:
     rewrite: str
     generic_reflection: str = "I made a mistake. Next time I will check every step before I answer."
     view: dict[str, Callable[[dict], str]]
+    messages: Callable[[dict], str | list[dict]] | None = None
 
     answer: Callable[[str, dict], str | None]
-    verify: Callable[[str, dict], bool]
+    verify: Callable[[str, dict], bool | float]
     warm_up: Callable[[], bool] | None = None
 
     parse: Callable[[dict], dict] | None = None
@@ -82,9 +85,11 @@ class Task:
     max_new_tokens: int = 512
     max_reflection_tokens: int = 256
 
-    def prompt(self, problem: dict) -> str:
-        """The first user message."""
-        return fill(self.first, problem, self.view)
+    file: str = ""  # what stands in the file of a task of the user's own
+
+    def prompt(self, problem: dict) -> str | list[dict]:
+        """The first user message, or all messages up to it."""
+        return self.messages(problem) if self.messages else fill(self.first, problem, self.view)
 
 
 def fill(template: str, problem: dict, view: dict[str, Callable[[dict], str]]) -> str:

@@ -4,6 +4,7 @@ An algorithm asks an `Env` for three things: the first prompts of some problems,
 an answer, and verdicts. What lies between text and ids is here, and nowhere in an algorithm.
 """
 
+import json
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ class Verdicts(NamedTuple):
     right: Tensor  # (B,) float32: 1 right, 0 wrong
     texts: list[str]  # (B,) what was said, without the stop token
     answers: list[str | None]  # (B,) the answer in it that was judged; None: not well-formed
+    rewards: Tensor  # (B,) float32: as `right`, or of an own task from 0 to 1
 
 
 class Env:
@@ -35,12 +37,13 @@ class Env:
 
     def prompts(self, problems: list[dict]) -> list[list[int]]:
         """First prompts as ids, with system message and examples, up to where the answer begins."""
-        texts = [self.task.prompt(problem) for problem in problems]
-        for text in texts:
-            if text not in self._prompts:
-                told = (text, self.task.shots, self.day, self.task.system)
-                self._prompts[text] = first_turn_ids(self.tokenizer, *told)
-        return [self._prompts[text] for text in texts]
+        asked = [self.task.prompt(problem) for problem in problems]
+        keys = [json.dumps(messages) for messages in asked]
+        for key, messages in zip(keys, asked, strict=True):
+            if key not in self._prompts:
+                told = (messages, self.task.shots, self.day, self.task.system)
+                self._prompts[key] = first_turn_ids(self.tokenizer, *told)
+        return [self._prompts[key] for key in keys]
 
     def first_attempts(self, sampler, problems, group_size: int, seeds, **limits) -> Rollout:
         """`group_size` attempts at each problem: sampled, or given by the data, without a cache.
@@ -86,9 +89,9 @@ class Env:
         texts = self.tokenizer.batch_decode(said) if said else []
         asked = [problems[index] for index in rollout.prompt_index.tolist()]
         workers = share_of_cores() if self.task.warm_up else 1
-        right = verify_batch(self.task.verify, texts, asked, workers)
+        rewards = torch.tensor(verify_batch(self.task.verify, texts, asked, workers)).float()
         answers = [self.task.answer(*pair) for pair in zip(texts, asked, strict=True)]
-        return Verdicts(torch.tensor(right, dtype=torch.float32), texts, answers)
+        return Verdicts((rewards == 1).float(), texts, answers, rewards)
 
     def tokens_after(self, config) -> int:
         """How many tokens may come after a first prompt, at most.

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from answers.programs import PACKAGES
 from sandbox import run as sandbox
-from tasks import TASKS
+from tasks import TASKS, own
 from tasks.base import PLACEHOLDER, PROMPTS, Task
 from tasks.files import parse_json, read_rows, read_text
 from tasks.sources import content_hash, load_splits, naming, parse_row
@@ -23,6 +23,8 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
         task.warm_up and task.warm_up()
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"--task {task.name}: {error}") from None
+    if own.is_own(task.name):
+        own.tried(task, {split: splits[split] for split in wanted})
     examples = few_shot_examples(task, splits, config)
     keys = {task.key(problem) for problem, _ in examples}
     for split, problems in splits.items():
@@ -39,9 +41,13 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
 
 def task_of(config) -> Task:
     """By --task and --prompts alone."""
-    if config.task not in TASKS:
-        raise ValueError(f"unknown task '{config.task}': choose one of {', '.join(TASKS)}")
-    task = TASKS[config.task]
+    if own.is_own(config.task):
+        task = own.own_task(config.task, config.embedded, config.verify_seconds)
+    elif config.task in TASKS:
+        task = TASKS[config.task]
+    else:
+        known = ", ".join(TASKS)
+        raise ValueError(f"unknown task '{config.task}': choose one of {known}, or give a FILE.py")
     return replace(task, **read_prompts(config.prompts, task.view)) if config.prompts else task
 
 

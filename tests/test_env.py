@@ -68,7 +68,7 @@ def test_verdicts_know_which_problem_a_row_belongs_to_after_any_choice_of_rows(e
     second = sampler.extend(
         first, env.follow_up(first, "correct", some), 2, rows=some, max_new_tokens=4
     )
-    right, texts, answers = env.verdicts(second, 1, problems)
+    right, texts, answers, rewards = env.verdicts(second, 1, problems)
     assert asked == [problems[i] for i in (2, 2, 0, 0, 1, 1)]
-    assert torch.equal(right, torch.tensor([1.0, 1, 0, 0, 0, 0]))
+    assert torch.equal(right, torch.tensor([1.0, 1, 0, 0, 0, 0])) and torch.equal(right, rewards)
     assert answers == [text[:3] for text in texts] and len(texts) == 6

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 import pytest
 
 import memory
-from tasks import TASKS
+from tasks import TASKS, own
 from training.flags import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def test_every_path_of_the_file_tree_exists_and_every_file_at_the_root_is_in_it(
 
 
 def test_the_lines_of_the_roll_out_are_those_of_score():
-    [lines] = blocks(README, "python")
+    lines = next(block for block in blocks(README, "python") if "def verify" not in block)
     score = (ROOT / "score.py").read_text().splitlines()
     assert not [line for line in lines.splitlines() if line not in score]
 
@@ -268,7 +268,17 @@ def test_every_test_that_is_said_to_catch_a_break_exists():
     assert len(named) > 50 and not [name for name in named if f"def {name}" not in tests]
 
 
-# The algorithms that a reader adds
+# The task and the algorithms that a reader adds
+
+
+def test_the_readers_own_task_is_one(tmp_path):
+    (code,) = (block for block in blocks(README, "python") if "def verify" in block)
+    path = tmp_path / "mine.py"
+    path.write_text("WORDS = dict.fromkeys(['train', 'validation', 'test'], ['ab'])\n" + code)
+    task = own.own_task(str(path), False, 10.0)
+    (problem,) = task.generate("test", 0)
+    assert task.prompt(problem) == "Write 'ab' backwards."
+    assert (task.verify("It is ba.", problem), task.verify("ab", problem)) == (1.0, 0.0)
 
 
 def apply(diff: str, text: str) -> str:
@@ -280,8 +290,9 @@ def apply(diff: str, text: str) -> str:
 
 
 def changed_copy(script: str, path: Path):
-    """`script` with the README's changes to it, imported: those between its name and the next."""
-    sections = re.split(r"^A copy of `(\w+\.py)`", README, flags=re.MULTILINE)
+    """`script` with the changes to it that README and choices.md have, imported: those between its name and the next."""
+    told = README + DOCS["choices.md"]
+    sections = re.split(r"^A copy of `(\w+\.py)`", told, flags=re.MULTILINE)
     changes = blocks(dict(zip(sections[1::2], sections[2::2], strict=True))[script], "diff")
     assert 1 <= sum(line[0] in "+-" for change in changes for line in change.splitlines()) <= 15
     text = (ROOT / script).read_text()

@@ -66,16 +66,17 @@ or, with the scripts that made it, `python evaluate.py --model . --task {task}`.
 
 def write_card(config, path: Path, table: str = NO_TABLE) -> None:
     """Into the directory of a model, or of adapters, that a training script with `config` made."""
-    module, base = sys.modules[type(config).__module__], whereabouts(config.model)
+    module, base = sys.modules.get(type(config).__module__), whereabouts(config.model)
     adapters, task = lora.is_adapter(path), task_of(config)
-    script, imports = Path(module.__file__).name, "from peft import PeftModel\n" if adapters else ""
+    script = Path(getattr(module, "__file__", f"{type(config).__module__}.py")).name
+    imports = "from peft import PeftModel\n" if adapters else ""
     said = {name: getattr(task, name) for name in ("correct", "reflect", "retry")}
     text = CARD.format(
         library="peft" if adapters else "transformers",
         base_line="" if path_of(config.model).exists() else f"base_model: {base}\n",
         name=Path(base).name,
         script=script,
-        about=module.__doc__.partition("\n")[0],
+        about=(getattr(module, "__doc__", "") or "").partition("\n")[0],
         base=base,
         task=config.task,
         table=table,

@@ -16,6 +16,7 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import get_args
 
+from sandbox.own import OwnError
 from training.distributed import HEARD, Stopped
 from training.fitting import fitted
 
@@ -69,6 +70,8 @@ def run_script(main, config_class) -> None:
         main(parse_args(config_class))
     except Stopped as stopped:
         _exit(stopped.code, f"{stopped}: what was saved is as it was")
+    except OwnError as error:
+        _exit(1, f"error: --task {error}: mend the file; what was saved is as it was")
 
 
 def _stop(number, _):

@@ -17,6 +17,7 @@ import torch
 
 from tasks import TASKS
 from tasks.base import Task
+from tasks.own import is_own, limits_of
 from training import lora
 from training.distributed import exchange
 from training.models import ROOT, path_of
@@ -46,6 +47,7 @@ def papers(value, code=None) -> Other:
 
 
 def tasks_own(name: str) -> Other:
+    """An own task's are in its file (`limits_of`), or as of any."""
     return Other(lambda task: getattr(TASKS.get(task, Task), name), TASKS_OWN, TASKS_OWN)
 
 
@@ -63,6 +65,8 @@ def fitted(config_class, asked: dict):
     others = {f.name: f.metadata["other"] for f in fields(config) if "other" in f.metadata}
     embedded = not others or speaks_as_embedded(config.model, config.base)
     fits = {} if embedded else {name: other.of(config.task) for name, other in others.items()}
+    if is_own(getattr(config, "task", "")):
+        fits |= {k: v for k, v in limits_of(config.task).items() if k in others}
     preset = papers_preset(config) if getattr(config, "preset", None) else {}
     config = config_class(**(fits | preset | asked))
     chosen = {name: others[name].whose for name in fits if name not in preset | asked}
@@ -71,6 +75,7 @@ def fitted(config_class, asked: dict):
         chosen["lr"] = "for adapters"
     if chosen:
         config.chosen = chosen
+    config.embedded = embedded
     return config
 
 

@@ -37,7 +37,10 @@ class TaskConfig:
         free=True,
     )
     task: str = flag(
-        "tiny", "tiny, countdown, math, gsm8k, mbpp, mbpp_r, humaneval or function_call", group=DATA
+        "tiny",
+        "tiny, countdown, math, gsm8k, mbpp, mbpp_r, humaneval, function_call, or a file of your "
+        "own, FILE.py, as recipes/my_task.py",
+        group=DATA,
     )
     data: str | None = flag(
         None,
@@ -64,6 +67,9 @@ class TaskConfig:
         None,
         "take the examples from this file instead; a `response` in it is shown as it is",
         group=DATA,
+    )
+    verify_seconds: float = flag(
+        10.0, "own tasks: seconds of a verdict, then it is counted as wrong", group=DATA, above=0
     )
     code_timeout: float = flag(
         5.0,
@@ -100,6 +106,7 @@ class TaskConfig:
     )
 
     chosen = {}  # {flag: whose value it has}, of those that were chosen to fit the model
+    embedded = False  # whether --model speaks as models/tiny does
 
 
 @dataclass

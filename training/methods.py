@@ -125,7 +125,7 @@ def next_attempts(cast, env, before, rows, protocol, free=False):
 def attempts_of(env, rollout, problems: list[dict]) -> list[dict]:
     """What is to be known of each row's answer in the last turn."""
     turn = rollout.stopped.shape[1] - 1
-    right, texts, answers = env.verdicts(rollout, turn, problems)
+    right, texts, answers, _ = env.verdicts(rollout, turn, problems)
     ids, stopped = rollout.completion_ids(turn), rollout.stopped[:, turn].tolist()
     names = ("text", "right", "ids", "stopped", "answer")
     columns = (texts, right.tolist(), ids, stopped, answers)

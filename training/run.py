@@ -198,6 +198,7 @@ def contents_of(env, model, splits: dict[str, list], failures: list | None = Non
     }
     data |= {} if failures is None else {"failures": failures}
     data["what is said between turns"] = [env.seam(name) for name in FOLLOW_UPS]
+    data |= {"the task's file": env.task.file} if env.task.file else {}
     named = {name: digest(x) for name, x in data.items()}
     return {"the model's weights": fingerprint(model), "the tokenizer": digest(words)} | named
 

@@ -3,89 +3,90 @@
     python talk.py --model runs/score/checkpoint "8 19 16 make 24"
     python talk.py                            # asks for questions, until Ctrl-D
 
---method says what comes between two attempts. A task that can judge an answer to a question of
-yours (tiny, countdown) puts a verdict behind it; nobody knows of others whether they are right, and
-methods that go on after wrong answers then go on after any.
+--method says what comes between two attempts. Where the task can judge an answer to a question of
+yours (tiny, countdown), a verdict stands behind it; of others nobody knows whether they are right,
+and methods that go on after wrong answers then go on after any.
 """
 
 import shutil
-import textwrap
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, zip_longest
+from pathlib import Path
+from textwrap import wrap
 
 from sampler import Sampler
 from sampling.turns import encode
-from tasks.base import PLACEHOLDER
+from tasks.base import PLACEHOLDER, Task
 from tasks.env import Env
 from tasks.loading import load_task, task_of
+from tasks.own import WORDS
+from training import distributed
+from training.command import DATA
+from training.distributed import Stopped
 from training.fitting import tasks_own
 from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
-from training.methods import AFTER_ANY, METHODS, Protocol, next_attempts
+from training.methods import AFTER_ANY, BETWEEN
 from training.models import check_flags, compute_dtype, load_model
 from training.progress import said_if_slow
-from training.setup import require_end
+from training.run import read_config
+from training.setup import require_end, with_room
 
-TALKS = [name for name in METHODS if name not in ("generic_reflection", "fresh_attempt")]
 MARGIN = 9  # columns in which it stands who speaks
+VERDICTS = {True: "right", False: "wrong", None: ""}
 
 
 @dataclass
 class Config(TaskConfig):
-    question: str | None = flag(
-        None, "what to ask; default: asks you, again and again", positional=True
+    question: str | None = flag(None, "what to ask; default: asks you", positional=True)
+    task: str | None = flag(
+        None,
+        "as in score.py; default: that of the run whose checkpoint --model is, else the embedded "
+        "model's, else none: the question is asked as it is",
+        group=DATA,
     )
     beside: str | None = flag(None, "another model, to be asked the same, in a column of its own")
-    method: str = flag("self_correct", "what comes between attempts", choices=tuple(TALKS))
+    method: str = flag("self_correct", "what comes between attempts", choices=tuple(BETWEEN))
     attempts: int = flag(2, "attempts a conversation, the first included")
     temperature: float = flag(0.0, "0 is greedy")
     max_new_tokens: int = flag(16, "token limit of an attempt", other=tasks_own("max_new_tokens"))
     max_reflection_tokens: int = flag(
-        72,
-        "token limit of a reflection or critique",
-        other=tasks_own("max_reflection_tokens"),
+        72, "token limit of a reflection or critique", other=tasks_own("max_reflection_tokens")
     )
     seed: int = flag(0, "seed of the sampling")
 
     own_flags = "talk"  # their heading in --help
 
 
-def load(name: str, config) -> tuple[Sampler, Env]:
+def task_for(config) -> Task:
+    """The one that --model was trained on, unless another is asked for."""
+    if config.task is None:
+        run = read_config(Path(config.model).parent / "config.json")
+        config.task, config.prompts = run.get("task"), config.prompts or run.get("prompts")
+        config.task = config.task or ("tiny" if config.embedded else None)
+    if config.task:
+        shown = config.shots or config.shots_file  # examples need problems
+        return load_task(config, ["train"])[0] if shown else task_of(config)
+    words = WORDS | {"critique": WORDS["reflect"], "rewrite": WORDS["correct"]}
+    unused = dict.fromkeys(("answer", "verify", "key", "solution"))
+    return Task(name="any", first="{question}", view={}, **words, **unused)
+
+
+def load(name: str, task: Task, config) -> tuple[Sampler, Env]:
     with said_if_slow(f"loading {name} ..."):
         model, tokenizer = load_model(name, dtype=compute_dtype(config), base=config.base)
         sampler = Sampler(model, tokenizer, block=1)  # every token is shown
-    told = config.data or config.shots or config.shots_file  # examples need problems
-    env = Env(load_task(config, ["train"])[0] if told else task_of(config), tokenizer)
+    env = Env(task, tokenizer)
     require_end(env, sampler)
     return sampler, env
 
 
-def converse(sampler, env: Env, question: str, config, seed: int, say) -> None:
-    """One conversation, told by say(kind, text): user; model, pieces of what it says; and verdict,
-    right, wrong or nothing, when it has said it. ValueError for a question it can't be asked.
-    """
-    check_words(env.tokenizer, question)
-    task, problem, judges = asked(env.task, question)
-    env = Env(task, env.tokenizer, env.day)
-    protocol = Protocol(**{n: getattr(config, n) for n in Protocol._fields if n != "samples"})
-    with overheard(sampler, env, say) as told:
-        told("user", question)
-        rollout = env.first_attempts(sampler, [problem], 1, [seed], **protocol.limits)
-        for left in reversed(range(config.attempts)):
-            turn = rollout.stopped.shape[1] - 1
-            right = bool(env.verdicts(rollout, turn, [problem]).right) if judges else None
-            told("verdict", {True: "right", False: "wrong", None: ""}[right])
-            if not left or (right and config.method not in AFTER_ANY):
-                return
-            rollout, _ = next_attempts((sampler,) * 3, env, rollout, [0], protocol, free=True)
-
-
-def asked(task, question: str):
+def asked(task: Task, question: str) -> tuple[Task, dict, bool]:
     """(the task with this question, the problem, whether it can judge an answer)"""
     problem = task.ask(question) if task.ask else None
     if problem:
         return task, problem, True
-    names = PLACEHOLDER.findall(task.first)
+    names = {*PLACEHOLDER.findall(task.first)}
     first = task.first if len(names) == 1 else "{question}"  # of several it can't fill all
     view = {name: lambda problem: problem["question"] for name in (*names, "question")}
     own = {"first": first, "view": view, "messages": None, "given": None}
@@ -94,110 +95,131 @@ def asked(task, question: str):
 
 def check_words(tokenizer, question: str) -> None:
     """ValueError if the model has no token for a word, as the embedded one for most."""
-    none = {tokenizer.unk_token_id, tokenizer.pad_token_id}
+    none, pad = {tokenizer.unk_token_id, tokenizer.pad_token_id}, tokenizer.pad_token or "\0"
     for word in question.split():
-        if none & {*encode(tokenizer, word)}:
+        if none & {*encode(tokenizer, word)} and pad not in word:
             raise ValueError(f"the model has no word for {word!r}")
 
 
-@contextmanager
-def overheard(sampler, env, say):
-    """Around a conversation: what is said to the model and by it, as it is sampled."""
-    ids, shown = [], ""
+def converse(sampler, env: Env, question: str, config, seed: int, say) -> None:
+    """One conversation, told by say(kind, text): user; model, pieces of what it says; and verdict,
+    right, wrong or nothing, when it has said it. ValueError for a question it can't be asked.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty")
+    check_words(env.tokenizer, question)
+    task, problem, judges = asked(env.task, question)
+    env, method, last = Env(task, env.tokenizer, env.day), config.method, config.attempts - 1
+    with_room(env, sampler, [problem], None, config)
+    say("user", task.prompt(problem))
+    sampler.on_tokens, how = teller(sampler, say), limits(config)
+    rollout = env.first_attempts(sampler, [problem], 1, [seed], **how)
+    for attempt in range(config.attempts):
+        turn = rollout.stopped.shape[1] - 1
+        right = bool(env.verdicts(rollout, turn, [problem]).right) if judges else None
+        say("verdict", VERDICTS[right] + cut_off(rollout))
+        if attempt == last or (right and method not in AFTER_ANY):
+            return
+        for message in BETWEEN[method]:
+            said = message in ("reflect", "critique")  # which nobody judges
+            say("user", getattr(task, message))
+            sampler.on_tokens, how = teller(sampler, say), limits(config, said)
+            rollout = sampler.extend(rollout, env.follow_up(rollout, message), free=True, **how)
+            if said:
+                say("verdict", cut_off(rollout))
 
-    def told(kind: str, text: str) -> None:
-        nonlocal shown
-        if kind == "user" and ids:  # what it has said is a reflection, which nobody judges
-            say("verdict", "")
-        ids.clear()
-        shown = ""
-        say(kind, text)
+
+def limits(config, said: bool = False) -> dict:
+    most = config.max_reflection_tokens if said else config.max_new_tokens
+    return {"max_new_tokens": most, "temperature": config.temperature}
+
+
+def cut_off(rollout) -> str:
+    return "" if rollout.stopped[0, -1] else " (cut off)"
+
+
+def teller(sampler, say):
+    """A hook of the sampler's for one turn, which says what is new in its text."""
+    ids, shown = [], 0
 
     def hear(_, new: list[list[int]]) -> None:
         nonlocal shown
         ids.extend(i for i in new[0] if not sampler.is_stop[i])
-        text = sampler.tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # half a letter
-            say("model", text[len(shown) :])
-            shown = text
+        text = sampler.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        text = text.rstrip("\ufffd")  # half a letter
+        say("model", text[shown:])
+        shown = max(shown, len(text))
 
-    def follow_up(rollout, message, rows=None):
-        told("user", getattr(env.task, message))
-        return Env.follow_up(env, rollout, message, rows)
-
-    env.follow_up, sampler.on_tokens = follow_up, hear
-    try:
-        yield told
-    finally:
-        sampler.on_tokens = None
+    return hear
 
 
 def aloud(kind: str, text: str) -> None:
     """Prints a conversation as it goes."""
     text = text.replace("\n", "\n" + " " * MARGIN)
     if kind == "user":
-        print(f"{kind:<{MARGIN}}{text}\n{'model':<{MARGIN}}", end="", flush=True)
-    elif kind == "model":
-        print(text, end="", flush=True)
-    else:
-        print(f"  {text}" if text else "")
+        text = f"{kind:<{MARGIN}}{text}\n{'model':<{MARGIN}}"
+    elif kind == "verdict":
+        text = f"  {text.strip()}".rstrip() + "\n"
+    print(text, end="", flush=True)
 
 
-def heard(*conversation) -> list[list[str]]:
-    """A whole conversation, of `converse` but for its last argument: [who, what]."""
+def heard(*conversation) -> list[str]:
+    """What is said in one, in turn, by the arguments of `converse` but the last."""
     lines = []
 
     def note(kind: str, text: str) -> None:
         if kind == "user":
-            lines.extend([[kind, text], ["model", ""]])
+            lines.extend([text, ""])
         else:
-            lines[-1][1] += f"  {text}".rstrip() if kind == "verdict" else text
+            lines[-1] += f"  {text.strip()}".rstrip() if kind == "verdict" else text
 
     converse(*conversation, note)
     return lines
 
 
-def side_by_side(names: list[str], talks: list[list]) -> str:
+def side_by_side(names: list[str], talks: list[list[str]]) -> str:
     """Conversations as columns under their models' names."""
     width = (shutil.get_terminal_size((100, 24)).columns - MARGIN) // len(names) - 2
-    rows = [("", names)]
-    for turns in zip_longest(*talks, fillvalue=("", "")):  # one may have ended before
-        rows.append((max(who for who, _ in turns), [text for _, text in turns]))
-    lines = []
-    for who, texts in rows:
-        parts = [[w for line in t.split("\n") for w in textwrap.wrap(line, width)] for t in texts]
-        for i, cells in enumerate(zip_longest(*parts, fillvalue="")):
-            label = "" if i else who
-            line = f"{label:<{MARGIN}}" + "".join(f"{cell:<{width + 2}}" for cell in cells)
-            lines.append(line.rstrip())
+    width, lines = max(8, width), []
+    rows = zip_longest(*([name, *talk] for name, talk in zip(names, talks)), fillvalue="")
+    for number, texts in enumerate(rows):  # one talk may have ended before the other
+        who = ("model" if number else "") if number % 2 == 0 else "user"
+        cells = [[w for line in t.split("\n") for w in wrap(line, width) or [""]] for t in texts]
+        for row in zip_longest(*cells, fillvalue=""):
+            line = "  ".join(f"{cell:<{width}}" for cell in row)
+            lines.append(f"{who:<{MARGIN}}{line}".rstrip())
+            who = ""
     return "\n".join(lines)
 
 
-def answer(models: dict, *asked) -> None:
+def answer(names: list[str], models: list, *question) -> None:
     if len(models) == 1:
-        (model,) = models.values()
-        converse(*model, *asked, aloud)
+        converse(*models[0], *question, aloud)
     else:
-        print(side_by_side([*models], [heard(*model, *asked) for model in models.values()]))
+        with said_if_slow("both answer ..."):
+            talks = [heard(*model, *question) for model in models]
+        print(side_by_side(names, talks))
 
 
 def main(config: Config) -> None:
     with exit_on_bad_input():
+        distributed.start(config)
         check_flags(config)
-        names = [config.model, config.beside] if config.beside else [config.model]
-        if len(names) > len({*names}):
-            raise ValueError(f"--beside {config.beside}: this is --model")
-        models = {name: load(name, config) for name in names}
+        task, names = task_for(config), [config.model] + [config.beside] * bool(config.beside)
+        models = [load(name, task, config) for name in names]
         if config.question is not None:
-            return answer(models, config.question, config, config.seed)
+            return answer(names, models, config.question, config, config.seed)
+    with suppress(ImportError):
+        import readline  # noqa: F401, input() has it then
     for seed in count(config.seed):
         try:
-            question = input("> ").strip()
+            question = input("> ")
         except EOFError:
             return print()
         try:
-            if question:
-                answer(models, question, config, seed)
+            answer(names, models, question, config, seed)
+        except Stopped:  # Ctrl-C ends an answer; at the prompt, the talk
+            print()
         except ValueError as error:  # ask something else
             print(f"error: {error}")
 

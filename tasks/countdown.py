@@ -23,7 +23,7 @@ def parse_countdown(row: dict) -> dict:
 
 def ask_countdown(question: str) -> dict | None:
     """`8 19 16 make 24`."""
-    match = re.fullmatch(r"((?:\d+ )+)make (\d+)", question)
+    match = re.fullmatch(r"((?:\d+ )+)make (\d+)", " ".join(question.split()))
     return match and {"nums": [int(n) for n in match[1].split()], "target": int(match[2])}
 
 

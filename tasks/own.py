@@ -33,8 +33,8 @@ ROLES = ("system", "user", "assistant")
 TRIED = 4  # problems of each split whose verdicts on an empty response are looked at beforehand
 
 
-def is_own(name: str) -> bool:
-    return name.endswith(".py")
+def is_own(task: str | None) -> bool:
+    return (task or "").endswith(".py")
 
 
 @cache

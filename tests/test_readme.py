@@ -290,7 +290,7 @@ def apply(diff: str, text: str) -> str:
 
 
 def changed_copy(script: str, path: Path):
-    """`script` with the changes to it that README and choices.md have, imported: those between its name and the next."""
+    """`script`, imported, with the docs' changes to it: those from its name on to the next."""
     told = README + DOCS["choices.md"]
     sections = re.split(r"^A copy of `(\w+\.py)`", told, flags=re.MULTILINE)
     changes = blocks(dict(zip(sections[1::2], sections[2::2], strict=True))[script], "diff")

@@ -116,8 +116,11 @@ def _given(config_class, args: list[str]) -> dict:
                 _add(group, f)
     given, unknown = parser.parse_known_args([_underscored(arg) for arg in args])
     if unknown:
-        fail(_unknown(unknown[0], known))
-    return vars(given)
+        fail(
+            _unknown(unknown[0], [n for n, f in known.items() if not f.metadata.get("positional")])
+        )
+    there = {name: value for name, value in vars(given).items() if value != []}
+    return {k: " ".join(v) if isinstance(v, list) else v for k, v in there.items()}
 
 
 def _add(group, f) -> None:
@@ -127,7 +130,7 @@ def _add(group, f) -> None:
     text = f.metadata["help"] + (f" ({'; '.join(values)})" if values else "")
     text = text.replace("%", "%%")
     if f.metadata.get("positional"):
-        group.add_argument(f.name, nargs="?", help=text)
+        group.add_argument(f.name, nargs="*", help=text)
         return
     if type_of(f) is not bool:
         choices = f.metadata.get("choices")
@@ -153,7 +156,8 @@ def _truth(text: str) -> bool:
 def _underscored(arg: str) -> str:
     """--max-new-tokens, as some write it, is --max_new_tokens."""
     name, equals, value = arg.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else arg
+    is_flag = name.startswith("--") and " " not in name
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if is_flag else arg
 
 
 def _unknown(arg: str, known) -> str:

@@ -65,7 +65,7 @@ def fitted(config_class, asked: dict):
     others = {f.name: f.metadata["other"] for f in fields(config) if "other" in f.metadata}
     embedded = not others or speaks_as_embedded(config.model, config.base)
     fits = {} if embedded else {name: other.of(config.task) for name, other in others.items()}
-    if is_own(getattr(config, "task", "")):
+    if is_own(getattr(config, "task", None)):
         fits |= {k: v for k, v in limits_of(config.task).items() if k in others}
     preset = papers_preset(config) if getattr(config, "preset", None) else {}
     config = config_class(**(fits | preset | asked))

@@ -20,6 +20,12 @@ METHODS = {
     "of the problem",
     "fresh_attempt": "after a wrong answer, a new first attempt from an empty context",
 }
+BETWEEN = {  # what is said between two attempts; with two, the model has a say after the first
+    "self_correct": ("correct",),
+    "self_refine": ("critique", "rewrite"),
+    "reflect_retry": ("reflect", "retry"),
+    "blind_retry": ("retry",),
+}
 AFTER_ANY = ("self_correct", "self_refine")  # the others go on after a wrong answer only
 
 
@@ -97,9 +103,8 @@ def next_attempts(cast, env, before, rows, protocol, free=False):
         seeds = rollout.seeds[rows]  # for a sampler that has to encode what another one said
         return sampler.extend(rollout, more, rows=rows, seeds=seeds, **(limits | changed))
 
-    if method in ("self_correct", "blind_retry"):
-        message = "correct" if method == "self_correct" else "retry"
-        return answer(retrier, before, message, rows, free=free), None
+    if len(BETWEEN.get(method, ())) == 1:
+        return answer(retrier, before, *BETWEEN[method], rows, free=free), None
     if free and method in ("fresh_attempt", "generic_reflection"):
         before.cache = None  # they don't go on from it
     if method == "fresh_attempt":
@@ -115,7 +120,7 @@ def next_attempts(cast, env, before, rows, protocol, free=False):
         # row's draws are those of its own seed, not of a child's
         afresh = replace(before, cache=None)
         return answer(retrier, afresh, "reflect", rows, words), None
-    ask, then = ("critique", "rewrite") if method == "self_refine" else ("reflect", "retry")
+    ask, then = BETWEEN[method]
     longest = {"max_new_tokens": protocol.max_reflection_tokens}
     said = answer(reflector, before, ask, rows, free=free, **longest)
     retried = answer(retrier, said, then, list(range(len(rows))), free=True)

@@ -57,8 +57,8 @@ WEIGHTS = ("*.safetensors", "*.bin")
 def check_flags(config) -> None:
     """ValueError for flags that make no sense together, or with this number of processes."""
     hsdp = getattr(config, "hsdp", 1)  # evaluate.py trains nothing, and lacks most of these
-    adapters, names = getattr(config, "lora_rank", None), [config.model]
-    names += [config.reflector] if getattr(config, "reflector", None) else []
+    adapters, others = getattr(config, "lora_rank", None), ("reflector", "beside")
+    names = [config.model, *filter(None, (getattr(config, name, None) for name in others))]
     if hsdp > 1 and not distributed.launched():
         raise ValueError(f"--hsdp {hsdp}: needs torchrun, and so many ranks or a multiple of them")
     if distributed.world() % hsdp:

@@ -242,10 +242,12 @@ def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
     figures = {"stage": stage, "beta2": beta2}
     figures |= deviations(raw_advantages(r1, r2, stage, config, offline), config)
     if r2 is not None:
-        figures["acc_t2"] = float(gather(v2.right).mean())
+        figures["acc_t2"] = float(
+            (r2 == 1).float().mean()
+        )  # of a part of a reward nothing is right
     if not offline:  # another model's first attempts are no measure of this one
-        figures["acc_t1"] = float(gather(v1.right).mean())
-        figures["reward"] = float(r1.mean() + (0 if r2 is None else r2.mean()))
+        figures["acc_t1"] = float((r1 == 1).float().mean())
+        figures["reward"] = float(r1.mean()) + (0.0 if r2 is None else float(r2.mean()))
     elif config.offline_ratio == 1:
         figures["reward"] = float(r2.mean())
     per_token = (spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coef))

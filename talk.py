@@ -83,7 +83,7 @@ def load(name: str, task: Task, config) -> tuple[Sampler, Env]:
 
 def asked(task: Task, question: str) -> tuple[Task, dict, bool]:
     """(the task with this question, the problem, whether it can judge an answer)"""
-    problem = task.ask(question) if task.ask else None
+    problem = task.ask(question) if task.ask else None  # an own task takes one as JSON
     if problem:
         return task, problem, True
     names = {*PLACEHOLDER.findall(task.first)}
@@ -111,7 +111,8 @@ def converse(sampler, env: Env, question: str, config, seed: int, say) -> None:
     task, problem, judges = asked(env.task, question)
     env, method, last = Env(task, env.tokenizer, env.day), config.method, config.attempts - 1
     with_room(env, sampler, [problem], None, config)
-    say("user", task.prompt(problem))
+    prompt = task.prompt(problem)
+    say("user", prompt if isinstance(prompt, str) else prompt[-1]["content"])
     sampler.on_tokens, how = teller(sampler, say), limits(config)
     rollout = env.first_attempts(sampler, [problem], 1, [seed], **how)
     for attempt in range(config.attempts):

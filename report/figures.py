@@ -14,6 +14,7 @@ wrong), what was `said` between them, and its `values`, of which a figure is the
     retry_given_failure  acc_t2 of those wrong at t1
     well_formed_retry    well_formed, of those retries
     reflection_tokens    of a reflection, without its stop token
+    reward_t1, reward_t2 of tasks in a file of one's own: what their verify gives, parts and all
 """
 
 from collections import Counter
@@ -21,6 +22,7 @@ from collections import Counter
 import numpy as np
 
 COLUMNS = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "changed", "edit_ratio", "well_formed")
+REWARDS = ("reward_t1", "reward_t2")
 AFTER_FAILURE = ("retry_given_failure", "well_formed_retry", "reflection_tokens")
 
 
@@ -45,6 +47,8 @@ def values_of(attempts: list[dict], said: list[list[int]], total: int) -> dict:
         "tokens": sum(len(y["ids"]) + y["stopped"] for y in attempts) + sum(map(len, said)),
         "well_formed_retry": float(b["answer"] is not None),
     }
+    if "reward" in a:
+        values |= {"reward_t1": a["reward"], "reward_t2": b["reward"]}
     return values | ({"reflection_tokens": len(said[0])} if said else {})
 
 

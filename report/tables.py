@@ -2,11 +2,13 @@
 
 import json
 
-from report.figures import COLUMNS
+from report.figures import COLUMNS, REWARDS
 
 
 def format_table(results: dict, columns=COLUMNS) -> str:
     """{name: {greedy, sampled: figures}} as a Markdown table in per cent, ± standard error."""
+    found = {name for modes in results.values() for figures in modes.values() for name in figures}
+    columns = (*columns, *(name for name in REWARDS if name in found))
     lines = ["| % | | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, modes in results.items():
         for mode, figures in modes.items():

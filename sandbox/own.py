@@ -1,92 +1,123 @@
-"""A verifier of the user's own, in processes that may hang or end: the file run as a worker too.
+"""A verifier of the user's own, in processes that may hang or end: this file, run as a script.
 
-A worker imports the user's file and answers a line of JSON at a time. It is none of the caller's
-children by fork, which may hold a model and threads; it holds nothing back from the file either:
-the user trusts it. It may print: that goes to stderr.
+A worker is sent the text of the user's file, runs it, and then answers a line of JSON at a time. It
+is no fork of the caller's, which may hold a model and threads. The user trusts the file: nothing is
+held back from it. What it prints goes to stderr, and there is nothing for it to read.
 """
 
 import atexit
 import json
 import os
-import runpy
 import select
+import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from contextlib import suppress
 
-START = 120.0  # seconds to import the user's file
-SHOWN = 300  # characters of a response in an error
+START = 120.0  # seconds to run the user's file
+SLEEP = 10.0  # seconds on the clock beside those of processor time: for a verdict that waits
+LATE = (-signal.SIGPROF, -signal.SIGALRM)  # how the kernel ends what takes too long
+SHOWN = 300  # characters of a response, and of a problem, in an error
 
 
-class OwnError(Exception):
-    """A fault of the user's file: where, what, and with which response."""
+class OwnError(ValueError):
+    """A fault of the user's file: where, what, and with what it was called."""
 
 
-def verdict(path: str, response: str, problem: dict, seconds: float) -> float:
+def verdict(path: str, text: str, response: str, problem: dict, seconds: float) -> float:
     """What the file's verify(response, problem) returns, from 0 to 1; 0 if it takes too long.
 
-    seconds: on the clock. Raises OwnError if verify raises, ends its process or returns something
-    else. Any number of threads may call it.
+    text: the file's. seconds: of processor time; what sleeps has SLEEP more. Raises OwnError if
+    verify raises, ends its process or returns something else. Any number of threads may call it.
     """
-    worker = _take(path)
-    reply = _ask(worker, json.dumps([response, problem]), seconds)
-    if reply and "value" in reply:
+    worker = _take(path, text)
+    request = json.dumps([response, problem, seconds, seconds + SLEEP])
+    reply = _ask(worker, request, seconds + SLEEP + START)  # the worker ends itself before
+    if "value" in reply:
         with _lock:
-            _idle.setdefault(path, []).append(worker)
+            _idle.setdefault((path, text), []).append(worker)
         return reply["value"]
-    worker.kill()
-    code = worker.wait()
-    if reply is None:
-        _late(path, seconds)
+    code = _bury(worker)
+    if "fault" not in reply and code in LATE:
+        _tell(f"{path}: verify took over {seconds:g} seconds, here and maybe again: that is wrong")
         return 0.0
     fault = reply.get("fault", f"verify has ended its process (exit code {code})")
-    shown = response if len(response) <= SHOWN else response[:SHOWN] + " ..."
-    raise OwnError(f"{path}, {fault}, with the response {shown!r} to {json.dumps(problem)}")
+    given = f"with the response {shortened(repr(response))} to {shortened(json.dumps(problem))}"
+    raise OwnError(f"{path}, {fault}, {given}")
 
 
-def _late(path: str, seconds: float) -> None:
+def shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
+
+
+def _tell(text: str) -> None:
     global _told
     if not _told:  # once is enough
-        print(f"{path}: verify took over {seconds:g} seconds: counted as wrong", file=sys.stderr)
+        print(text, file=sys.stderr)
     _told = True
 
 
-def _take(path: str) -> subprocess.Popen:
-    """A worker that has nothing to do, or a new one; OwnError if the file can't be imported."""
+def _take(path: str, text: str) -> subprocess.Popen:
+    """A worker that has nothing to do, or a new one; OwnError if the file can't be run."""
     with _lock:
-        if _idle.get(path):
-            return _idle[path].pop()
-    command = [sys.executable, "-P", os.path.abspath(__file__), os.path.abspath(path)]
+        idle = _idle.get((path, text), [])
+        while idle:
+            worker = idle.pop()
+            if worker.poll() is None:
+                return worker
+    command = [sys.executable, "-P", os.path.abspath(__file__)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
     worker = subprocess.Popen(command, **pipes, start_new_session=True)  # no Ctrl-C
     with _lock:
-        _all.append(worker)
-    ready = _ask(worker, None, START)
-    if not ready or "fault" in ready:
-        worker.kill()
-        fault = (ready or {}).get("fault", "it can't be imported: its own words are on stderr")
-        raise OwnError(f"{path}, {fault}")
+        _all.add(worker)
+    ready = _ask(worker, json.dumps([os.path.abspath(path), text]), START)
+    if "ready" not in ready:
+        code = _bury(worker)
+        ended = f"it has ended (exit code {code}), or takes over {START:g} seconds to be run"
+        raise OwnError(f"{path}, {ready.get('fault', ended)}")
     return worker
 
 
-def _ask(worker, line: str | None, seconds: float) -> dict | None:
-    """Its next reply; None if it takes longer, {} if it has ended."""
-    ends, reply = time.monotonic() + seconds, b""
+def _bury(worker: subprocess.Popen) -> int:
+    """Ends a worker and what it has started; its exit code."""
+    worker.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        worker.wait(0.2)  # it may be about to end by itself
+    with suppress(OSError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.stdout.close()
+    with _lock:
+        _all.discard(worker)
+    return worker.wait()
+
+
+def _ask(worker: subprocess.Popen, line: str, seconds: float) -> dict:
+    """Its reply; {} if it has ended, or takes longer."""
+    reply, ready = b"", select.poll()
+    ready.register(worker.stdout, select.POLLIN)
     with suppress(BrokenPipeError):
-        if line is not None:
-            worker.stdin.write(line.encode() + b"\n")
+        worker.stdin.write(line.encode() + b"\n")
     while not reply.endswith(b"\n"):
-        left = max(0.0, ends - time.monotonic())
-        if not select.select([worker.stdout], [], [], left)[0]:
-            return None
-        part = os.read(worker.stdout.fileno(), 2**16)
+        part = os.read(worker.stdout.fileno(), 2**16) if ready.poll(1000 * seconds) else b""
         if not part:
             return {}
         reply += part
     return json.loads(reply)
+
+
+def run_file(path: str, text: str) -> dict:
+    """What a file defines; whatever it raises is raised. It sees no flags, and its neighbours."""
+    names, argv = {"__name__": "own_task", "__file__": path}, sys.argv
+    sys.argv, folder = [path], os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        exec(compile(text, path, "exec"), names)
+    finally:
+        sys.argv = argv
+    return names
 
 
 def fault_of(error: BaseException, path: str) -> str:
@@ -98,51 +129,58 @@ def fault_of(error: BaseException, path: str) -> str:
     return f"{where}{type(error).__name__}: {error}".rstrip(": ")
 
 
-def _end_with(caller: int) -> None:
-    """A verdict that hangs would outlive it. (PR_SET_PDEATHSIG goes by threads, which end.)"""
-    while os.getppid() == caller:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _serve(path: str) -> None:
-    """The worker: ends with the caller."""
-    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
+def _serve() -> None:
+    """The worker: until the caller is gone."""
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor for the programs that it starts
     os.dup2(2, 1)
 
     def reply(**what):
         replies.write(json.dumps(what) + "\n")
 
+    path, text = json.loads(requests.readline())
     try:
-        sys.path.insert(0, os.path.dirname(path))
-        verify = runpy.run_path(path)["verify"]
-    except Exception as error:
+        verify = run_file(path, text)["verify"]
+    except (Exception, SystemExit) as error:
         return reply(fault=fault_of(error, path))
     reply(ready=True)
-    for line in sys.stdin:
+    for line in requests:
+        response, problem, *limits = json.loads(line)
         try:
-            value = verify(*json.loads(line))
-            if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
-                raise ValueError(f"verify returned {value!r}, not True, False or 0.0 to 1.0")
-            reply(value=float(value))
-        except Exception as error:
+            reply(value=_value(verify, response, problem, *limits))
+        except (Exception, SystemExit) as error:
             reply(fault=fault_of(error, path))
+
+
+def _value(verify, response: str, problem: dict, processor: float, clock: float) -> float:
+    """The kernel ends this process if it takes longer, whatever holds it, caller or no caller."""
+    timers = {signal.ITIMER_PROF: processor, signal.ITIMER_REAL: clock}
+    for timer, seconds in timers.items():
+        signal.setitimer(timer, seconds)
+    try:
+        value = verify(response, problem)
+    finally:
+        for timer in timers:
+            signal.setitimer(timer, 0)
+    value = value.item() if hasattr(value, "item") else value  # numpy's, torch's
+    if not isinstance(value, bool | int | float) or not -1e-6 <= value <= 1 + 1e-6:
+        raise ValueError(f"verify returned {value!r}, not True, False or 0.0 to 1.0")
+    return min(1.0, max(0.0, float(value)))
 
 
 def _reset() -> None:
     """What a process starts with, a forked child too: it must not talk on its parent's pipes."""
     global _idle, _all, _lock, _told
-    _idle, _all, _lock, _told = {}, [], threading.Lock(), False
+    _idle, _all, _lock, _told = {}, set(), threading.Lock(), False
 
 
 def _stop() -> None:
-    for worker in _all:
-        worker.kill()
+    for worker in [*_all]:
+        _bury(worker)
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve()
 else:
     _reset()
     os.register_at_fork(after_in_child=_reset)

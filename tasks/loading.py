@@ -24,7 +24,7 @@ def load_task(config, wanted) -> tuple[Task, dict[str, list[dict]]]:
     except (ImportError, RuntimeError) as error:
         raise ValueError(f"--task {task.name}: {error}") from None
     if own.is_own(task.name):
-        own.tried(task, {split: splits[split] for split in wanted})
+        own.tried(task, {split: splits[split] for split in wanted}, config.data is None)
     examples = few_shot_examples(task, splits, config)
     keys = {task.key(problem) for problem, _ in examples}
     for split, problems in splits.items():
@@ -48,7 +48,12 @@ def task_of(config) -> Task:
     else:
         known = ", ".join(TASKS)
         raise ValueError(f"unknown task '{config.task}': choose one of {known}, or give a FILE.py")
-    return replace(task, **read_prompts(config.prompts, task.view)) if config.prompts else task
+    told = read_prompts(config.prompts, task.view) if config.prompts else {}
+    if task.file and "first" in told:
+        raise ValueError(
+            f"--prompts {config.prompts}: 'first' is what {task.name}'s prompt returns"
+        )
+    return replace(task, **told)
 
 
 def set_up_sandbox(config) -> None:
@@ -78,12 +83,16 @@ def few_shot_examples(task: Task, splits: dict[str, list[dict]], config) -> list
         count = len(rows) if count is None else count
     else:
         count = task.default_shots if count is None else count
-        train = splits.get("train", []) if config.data or not count else task.generate("train", 0)
+        if not count:
+            return []
+        train = splits.get("train", []) if config.data else task.generate("train", 0)
         some = sorted(train, key=lambda problem: content_hash(task.key(problem)))[:50]
         some.sort(key=lambda p: len(task.prompt(p) + (task.solution(p) or "")))
         rows = [(problem, None) for problem in splits.get("examples") or some]
     examples = [(problem, response or task.solution(problem)) for problem, response in rows]
     examples = [(problem, response) for problem, response in examples if response][:count]
+    if not all(isinstance(task.prompt(problem), str) for problem, _ in examples):
+        raise ValueError("--shots: prompts of this task are messages: put examples into them")
     if len(examples) < count:
         where = path or f"the train split of task '{task.name}'"
         raise ValueError(

@@ -1,6 +1,7 @@
 """A task of the user's own: a file with three functions, which imports nothing of ours.
 
-    problems(split) -> list of dicts          split: train, validation, test; or none, with --data
+    problems(split) -> list of dicts, the same whenever it is called, none in two splits
+                       split: train, validation or test; no such function where --data has rows
     prompt(problem) -> str, or a list of messages {role, content} that ends with the user's
     verify(response, problem) -> True or False, or a reward from 0.0 to 1.0, which is right at 1.0
 
@@ -8,16 +9,18 @@ And if wanted: correct, reflect, retry, what is said between attempts; max_new_t
 max_reflection_tokens; answer(response, problem) -> the text that was judged, or None;
 given(problem) -> the first attempt, instead of one of the model's. recipes/my_task.py is one.
 
-verify runs in processes of its own (sandbox/own.py): where it raises, the run ends with the
-response that did it; what takes more than --verify_seconds is wrong. All else runs in this one.
+verify runs in processes of its own, as many as there are cores, which share nothing
+(sandbox/own.py): where it raises, the run ends with the response that did it; what takes more than
+--verify_seconds is wrong. All else runs in this one. The file is read once: what is changed in it
+during a run counts in the next one.
 """
 
 import json
-import runpy
 from functools import cache, partial
 from pathlib import Path
 
 from sandbox import own
+from sandbox.own import OwnError
 from tasks.base import Task
 
 EMBEDDED = {"correct": "fix", "reflect": "reflect", "retry": "retry"}  # all words that it knows
@@ -28,8 +31,10 @@ WORDS = {
     "better. Do not answer again yet.",
     "retry": "Now give the whole answer again, and a better one.",
 }
+CRITIQUE = "Look at the answer above, and say what is right in it, and what not."
 LIMITS = ("max_new_tokens", "max_reflection_tokens")
 ROLES = ("system", "user", "assistant")
+SPLITS = ("train", "validation", "test")
 TRIED = 4  # problems of each split whose verdicts on an empty response are looked at beforehand
 
 
@@ -38,13 +43,17 @@ def is_own(task: str | None) -> bool:
 
 
 @cache
-def names_of(path: str) -> dict:
-    """What a file defines; ValueError if it can't be run or lacks a function."""
-    if not Path(path).is_file():
-        raise ValueError(f"--task {path}: no such file")
-    file = str(Path(path).absolute())
+def read(path: str) -> tuple[str, dict]:
+    """(a file's text, what it defines); ValueError if it can't be run or lacks a function."""
     try:
-        names = runpy.run_path(file)
+        text, file = Path(path).read_text(), str(Path(path).absolute())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--task {path} can't be read: {error}") from None
+    try:
+        names = own.run_file(file, text)
+    except SystemExit:
+        rule = "put that under if __name__ == '__main__':"
+        raise ValueError(f"--task {path} ends the process that imports it: {rule}") from None
     except Exception as error:
         raise ValueError(f"--task {path}, {own.fault_of(error, file)}") from None
     for name in ("prompt", "verify"):
@@ -56,61 +65,64 @@ def names_of(path: str) -> dict:
     for name in WORDS:
         if not isinstance(names.get(name, ""), str):
             raise ValueError(f"--task {path}: {name} must be a text")
-    return names
+    return text, names
 
 
 def limits_of(path: str) -> dict[str, int]:
     """Those of LIMITS that a file sets."""
-    names = names_of(path)
+    _, names = read(path)
     return {name: names[name] for name in LIMITS if name in names}
 
 
 def own_task(path: str, embedded: bool, seconds: float) -> Task:
-    """The task in a file. Its problems are tried as they are made: see `tried`."""
-    names = names_of(path)
-    call = partial(called, path)
+    """The task in a file, of which `tried` tries what it can. embedded: who is to be spoken to."""
+    (text, names), call = read(path), partial(called, path)
     words = {k: names.get(k, v) for k, v in (EMBEDDED if embedded else WORDS).items()}
-    answer = names.get("answer", lambda response, problem: response.strip() or None)
+    prompt = partial(prompt_of, path, names["prompt"])
     return Task(
         name=path,
         first="{prompt}",
-        messages=lambda problem: checked(path, call(names["prompt"], problem)),
+        messages=prompt,
         **words,
-        critique=words["reflect"],
+        critique=EMBEDDED["reflect"] if embedded else CRITIQUE,
         rewrite=words["correct"],
         view={},
-        answer=partial(call, answer),
-        verify=partial(verify_by, path, seconds),
+        answer=partial(answer_of, path, names.get("answer")),
+        verify=lambda response, problem: own.verdict(path, text, response, problem, seconds),
         warm_up=lambda: True,  # verdicts wait for processes, so several are asked at once
-        parse=lambda row: row,
+        parse=plain,
+        ask=problem_in,
         generate=partial(problems_of, path, names.get("problems")),
         source="a file",
-        key=lambda problem: json.dumps(problem, sort_keys=True),
+        key=lambda problem: json.dumps(prompt(problem)),
         given=partial(call, names["given"]) if "given" in names else None,
         solution=lambda problem: None,
-        file=Path(path).read_text(),
+        file=text,
         **limits_of(path),
     )
 
 
 def called(path: str, function, *arguments):
-    """Whatever it raises is a ValueError that names the line and what it was given."""
+    """Whatever it raises is an OwnError that names the line and what it was given."""
     try:
         return function(*arguments)
     except Exception as error:
         fault = own.fault_of(error, str(Path(path).absolute()))
-        given = ", ".join(json.dumps(x) for x in arguments)
-        raise ValueError(f"--task {path}, {fault}, with {given}") from None
+        given = ", ".join(own.shortened(json.dumps(x)) for x in arguments)
+        raise OwnError(f"{path}, {fault}, with {given}") from None
 
 
-def checked(path: str, prompt) -> str | list[dict]:
-    """A prompt that is one; else a ValueError."""
+def prompt_of(path: str, function, problem: dict) -> str | list[dict]:
+    """A prompt that is one."""
+    prompt = called(path, function, problem)
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     fine = isinstance(prompt, list) and prompt and all(is_message(m) for m in prompt)
-    if not fine or prompt[-1]["role"] != "user":
-        form = "a text, or a list of {role, content} that ends with the user's"
-        raise ValueError(f"--task {path}: prompt returned {prompt!r}, not {form}")
+    roles = [message["role"] for message in prompt] if fine else []
+    if not roles or roles[-1] != "user" or "system" in roles[1:]:
+        form = "a text, or a list of {role, content}, the system's first, the user's last"
+        given = own.shortened(json.dumps(problem))
+        raise OwnError(f"{path}: prompt returned {prompt!r}, not {form}, with {given}")
     return prompt
 
 
@@ -119,35 +131,64 @@ def is_message(message) -> bool:
     return texts and message.get("role") in ROLES
 
 
-def verify_by(path: str, seconds: float, response: str, problem: dict) -> float:
-    return own.verdict(path, response, problem, seconds)
+def answer_of(path: str, function, response: str, problem: dict) -> str | None:
+    """By default all that was said."""
+    if function is None:
+        return response.strip() or None
+    answer = called(path, function, response, problem)
+    if not isinstance(answer, str | None):
+        given = own.shortened(repr(response))
+        raise OwnError(f"{path}: answer returned {answer!r}, not a text or None, with {given}")
+    return answer
 
 
-def problems_of(path: str, problems, split: str, seed: int) -> list[dict]:
-    """Of a split, all of which have a prompt."""
-    if problems is None:
+def plain(problem) -> dict:
+    """As it comes back from a JSON file: tuples are lists there."""
+    try:
+        found = json.loads(json.dumps(problem))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"it can't be written as JSON ({error}): {problem!r}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it is no dict: {problem!r}")
+    return found
+
+
+def problem_in(question: str) -> dict | None:
+    """A person's question may be a problem, as JSON."""
+    try:
+        return plain(json.loads(question)) if question.lstrip().startswith("{") else None
+    except ValueError:
+        return None
+
+
+def problems_of(path: str, function, split: str, seed: int) -> list[dict]:
+    if function is None:
         raise ValueError(f"--task {path}: it has no function problems: give --data, or add it")
-    found = called(path, problems, split)
+    found, problems = called(path, function, split), []
     if not isinstance(found, list) or not found:
         raise ValueError(f"--task {path}: problems({split!r}) returned no list of problems")
     for number, problem in enumerate(found, 1):
         try:
-            same = isinstance(problem, dict) and json.loads(json.dumps(problem)) == problem
-        except (TypeError, ValueError):
-            same = False
-        if not same:
-            fault = f"problem {number} of {split} is no dict that can be written as JSON"
-            raise ValueError(f"--task {path}: {fault}: {problem!r}")
-    return found
+            problems.append(plain(problem))
+        except ValueError as error:
+            raise ValueError(f"--task {path}: problem {number} of {split}: {error}") from None
+    return problems
 
 
-def tried(task: Task, splits: dict[str, list[dict]]) -> None:
-    """Every problem's prompt, and some verdicts, before any long work; a fault is a ValueError."""
-    for problems in splits.values():
-        for problem in problems:
-            task.prompt(problem)
+def tried(task: Task, splits: dict[str, list[dict]], made_here: bool) -> None:
+    """Before any long work: every prompt, some verdicts, that no problem is in two splits.
+
+    made_here: by the file's `problems`; those of --data were compared as they were placed.
+    """
+    seen = {}
+    for split in SPLITS if made_here else splits:
+        problems = splits[split] if split in splits else task.generate(split, 0)
+        for number, problem in enumerate(problems, 1):
+            here = f"problem {number} of {split}"
+            other, where = seen.setdefault(task.key(problem), (split, here))
+            if other != split:
+                raise ValueError(f"--task {task.name}: {here} asks what {where} does")
         for problem in problems[:TRIED]:
-            try:
-                task.verify("", problem)
-            except own.OwnError as error:
-                raise ValueError(f"--task {error}") from None
+            task.answer("", problem)
+            task.given and task.given(problem)
+            task.verify("", problem)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import evaluate
 import helpers
+import rrr
 import score
 from helpers import ROOT, SMALL, refusal
 from sampling import turns
@@ -25,7 +27,7 @@ from training.models import load_model
 TINY = str(ROOT / "models" / "tiny")
 FILE = """
 def problems(split):
-    return [{"n": n} for n in range(6)]
+    return [{"n": n} for n in range(6 * len(split), 6 * len(split) + 6)]
 def prompt(problem):
     return f"{problem['n']} make 9"
 def verify(response, problem):
@@ -49,7 +51,7 @@ RUN = [*SMALL, *"--stage1_steps 1 --stage2_steps 2 --problems 2 --group_size 2".
 def write(tmp_path):
     def write(text: str, name="mine.py") -> str:
         (tmp_path / name).write_text(text)
-        own.names_of.cache_clear()
+        own.read.cache_clear()
         return str(tmp_path / name)
 
     return write
@@ -60,10 +62,20 @@ def model_dir(tmp_path_factory):
     return helpers.save_random_model(tmp_path_factory.mktemp("models") / "random")
 
 
-def test_a_verdict_is_what_the_file_returns_whatever_it_prints(write):
-    path = write("def verify(response, problem):\n    print('x')\n    return eval(response)\n")
-    values = [workers.verdict(path, text, {}, 10) for text in ("True", "False", "0.25", "1")]
-    assert values == [1.0, 0.0, 0.25, 1.0]
+def judge(path: str, response: str, problem=(), seconds=10.0) -> float:
+    return workers.verdict(path, Path(path).read_text(), response, dict(problem), seconds)
+
+
+def test_a_verdict_is_what_the_file_returns_whatever_it_prints_reads_or_starts(write):
+    path = write(
+        "import numpy, subprocess\n"
+        "def verify(response, problem):\n"
+        "    print('x')\n"
+        "    assert subprocess.run(['cat'], capture_output=True).stdout == b''\n"
+        "    return eval(response)\n"
+    )
+    said = ("True", "False", "0.25", "1", "numpy.float32(0.5)", "numpy.bool_(True)", "1 + 1e-9")
+    assert [judge(path, text) for text in said] == [1.0, 0.0, 0.25, 1.0, 0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -73,41 +85,71 @@ def test_a_verdict_is_what_the_file_returns_whatever_it_prints(write):
         ("    return 'yes'", "verify returned 'yes', not True, False or 0.0 to 1.0"),
         ("    return float('nan')", "verify returned nan"),
         ("    import os\n    os._exit(3)", "verify has ended its process (exit code 3)"),
+        ("    import sys\n    sys.exit(3)", "line 4: SystemExit: 3"),
     ],
 )
 def test_a_fault_of_verify_is_an_error_with_the_response_and_no_verdict(write, body, fault):
     path = write(f"\ndef verify(response, problem):\n{body}\n")
     with pytest.raises(OwnError) as error:
-        workers.verdict(path, "what it said", {"n": 1}, 10)
+        judge(path, "what it said", {"n": 1})
     assert str(error.value).startswith(path) and fault in str(error.value)
     assert """with the response 'what it said' to {"n": 1}""" in str(error.value)
 
 
-def test_a_verdict_that_hangs_is_wrong_and_the_next_one_is_asked_anew(write, capsys):
-    path = write(
-        "import time\ndef verify(r, p):\n    time.sleep(60 * (r == 'hang'))\n    return 1\n"
-    )
-    assert workers.verdict(path, "fine", {}, 10) == 1
+HANG = """import re, time
+def verify(response, problem):
+    if response == "sleep":
+        time.sleep(60)
+    return not (response == "regex" and re.match(r"(a+)+$", 40 * "a" + "b"))
+"""
+
+
+@pytest.mark.parametrize("how", ["sleep", "regex"])
+def test_a_verdict_that_hangs_is_wrong_and_the_next_one_is_asked_anew(
+    write, capsys, monkeypatch, how
+):
+    monkeypatch.setattr(workers, "SLEEP", 0.2)
+    monkeypatch.setattr(workers, "_told", False)
+    path, before = write(HANG), len(os.listdir("/proc/self/fd"))
+    assert judge(path, "fine") == 1
     started = time.monotonic()
-    assert workers.verdict(path, "hang", {}, 0.3) == 0 and time.monotonic() - started < 10
-    assert workers.verdict(path, "fine", {}, 10) == 1
-    assert workers.verdict(path, "hang", {}, 0.1) == 0
+    assert [judge(path, how, seconds=0.2) for _ in range(3)] == [0, 0, 0]
+    assert time.monotonic() - started < 30 and judge(path, "fine") == 1
     assert capsys.readouterr().err.count("took over") == 1  # said once
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # those of a worker
 
 
-def test_no_worker_outlives_its_caller_even_if_it_hangs(write):
-    said = "print(os.getpid(), flush=True)"
-    path = write(f"import os, time\ndef verify(r, p):\n    {said}\n    time.sleep(60)\n")
-    code = f"from sandbox.own import verdict; verdict({path!r}, '', {{}}, 60)"
+@pytest.mark.parametrize("how", ["sleep", "regex"])
+def test_no_worker_outlives_its_caller_even_if_it_hangs(write, how):
+    path = write(HANG.replace("    if", "    print(os.getpid(), flush=True)\n    if", 1))
+    Path(path).write_text("import os\n" + Path(path).read_text())
+    code = f"from sandbox import own; own.SLEEP = 1; p = {path!r}\n"
+    code += f"own.verdict(p, open(p).read(), {how!r}, {{}}, 1.0)"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
     pid = int(caller.stderr.readline())
     caller.kill()
     caller.wait()
-    for _ in range(100):
+    for _ in range(300):
         if not os.path.exists(f"/proc/{pid}"):
             return
         time.sleep(0.1)
     pytest.fail("the worker is still there")
+
+
+def test_a_file_that_changes_during_a_run_judges_as_it_did(write):
+    path = write("def verify(response, problem):\n    return 1.0\n")
+    text = Path(path).read_text()
+    write("def verify(response, problem):\n    return 0.0\n")
+    assert workers.verdict(path, text, "", {}, 10) == 1 and judge(path, "") == 0
+
+
+def test_a_file_sees_its_neighbours_and_no_flags_of_ours(write, monkeypatch):
+    write("value = 0.5\n", "a_neighbour_of_mine.py")
+    monkeypatch.setattr(sys, "argv", ["score.py", "--model", "x"])
+    path = write("import sys, a_neighbour_of_mine as a\nassert sys.argv == [__file__]\n" + FILE)
+    write(Path(path).read_text().replace('response == "right"', "a.value"))
+    task = own.own_task(path, True, 10.0)
+    assert task.verify("", {"n": 1}) == 0.5 and sys.argv[0] == "score.py"
 
 
 @pytest.mark.parametrize(
@@ -118,10 +160,22 @@ def test_no_worker_outlives_its_caller_even_if_it_hangs(write):
         (FILE + "\nimport nowhere\n", "line 9: ModuleNotFoundError: No module named 'nowhere'"),
         (FILE + "max_new_tokens = '9'", "max_new_tokens must be a whole number above 0"),
         (FILE + "correct = 3", "correct must be a text"),
-        (FILE.replace("'n']", "'m']"), "line 5: KeyError: 'm', with {\"n\": 0}"),
-        (FILE.replace('f"{', '7 or f"{'), "prompt returned 7, not a text"),
-        (FILE.replace("range(6)", "range(0)"), "problems('validation') returned no list"),
-        (FILE.replace('{"n": n}', '{"n": {n}}'), "problem 1 of validation is no dict that can be"),
+        (FILE.replace("'n']", "'m']"), "line 5: KeyError: 'm', with {\"n\": 30}"),
+        (FILE.replace('f"{', '7 or f"{'), "prompt returned 7, not a text, or a list"),
+        (
+            FILE.replace("return [", "return [][:0] and ["),
+            "problems('validation') returned no list",
+        ),
+        (FILE.replace('{"n": n}', '{"n": {n}}'), "problem 1 of validation: it can't be written as"),
+        (FILE.replace('{"n": n}', "n"), "problem 1 of validation: it is no dict"),
+        (
+            FILE.replace("len(split)", "len('x')"),
+            "problem 1 of validation asks what problem 1 of train",
+        ),
+        (FILE + "def answer(r, p):\n    return r.split()\n", "answer returned [], not a text or"),
+        (FILE + "def answer(r, p):\n    return r.split()[-1]\n", "line 9: IndexError"),
+        (FILE + "def given(p):\n    return p['x']\n", "line 9: KeyError"),
+        (FILE + "import sys\nsys.exit(0)\n", "ends the process that imports it: put that under"),
         (FILE.replace("response ==", "int(response) =="), "line 7: ValueError: invalid literal"),
         (FILE.replace("def problems", "def others"), "no function problems: give --data"),
     ],
@@ -132,7 +186,7 @@ def test_a_fault_of_the_file_is_said_before_any_work(write, capsys, text, fault)
 
 
 def test_no_such_file_is_said(capsys):
-    assert "--task no.py: no such file" in refusal(evaluate, capsys, "--task", "no.py")
+    assert "--task no.py can't be read" in refusal(evaluate, capsys, "--task", "no.py")
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora_rank", "2")], ids=["whole", "adapters"])
@@ -153,16 +207,63 @@ def test_a_resumed_run_has_the_very_same_file(write, model_dir, tmp_path, capsys
     capsys.readouterr()
     said = refusal(score, capsys, *flags, "--resume")
     assert "was started with another content of: the task's file" in said
+    other = write(AS_TINY, "moved.py")
+    score.main(parse_args(score.Config, [*flags, "--task", other, "--resume"]))
+    assert (out / "results.json").exists()
 
 
 def test_parts_of_a_reward_train_but_only_all_of_it_is_right():
-    v1 = SimpleNamespace(right=torch.tensor([0.0, 1.0]), rewards=torch.tensor([0.5, 1.0]))
-    mask = torch.tensor([[False, True], [False, True]])
-    rollout = SimpleNamespace(ids=mask.long(), action_mask=mask, turn=mask.long() - 1)
-    config = score.Config(single_turn=True, group_size=2, normalise="none")
-    batch = score.make_batch(score.Attempts(rollout, v1, None, False), 2, 0.1, config)
-    assert batch.figures["acc_t1"] == 0.5 and batch.figures["reward"] == 0.75
-    assert batch.advantages[:, 1].tolist() == [-0.5, 0.5]
+    v1 = SimpleNamespace(right=None, rewards=torch.tensor([0.5]))
+    v2 = SimpleNamespace(right=None, rewards=torch.tensor([0.5, 1.0]))
+    turn = torch.tensor([[-1, 0, 1], [-1, 0, 1]])
+    rollout = SimpleNamespace(ids=turn, action_mask=turn >= 0, turn=turn)
+    sizes = {"group_size": 1, "second_attempts": 2, "baseline": "group_mean"}
+    config = score.Config(**sizes, normalise="none", alpha=0.0)
+    batch = score.make_batch(score.Attempts(rollout, v1, v2, False), 2, 0.1, config)
+    assert [batch.figures[k] for k in ("acc_t1", "acc_t2", "reward")] == [0.0, 0.5, 1.25]
+    assert batch.advantages[:, 2].tolist() == [-0.25, 0.25]
+
+
+def test_rrr_takes_a_part_for_a_failure_and_rewards_a_reflection_with_a_part():
+    rewards = torch.tensor([0.5, 1.0])
+    retries = SimpleNamespace(right=None, rewards=rewards)
+    turn = torch.tensor([[-1, 0, 1, 2], [-1, 0, 1, 2]])
+    rollout = SimpleNamespace(ids=turn, action_mask=turn >= 0, turn=turn)
+    config = rrr.Config(group_size=2, retries=1, baseline="group_mean", normalise=False)
+    batch = rrr.make_batch(rrr.Episodes(rollout, retries, torch.ones(1, 2)), config)
+    assert batch.advantages[:, 2].tolist() == [-0.25, 0.25] and batch.figures["reward"] == 0.75
+
+
+def test_a_probe_of_parts_of_rewards_lets_a_run_begin_and_tables_have_them(
+    write, model_dir, tmp_path, capsys
+):
+    path = write(AS_TINY.replace("% 2 == 0", "% 7 / 14"))
+    flags = ["--model", model_dir, "--task", path, "--output_dir", str(tmp_path / "run")]
+    score.main(parse_args(score.Config, [*flags, *RUN, "--probe", "8"]))
+    said = capsys.readouterr().out
+    assert "| reward_t1 | reward_t2 |" in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["base"]["sampled"]
+    assert results["acc_t1"] == 0 < results["reward_t1"] < 0.5
+    rows = helpers.metrics(tmp_path / "run")
+    assert all(row["acc_t1"] == 0 < row["reward"] < 1 for row in rows)
+
+
+def test_a_prompt_of_messages_trains_and_takes_no_examples(write, model_dir, tmp_path, capsys):
+    chat = '[{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, '
+    chat += '{"role": "user", "content": f"{problem[\'n\']} make 9"}]'
+    path = write(FILE.replace("f\"{problem['n']} make 9\"", chat))
+    flags = ["--model", model_dir, "--task", path, "--output_dir", str(tmp_path / "run")]
+    score.main(parse_args(score.Config, [*flags, *RUN]))
+    assert len(helpers.metrics(tmp_path / "run")) == 3
+    (tmp_path / "shots.jsonl").write_text('{"n": 1, "response": "right"}\n')
+    said = refusal(evaluate, capsys, *flags[:4], "--shots_file", tmp_path / "shots.jsonl")
+    assert "prompts of this task are messages" in said
+
+
+def test_a_prompt_in_a_file_of_prompts_is_refused(write, tmp_path, capsys):
+    (tmp_path / "prompts.json").write_text('{"first": "other"}')
+    flags = ("--task", write(FILE), "--prompts", tmp_path / "prompts.json")
+    assert "'first' is what" in refusal(evaluate, capsys, "--model", TINY, *flags)
 
 
 def test_env_has_the_share_of_a_reward_and_whether_it_is_all(write):
@@ -216,7 +317,7 @@ def test_rows_of_a_file_are_its_problems(write, tmp_path, capsys):
 
 
 def test_a_verdict_that_fails_in_a_run_ends_it_with_one_line(write, capsys, monkeypatch):
-    path = write(FILE.replace('response == "right"', "1 / (not response)"))
+    path = write(FILE.replace('response == "right"', "1 / (response == '')"))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", TINY, "--task", path])
     with pytest.raises(SystemExit) as ended:
         run_script(evaluate.main, evaluate.Config)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_args
 
 from sandbox.own import OwnError
+from tasks.own import is_own
 from training.distributed import HEARD, Stopped
 from training.fitting import fitted
 
@@ -70,8 +71,10 @@ def run_script(main, config_class) -> None:
         main(parse_args(config_class))
     except Stopped as stopped:
         _exit(stopped.code, f"{stopped}: what was saved is as it was")
-    except OwnError as error:
-        _exit(1, f"error: --task {error}: mend the file; what was saved is as it was")
+    except OwnError as error:  # on whichever rank it is
+        said = f"--task {error}: mend the file, and start a new run"
+        print(f"{Path(sys.argv[0]).name}: error: {said}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _stop(number, _):
@@ -218,4 +221,6 @@ def flags_of_run(config_class, given: dict) -> dict:
 def _may_be(f, before: dict, given: dict) -> bool:
     old, new = before[f.name], given[f.name]
     grown = f.metadata.get("grows") and new >= old > 0  # 0 leaves a whole stage out
-    return new == old or grown or f.metadata.get("free") or f.name in OF_THIS_CALL
+    # of a task in a file its content is compared, wherever it is
+    moved = f.name == "task" and is_own(old) and is_own(new)
+    return new == old or grown or moved or f.metadata.get("free") or f.name in OF_THIS_CALL

@@ -75,7 +75,6 @@ def fitted(config_class, asked: dict):
         chosen["lr"] = "for adapters"
     if chosen:
         config.chosen = chosen
-    config.embedded = embedded
     return config
 
 

@@ -12,7 +12,7 @@ from training.command import (
     parse_args,
     run_script,
 )
-from training.fitting import TOKENS, machines, papers, tasks_own
+from training.fitting import TOKENS, machines, papers, speaks_as_embedded, tasks_own
 
 __all__ = ["RUN", "exit_on_bad_input", "flag", "parse_args", "run_script"]
 
@@ -106,7 +106,11 @@ class TaskConfig:
     )
 
     chosen = {}  # {flag: whose value it has}, of those that were chosen to fit the model
-    embedded = False  # whether --model speaks as models/tiny does
+
+    @property
+    def embedded(self) -> bool:
+        """Whether --model speaks as models/tiny does."""
+        return speaks_as_embedded(self.model, self.base)
 
 
 @dataclass

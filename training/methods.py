@@ -130,8 +130,10 @@ def next_attempts(cast, env, before, rows, protocol, free=False):
 def attempts_of(env, rollout, problems: list[dict]) -> list[dict]:
     """What is to be known of each row's answer in the last turn."""
     turn = rollout.stopped.shape[1] - 1
-    right, texts, answers, _ = env.verdicts(rollout, turn, problems)
+    right, texts, answers, rewards = env.verdicts(rollout, turn, problems)
     ids, stopped = rollout.completion_ids(turn), rollout.stopped[:, turn].tolist()
     names = ("text", "right", "ids", "stopped", "answer")
     columns = (texts, right.tolist(), ids, stopped, answers)
+    if env.task.file:  # whose rewards may have parts
+        names, columns = (*names, "reward"), (*columns, rewards.tolist())
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

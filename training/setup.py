@@ -5,9 +5,11 @@ All bad input is a ValueError here, before any long work.
 
 from pathlib import Path
 
+from report.figures import REWARDS
 from sampler import Sampler
 from tasks.env import Env
 from tasks.loading import load_task
+from tasks.own import is_own
 from tasks.sources import naming
 from training import lora
 from training.batches import pick_things
@@ -148,10 +150,13 @@ def probe(look, problems: list[dict], config, keys=("acc_t1", "acc_t2")) -> None
     chosen = pick_things(problems, config.seed, 0, min(config.probe, len(problems)))
     figures, _ = look(chosen, config.temperature, "probe")
     rates = {key: figures.get(key, 1.0) for key in keys}  # no failure: there is nothing to retry
+    if any(figures.get(f"{name}_se") for name in REWARDS):  # parts of rewards differ
+        return
     if {*rates.values()} in ({0.0}, {1.0}):
         shown = ", ".join(f"{key} {rate:.0%}" for key, rate in rates.items())
         harder = "harder data"
-        easier = "--shots 3, easier data, more --max_new_tokens or a bigger model"
+        shots = "" if is_own(config.task) else "--shots 3, "
+        easier = f"{shots}easier data, more --max_new_tokens or a bigger model"
         raise ValueError(
             f"no signal: of {len(chosen)} training problems at T = {config.temperature:g}, {shown} "
             f"({figures['truncated']:.0%} of answers cut off). Try "

@@ -141,7 +141,9 @@ def made_up(vocabulary: int):
         words=words,
         first_attempts=first_attempts,
         follow_up=lambda rollout, message: [words(SEAM) for _ in rollout.lengths],
-        verdicts=lambda rollout, *_: Verdicts(torch.arange(len(rollout.ids)) % 2.0, [], []),
+        verdicts=lambda rollout, *_: Verdicts(
+            (x := torch.arange(len(rollout.ids)) % 2.0), [], [], x
+        ),
     )
 
 

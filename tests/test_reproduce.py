@@ -366,7 +366,8 @@ def test_noise_is_measured_for_every_design(model, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "DESIGNS", {"nested": (2, 2, 2), "flat": (2, 3, 1)})
 
     def by_ids(env, rollout, turn, problems):
-        return Verdicts((rollout.ids.sum(1) % 2).float(), [], [])
+        right = (rollout.ids.sum(1) % 2).float()
+        return Verdicts(right, [], [], right)
 
     monkeypatch.setattr(Env, "verdicts", by_ids)
     output = tmp_path / "noise.json"

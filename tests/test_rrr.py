@@ -82,7 +82,7 @@ def test_absent_episodes_count_nowhere():
 def test_advantage_std_is_the_mean_deviation_of_the_groups_that_have_any(model_dir):
     episodes, _, _, config, _ = make_rollout(model_dir, retries=2)
     for right, std in (([1, 1, 0, 0, 1, 0, 1, 0, 1, 1, 1, 0], 0.375), ([1, 0] * 6, 0.0)):
-        episodes.retries.right[:] = torch.tensor(right)
+        episodes.retries.rewards[:] = torch.tensor(right)
         for normalise in (True, False):
             config.normalise = normalise
             assert rrr.make_batch(episodes, config).figures["advantage_std"] == std
@@ -134,7 +134,7 @@ PENALISED = [("reflection", {1}), ("both", {1, 2}), ("all", {0, 1, 2})]
 def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
     episodes, _, _, config, _ = make_rollout(model_dir, retries=1)
     config.reward_on, rollout = reward_on, episodes.rollout
-    episodes.retries.right[:] = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    episodes.retries.rewards[:] = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
     batch = rrr.make_batch(episodes, config)
     wanted = rollout.action_mask & torch.isin(rollout.turn, torch.tensor(sorted(rewarded)))
     assert ((batch.advantages != 0) == wanted).all()

@@ -16,7 +16,6 @@ from pathlib import Path
 from textwrap import wrap
 
 from sampler import Sampler
-from sampling.turns import encode
 from tasks.base import PLACEHOLDER, Task
 from tasks.env import Env
 from tasks.loading import load_task, task_of
@@ -30,7 +29,7 @@ from training.methods import AFTER_ANY, BETWEEN
 from training.models import check_flags, compute_dtype, load_model
 from training.progress import said_if_slow
 from training.run import read_config
-from training.setup import require_end, with_room
+from training.setup import check_words, require_end, with_room
 
 MARGIN = 9  # columns in which it stands who speaks
 VERDICTS = {True: "right", False: "wrong", None: ""}
@@ -91,14 +90,6 @@ def asked(task: Task, question: str) -> tuple[Task, dict, bool]:
     view = {name: lambda problem: problem["question"] for name in (*names, "question")}
     own = {"first": first, "view": view, "messages": None, "given": None}
     return replace(task, **own), {"question": question}, False
-
-
-def check_words(tokenizer, question: str) -> None:
-    """ValueError if the model has no token for a word, as the embedded one for most."""
-    none, pad = {tokenizer.unk_token_id, tokenizer.pad_token_id}, tokenizer.pad_token or "\0"
-    for word in question.split():
-        if none & {*encode(tokenizer, word)} and pad not in word:
-            raise ValueError(f"the model has no word for {word!r}")
 
 
 def converse(sampler, env: Env, question: str, config, seed: int, say) -> None:

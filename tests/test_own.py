@@ -307,6 +307,12 @@ def test_what_is_said_between_fits_the_model_unless_the_file_says_it(write):
     )
 
 
+def test_words_that_the_model_does_not_have_are_said(write, capsys):
+    path = write(FILE.replace("make 9", "backwards"))
+    said = refusal(evaluate, capsys, "--model", TINY, "--task", path)
+    assert "validation: the model has no word for 'backwards'" in said
+
+
 def test_rows_of_a_file_are_its_problems(write, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"n": n}) + "\n" for n in range(3)))

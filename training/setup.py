@@ -7,6 +7,7 @@ from pathlib import Path
 
 from report.figures import REWARDS
 from sampler import Sampler
+from sampling.turns import encode
 from tasks.env import Env
 from tasks.loading import load_task
 from tasks.own import is_own
@@ -39,6 +40,9 @@ def prepare(
     chosen = {}
     for name, count in counts.items():
         with naming(name):
+            if task.file:  # whose words may be none of the embedded model's
+                said = task.prompt(splits[name][0])
+                check_words(tokenizer, said if isinstance(said, str) else said[-1]["content"])
             chosen[name], said = with_room(env, sampler, splits[name], count, config)
         if said and rank() == 0:
             print(f"{name}: {said}")
@@ -105,6 +109,14 @@ def require_end(env: Env, sampler) -> None:
             f"the chat template ends a turn with {end!r}, where the model does not stop: "
             "add it to its eos"
         )
+
+
+def check_words(tokenizer, text: str) -> None:
+    """ValueError if the model has no token for a word, as the embedded one for most."""
+    none, pad = {tokenizer.unk_token_id, tokenizer.pad_token_id}, tokenizer.pad_token or "\0"
+    for word in text.split():
+        if none & {*encode(tokenizer, word)} and pad not in word:
+            raise ValueError(f"the model has no word for {word!r}")
 
 
 def with_room(env: Env, sampler, problems: list[dict], count: int | None, config):

@@ -19,6 +19,7 @@ To be read in this order; each module's docstring says more.
     command.py      flags read, checked, taken from a run that goes on; bad input said
     announce.py     what is said before the first step
     progress.py     bars, which are lines in a log file
+    loggers.py      metrics handed on to TensorBoard, wandb, Trackio
     failures.py     a file of failures, for rrr.py to reflect on
     methods.py      several attempts at a problem, which evaluate.py makes figures of
     partial.py      what is done of an evaluation, kept in case it is stopped

@@ -191,6 +191,12 @@ class TrainConfig(TaskConfig):
         group=MACHINE,
         free=True,
     )
+    log: str | None = flag(
+        None,
+        "hands metrics on to tensorboard, wandb or trackio, or several of them, with commas",
+        group=RUN,
+        free=True,
+    )
     max_skipped: int = flag(
         5,
         "training stops after so many steps in a row with a gradient that is not finite",

@@ -19,6 +19,7 @@ from training import checkpoint, distributed
 from training.card import write_card
 from training.command import exit_on_bad_input
 from training.distributed import Stopped, exchange, interruptible, listening, on_first
+from training.loggers import open_loggers, tell
 from training.models import hand_over, save_policy
 from training.pace import Done, flops, pace, said
 from training.policy import Batch, finite_weights, is_cap, set_lr, update
@@ -58,10 +59,12 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
     # row: of a step whose update is made, but not its evaluation. bad: steps skipped in a row.
     memory = {"step": 0, "row": None, "best": None, "window": [], "bad": 0, "idle": 0}
     memory["state"] = state
-    safely, over = partial(saved_if_stopped, save, run, memory), False
+    safely, over, loggers = partial(saved_if_stopped, save, run, memory), False, []
     with listening():
         resume(run, scorer, sampler, optimizer, memory)
         first = memory["step"]
+        with exit_on_bad_input():
+            on_first(lambda: loggers.extend(open_loggers(config, run, first)))
         with bar("training", config.steps, first) as progress:
             while memory["step"] < config.steps and not over:
                 text = ""
@@ -73,6 +76,7 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
                     with safely(), interruptible():
                         figures, text = hooks.evaluate(memory["step"])
                     memory["row"] |= figures
+                tell(loggers, memory["row"])
                 end_step(config, run, memory, text, progress)
                 last, over = memory["step"] == config.steps, time_is_up(config)
                 ends = last or memory["step"] % config.save_every == 0

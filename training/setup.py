@@ -16,6 +16,7 @@ from training import lora
 from training.batches import pick_things
 from training.distributed import rank, together
 from training.fitting import fit_to_machine
+from training.loggers import names_of
 from training.models import check_flags, compute_dtype, fingerprint, load_model
 from training.parts import check_cache
 from training.progress import said_if_slow
@@ -30,6 +31,7 @@ def prepare(
     day: of the prompts (sampling/turns.py), the same on all ranks.
     """
     check_flags(config)
+    names_of(config)
     task, splits = load_task(config, counts)
     with said_if_slow(f"loading {config.model} ..."):
         how = {"dtype": compute_dtype(config), "base": config.base}

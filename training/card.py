@@ -8,7 +8,6 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from tasks.loading import task_of
 from training import lora
 from training.checkpoint import write_text
 from training.command import OF_THIS_CALL
@@ -17,12 +16,13 @@ from training.models import path_of, whereabouts
 NO_TABLE = "The run had not ended when this was written."
 FULL = """model = AutoModelForCausalLM.from_pretrained(here)
 tokenizer = AutoTokenizer.from_pretrained(here)"""
-ADAPTERS = """model = AutoModelForCausalLM.from_pretrained({base!r})
-model = PeftModel.from_pretrained(model, here)
-tokenizer = AutoTokenizer.from_pretrained({base!r})"""
+ADAPTERS = """base = {base!r}
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), here)
+tokenizer = AutoTokenizer.from_pretrained(base)"""
 CARD = """---
 library_name: {library}
-{base_line}tags:
+{base_line}pipeline_tag: text-generation
+tags:
 - self-correction
 - reinforcement-learning
 ---
@@ -31,15 +31,7 @@ library_name: {library}
 
 {about}
 
-Base model: `{base}`; task: {task}. Between two attempts the user says, after any answer:
-
-> {correct}
-
-or after a wrong one, and again after the model has reflected:
-
-> {reflect}
-
-> {retry}
+Base model: `{base}`; task: `{task}`.
 
 ## What it can do
 
@@ -54,7 +46,7 @@ here = "."  # this directory
 {load}
 ```
 
-or, with the scripts that made it, `python evaluate.py --model . --task {task}`.
+The scripts that made it load it, too: `--model DIRECTORY`.
 
 ## How it was made
 
@@ -66,33 +58,32 @@ or, with the scripts that made it, `python evaluate.py --model . --task {task}`.
 
 def write_card(config, path: Path, table: str = NO_TABLE) -> None:
     """Into the directory of a model, or of adapters, that a training script with `config` made."""
-    module, base = sys.modules.get(type(config).__module__), whereabouts(config.model)
-    adapters, task = lora.is_adapter(path), task_of(config)
+    module, local = sys.modules.get(type(config).__module__), path_of(config.model).resolve()
     script = Path(getattr(module, "__file__", f"{type(config).__module__}.py")).name
+    method, adapters = getattr(config, "method", None), lora.is_adapter(path)
+    base = str(local) if local.exists() else config.model
     imports = "from peft import PeftModel\n" if adapters else ""
-    said = {name: getattr(task, name) for name in ("correct", "reflect", "retry")}
     text = CARD.format(
         library="peft" if adapters else "transformers",
-        base_line="" if path_of(config.model).exists() else f"base_model: {base}\n",
+        base_line="" if local.exists() else f'base_model: "{base}"\n',
         name=Path(base).name,
-        script=script,
+        script=script + (f" --method {method}" if method else ""),
         about=(getattr(module, "__doc__", "") or "").partition("\n")[0],
-        base=base,
+        base=whereabouts(config.model),
         task=config.task,
         table=table,
         imports=imports + "from transformers import AutoModelForCausalLM, AutoTokenizer",
         load=ADAPTERS.format(base=base) if adapters else FULL,
         command=command(config, script),
-        **{name: words.replace("\n", "\n> ") for name, words in said.items()},
     )
     write_text(path / "README.md", text)
 
 
 def command(config, script: str) -> str:
-    """The call that a run was started with, as far as it matters."""
+    """A call that makes the same run, wherever it is: with all that fits a model, and --lr."""
     words = ["python", script]
     for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name not in OF_THIS_CALL and value not in (None, f.default):
+        value, fits = getattr(config, f.name), {"other", "paper"} & f.metadata.keys()
+        if value is not None and f.name not in OF_THIS_CALL and (fits or value != f.default):
             words += [f"--{f.name}", str(value)]
     return shlex.join(words)

@@ -91,7 +91,7 @@ def swap(a: Path, b: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """A file, complete or not at all."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
+    fresh.write_text(text, encoding="utf-8")
     sync(fresh)
     fresh.replace(path)
 

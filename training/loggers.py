@@ -19,7 +19,7 @@ PROJECT = "self-correction"
 def names_of(config) -> list[str]:
     """ValueError for a logger that nobody knows, or that is not installed."""
     said = getattr(config, "log", None)  # evaluate.py has none
-    names = [name.strip() for name in said.split(",")] if said else []
+    names = [*dict.fromkeys(name.strip() for name in said.split(","))] if said else []
     for name in names:
         if name not in LOGGERS:
             raise ValueError(f"--log {name}: choose from {', '.join(LOGGERS)}")
@@ -38,7 +38,8 @@ def open_loggers(config, run: Path, first: int) -> list:
         try:
             found.append((name, OPEN[name](config, run, first)))
         except Exception as error:
-            raise ValueError(f"--log {name}: {type(error).__name__}: {error}") from None
+            fault = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"--log {name}: {fault}") from None
     return found
 
 

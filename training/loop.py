@@ -76,8 +76,9 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
                     with safely(), interruptible():
                         figures, text = hooks.evaluate(memory["step"])
                     memory["row"] |= figures
-                tell(loggers, memory["row"])
+                row = memory["row"]
                 end_step(config, run, memory, text, progress)
+                tell(loggers, row)
                 last, over = memory["step"] == config.steps, time_is_up(config)
                 ends = last or memory["step"] % config.save_every == 0
                 if ends or over:

@@ -14,7 +14,7 @@ from tasks.own import is_own
 from tasks.sources import naming
 from training import lora
 from training.batches import pick_things
-from training.distributed import rank, together
+from training.distributed import on_first, rank, together
 from training.fitting import fit_to_machine
 from training.loggers import names_of
 from training.models import check_flags, compute_dtype, fingerprint, load_model
@@ -31,7 +31,7 @@ def prepare(
     day: of the prompts (sampling/turns.py), the same on all ranks.
     """
     check_flags(config)
-    names_of(config)
+    on_first(names_of, config)
     task, splits = load_task(config, counts)
     with said_if_slow(f"loading {config.model} ..."):
         how = {"dtype": compute_dtype(config), "base": config.base}

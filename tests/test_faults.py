@@ -785,7 +785,7 @@ def poison_reward(bad):
 
     def poisoned(*arguments):
         found = verdicts(*arguments)
-        found.right[-1:] = bad
+        found.rewards[-1:] = bad
         return found
 
     return Env, "verdicts", poisoned

@@ -242,9 +242,7 @@ def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
     figures = {"stage": stage, "beta2": beta2}
     figures |= deviations(raw_advantages(r1, r2, stage, config, offline), config)
     if r2 is not None:
-        figures["acc_t2"] = float(
-            (r2 == 1).float().mean()
-        )  # of a part of a reward nothing is right
+        figures["acc_t2"] = float((r2 == 1).float().mean())  # a part of a reward is not right
     if not offline:  # another model's first attempts are no measure of this one
         figures["acc_t1"] = float((r1 == 1).float().mean())
         figures["reward"] = float(r1.mean()) + (0.0 if r2 is None else float(r2.mean()))

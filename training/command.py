@@ -119,9 +119,8 @@ def _given(config_class, args: list[str]) -> dict:
                 _add(group, f)
     given, unknown = parser.parse_known_args([_underscored(arg) for arg in args])
     if unknown:
-        fail(
-            _unknown(unknown[0], [n for n, f in known.items() if not f.metadata.get("positional")])
-        )
+        flags = [name for name, f in known.items() if not f.metadata.get("positional")]
+        fail(_unknown(unknown[0], flags))
     there = {name: value for name, value in vars(given).items() if value != []}
     return {k: " ".join(v) if isinstance(v, list) else v for k, v in there.items()}
 

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from evaluate import Exam, conclude
 from loss import spread
-from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from training import distributed
 from training.announce import announce, announce_time
@@ -33,7 +32,7 @@ from training.checkpoint import write_text
 from training.distributed import exchange, on_first
 from training.fitting import papers
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
-from training.loop import Hooks, train
+from training.loop import train
 from training.models import make_scorer
 from training.parts import in_parts
 from training.policy import Batch
@@ -181,7 +180,9 @@ def make_batch(traces: list[dict], sampler, figures: dict, config) -> Batch:
     rollout = rollout_of([trace["parts"] for trace in traces], 2, sampler)
     advantages = advantages_of(traces, rollout, config)
     denominator = sum(exchange(float(advantages.sum())))
-    return Batch(rollout, advantages, torch.zeros_like(advantages), denominator, figures)
+    kl_coef, right = torch.zeros_like(advantages), [trace["right"] for trace in traces]
+    rewards = torch.tensor(right, dtype=torch.float32).view(-1, 2)
+    return Batch(rollout, advantages, kl_coef, denominator, figures, rewards=rewards)
 
 
 def check(config) -> None:
@@ -236,8 +237,7 @@ def main(config: Config) -> None:
         )
 
     announce_time(config, exam.pace(), len(validation))
-    watch = exam.watcher(sampler, validation)
-    train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
+    train(config, run, scorer, sampler, exam.hooks(step_batch, sampler, validation), {})
     find = partial(sampler_of, scorer, sampler, env, config)
     results = exam.before_and_after(run, validation, find)
     conclude(config, results, len(validation))

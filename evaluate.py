@@ -7,32 +7,34 @@ As a library it is what the training scripts look at their models with (`Exam`).
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from report.curves import plot_curves
 from report.figures import COLUMNS, summarize, votes
-from report.tables import format_reflections, format_table, format_transcripts, format_votes
+from report.page import SHOWN, keep, row_of_talk, write_page
+from report.tables import format_table, format_transcripts, format_votes
 from sampling.turns import today
 from tasks.sources import SPLITS
 from training import checkpoint, distributed, partial
 from training.announce import chosen, machine, parameters
 from training.batches import row_seeds
 from training.card import write_card
+from training.controls import MODES, models_of
 from training.distributed import exchange, on_first, share, world
 from training.fitting import tasks_own
 from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
-from training.methods import AFTER_ANY, METHODS, Protocol, converse
+from training.loop import Hooks
+from training.methods import AFTER_ANY, METHODS, Protocol, add_reference, converse
 from training.parts import cache_tokens, longest, tokens_of
 from training.progress import about, bar, counted
 from training.run import saving, stop, time_is_up
-from training.setup import prepare, prepare_reflector
+from training.setup import prepare, prepare_reference, prepare_reflector, reference_of
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
 MOMENT = 1.0  # seconds that an evaluation may take without a word
-BEFORE, AFTER = "base, reflect_retry", "trained, reflect_retry"  # of the `controls`
-MODES = {"greedy": 0.0, "sampled": 1.0}
 WATCHED = ("acc_t1", "acc_t2", "delta", "i_to_c", "c_to_i", "well_formed")
 HELP = "; ".join(f"{name}: {text}" for name, text in METHODS.items())
 
@@ -58,12 +60,22 @@ class Config(TaskConfig):
         "new JSON file for the figures and conversations; an evaluation that was stopped goes on "
         "where it was",
     )
+    html: str | None = flag(None, "new HTML file, a page of the conversations, token by token")
+    reference: str | None = flag(
+        None,
+        "model whose log-probs --html compares with; default: the one that the run began with "
+        "whose checkpoint --model is, if it is one",
+    )
 
     own_flags = "evaluation"  # their heading in --help
 
     @property
     def rows_each(self) -> int:
         return self.samples
+
+    @property
+    def ids(self) -> bool:
+        return self.html is not None
 
 
 def evaluate(
@@ -137,6 +149,12 @@ class Exam:
         limits = (config.max_new_tokens, config.max_reflection_tokens, config.attempts)
         return Protocol(self.method, temperature, *limits, cache_tokens=config.cache_tokens)
 
+    def hooks(self, step_batch, sampler, problems, keys=WATCHED) -> Hooks:
+        """What a training script hands to its loop, with an algorithm's `step_batch`."""
+        run, tokenizer = Path(self.config.output_dir), self.env.tokenizer
+        watch = self.watcher(sampler, problems, keys)
+        return Hooks(step_batch, watch, plot_curves, lambda *step: keep(run, tokenizer, *step))
+
     def watcher(self, sampler, problems, keys=WATCHED):
         """For the training loop: step -> (figures, a few conversations as text).
 
@@ -200,52 +218,6 @@ class Exam:
             return {name: both_modes(name, path) for name, path in models_of(self.config, run)}
 
 
-def models_of(config, run: Path) -> list[tuple[str, str]]:
-    return [("base", config.model), ("trained", str(run / "checkpoint"))]
-
-
-def controls(base, trained) -> dict[str, tuple]:
-    """{name: (cast, method)}, all after the base model's failures.
-
-    Who reflects, who retries, and what if nobody reflects.
-    """
-    casts = {"base": (base, base, base), "trained": (base, trained, trained)}
-    blind = [method for method in METHODS if method not in AFTER_ANY]
-    named = {f"{name}, {m}": (cast, m) for name, cast in casts.items() for m in blind}
-    named["trained reflects, base retries"] = ((base, trained, base), "reflect_retry")
-    named["base reflects, trained retries"] = ((base, base, trained), "reflect_retry")
-    return named
-
-
-def with_controls(exam: Exam, run: Path, problems, find) -> dict:
-    """Figures of both models and, with --controls, of the `controls`; reflections.txt in the run.
-
-    What begins with the base model's first attempts goes on from the same ones: its own figures
-    are those of one of the controls. find: a model's name -> its sampler.
-    """
-    full, needed = exam.config.controls, {"greedy": [BEFORE], "sampled": [BEFORE, AFTER]}
-    needed = dict.fromkeys(MODES, [*controls(None, None)]) if full else needed
-    count = sum(len(names) + 1 for names in needed.values())  # and the trained model's own
-    results, talks = {"base": {}, "trained": {}, "controls": {}}, {}
-    with exam.final_table(run, problems, count) as try_all:
-        paths = models_of(exam.config, run)
-        base, trained = (find(path) for _, path in paths)
-        after_base, own = controls(base, trained), ((trained, trained, trained), exam.method)
-        for mode in MODES:
-            ways = {name: after_base[name] for name in needed[mode]}
-            talks[mode] = try_all("base", mode, ways)
-            for name in ways:
-                results["controls"].setdefault(name, {})[mode] = summarize(talks[mode][name])
-            results["base"][mode] = results["controls"][BEFORE][mode]
-            results["trained"][mode] = summarize(try_all("trained", mode, {"": own})[""])
-    if not full:
-        del results["controls"]
-    text = format_reflections(talks["sampled"][BEFORE], talks["sampled"][AFTER])
-    with saving(run):
-        on_first(checkpoint.write_text, run / "reflections.txt", text)
-    return results
-
-
 def conclude(config, results: dict, count: int, columns=COLUMNS) -> None:
     """A run's end: its tables, and results.json, which says that the run is complete."""
     run, text = Path(config.output_dir), json.dumps(results, indent=2) + "\n"
@@ -270,7 +242,11 @@ def check(config: Config) -> None:
             f"--samples {config.samples} would all be the same: give a --temperature above 0"
         )
     if config.output:
-        on_first(partial.check_output, config.output)
+        on_first(partial.check_new, "--output", config.output, ".partial")
+    if config.html:
+        on_first(partial.check_new, "--html", config.html)
+    elif config.reference:
+        raise ValueError("--reference is for --html, which says what tokens got of it: give that")
 
 
 def describe(config: Config, model, problems: list[dict], done: int) -> None:
@@ -280,10 +256,10 @@ def describe(config: Config, model, problems: list[dict], done: int) -> None:
     print(said + (f"; goes on after {done:,} conversations" if done else ""))
 
 
-def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict]]:
-    """(figures, conversations) by the flags; they are kept in `path`, and those there gone on from.
+def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict], Callable]:
+    """(figures, conversations, what writes their page) by the flags.
 
-    Bad input ends it.
+    Conversations are kept in `path`, and those there gone on from. Bad input ends it.
     """
     with exit_on_bad_input():
         check(config)
@@ -292,19 +268,34 @@ def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict]]:
         day = day or on_first(today)  # of the first rank, around midnight too
         env, sampler, splits = prepare(config, {config.split: config.limit}, day)
         reflector, problems = prepare_reflector(config, env, sampler, splits[config.split])
+        reference = prepare_reference(config, env) if config.html else None
         cast, done = (sampler, reflector, sampler), []
         if path:
             with partial.keeping(config.output):
                 done = on_first(partial.open_output, config, cast, env, problems, left)
 
-    def keep(new: list[dict]) -> None:
+    def add(new: list[dict]) -> None:
         if path:
             with partial.keeping(config.output):
                 on_first(partial.add, path, new)
 
     describe(config, sampler.model, problems, len(done))
     protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
-    return evaluate(cast, env, problems, protocol, done, keep)
+    figures, talks = evaluate(cast, env, problems, protocol, done, add)
+    return figures, talks, lambda: write_talks(config, env, talks[:SHOWN], reference)
+
+
+def write_talks(config: Config, env, talks: list[dict], reference) -> None:
+    """The page of --html."""
+    about = f"{config.method}, {config.split}, T = {config.temperature:g}"
+    try:
+        if reference is not None:
+            about += f"; reference: {reference_of(config)}"
+            add_reference(reference, [talk["contexts"] for talk in talks], config.temperature)
+        rows = [row_of_talk(env.tokenizer, talk) for talk in talks]
+        write_page(Path(config.html), f"{config.model}, {config.task}", about, rows)
+    except OSError as error:
+        stop(f"--html {config.html} can't be written ({error.strerror or error})")
 
 
 def report(config: Config, figures: dict, talks: list[dict]) -> None:
@@ -323,12 +314,15 @@ def main(config: Config) -> None:
     distributed.start(config)
     path = partial.path_of(config.output) if config.output else None
     with partial.interrupted(path, "the same call goes on from there"):
-        figures, talks = evaluate_by(config, path)
+        figures, talks, write = evaluate_by(config, path)
         if path:
+            slim = [{k: v for k, v in talk.items() if k != "contexts"} for talk in talks]
             with partial.keeping(config.output):
-                whole = figures | {"conversations": talks}
+                whole = figures | {"conversations": slim}
                 on_first(partial.finish_output, config.output, whole)
         report(config, figures, talks)
+        if config.html:
+            on_first(write)
     distributed.finish()
 
 

@@ -22,19 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluate import Exam, conclude, with_controls
+from evaluate import Exam, conclude
 from loss import BASELINES, KL_KINDS, deviation, divide_by_std, spread, subtract_baseline
-from report.curves import plot_curves
 from sampling.rollout import Rollout, rollout_of
 from tasks.env import Verdicts
 from training import distributed
 from training.announce import announce, announce_time
 from training.batches import pick, share_of
+from training.controls import with_controls
 from training.distributed import exchange, gather, own
 from training.failures import check_day, read_failures, write_failures
 from training.fitting import papers, tasks_own
 from training.flags import KL_HELP, LR_HELP, RUN, TrainConfig, exit_on_bad_input, flag, run_script
-from training.loop import Hooks, train
+from training.loop import train
 from training.models import make_scorer
 from training.parts import in_parts
 from training.policy import Batch
@@ -118,7 +118,7 @@ class Config(TrainConfig):
 
     @property
     def passes(self) -> int:
-        return 22 if self.controls else 5  # see evaluate.with_controls
+        return 22 if self.controls else 5  # see controls.with_controls
 
     shown = {"retry": "reward", "kl_reflection": "kl_t2"}
 
@@ -217,7 +217,9 @@ def make_batch(episodes: Episodes, config) -> Batch:
     figures = {"stage": 1, "advantage_std": float(std.sum() / (std > 0).sum().clamp_min(1))}
     if present.any():
         figures["reward"] = float(rewards[present.bool()].mean())
-    return Batch(rollout, *per_token, len(advantages), figures, held)
+    judged = torch.tensor([0.0, torch.nan, 1.0])  # failures are wrong, reflections nobody judges
+    judged = own(rewards[present.bool()].view(-1, 1) * judged, len(rollout.ids))  # (B, 3)
+    return Batch(rollout, *per_token, len(advantages), figures, held, judged)
 
 
 def collect(env, sampler, queries: list[dict], config) -> tuple[list[dict], float]:
@@ -330,8 +332,8 @@ def main(config: Config) -> None:
         return make_batch(in_parts(sample, env, sampler, mine, config), config)
 
     announce_time(config, exam.pace(), len(validation))
-    watch = exam.watcher(sampler, validation, WATCHED)
-    train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), {})
+    hooks = exam.hooks(step_batch, sampler, validation, WATCHED)
+    train(config, run, scorer, sampler, hooks, {})
     find = partial(sampler_of, scorer, sampler, env, config)
     results = with_controls(exam, run, validation, find)
     conclude(config, results, len(validation), COLUMNS)

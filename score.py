@@ -22,7 +22,6 @@ from torch import Tensor
 
 from evaluate import Exam, conclude
 from loss import BASELINES, deviation, divide_by_std, spread, subtract_baseline
-from report.curves import plot_curves
 from sampling.rollout import Rollout
 from tasks.env import Verdicts
 from training import distributed
@@ -31,7 +30,7 @@ from training.batches import pick
 from training.distributed import gather, own
 from training.fitting import papers
 from training.flags import RUN, TrainConfig, exit_on_bad_input, flag, run_script
-from training.loop import Hooks, train
+from training.loop import train
 from training.models import make_scorer
 from training.parts import in_parts
 from training.policy import Batch
@@ -249,7 +248,9 @@ def make_batch(attempts: Attempts, stage: int, beta2: float, config) -> Batch:
     elif config.offline_ratio == 1:
         figures["reward"] = float(r2.mean())
     per_token = (spread(own(x, len(rollout.ids)), rollout) for x in (advantages, kl_coef))
-    return Batch(rollout, *per_token, len(advantages), figures)
+    rewards = [r1] if r2 is None else [r1[..., None].expand_as(r2), r2]
+    rewards = own(torch.stack([r.flatten() for r in rewards], 1), len(rollout.ids))  # (B, turns)
+    return Batch(rollout, *per_token, len(advantages), figures, rewards=rewards)
 
 
 def check(config) -> None:
@@ -336,9 +337,8 @@ def main(config: Config) -> None:
         return make_batch(attempts, stage, state["beta2"], config)
 
     announce_time(config, exam.pace(), len(splits["validation"]))
-    watch = exam.watcher(sampler, splits["validation"])
-    state = {"beta2": config.beta2, "calm": 0}
-    train(config, run, scorer, sampler, Hooks(step_batch, watch, plot_curves), state)
+    hooks = exam.hooks(step_batch, sampler, splits["validation"])
+    train(config, run, scorer, sampler, hooks, {"beta2": config.beta2, "calm": 0})
     results = exam.before_and_after(run, splits["validation"], find)
     conclude(config, results, len(splits["validation"]))
     distributed.finish()

@@ -740,7 +740,8 @@ def test_an_output_that_can_not_be_written_is_refused_before_anything_is_loaded(
     assert f"--output {file}: it exists" in helpers.refusal(evaluate, capsys, "--output", file)
     left = file.with_name("left.json.partial")
     left.write_text("left")
-    partial.check_output(str(tmp_path / "left.json")), partial.check_output(str(tmp_path / "new"))
+    for name in ("left.json", "new"):
+        partial.check_new("--output", str(tmp_path / name), ".partial")
     assert left.read_text() == "left" and not (tmp_path / "new.partial").exists()
 
 

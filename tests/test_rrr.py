@@ -19,7 +19,7 @@ from sampler import Sampler
 from sampling.turns import first_turn_ids, follow_up_ids
 from tasks import TASKS
 from tasks.env import Env
-from training import batches, checkpoint, models, policy
+from training import batches, checkpoint, controls, models, policy
 from training import loop as training
 from training.scorer import Scorer
 from training.setup import load_sampler
@@ -216,15 +216,15 @@ def test_controls_that_share_first_attempts_have_the_figures_of_each_alone(
             exam.env, "first_attempts", lambda s, p, *a, **k: (
                 asked.append(len(p)), first_attempts(s, p, *a, **k))[1]
         )  # fmt: skip
-        results = evaluate.with_controls(exam, run, problems, find)
+        results = controls.with_controls(exam, run, problems, find)
     text = (run / "reflections.txt").read_text()
     assert sum(asked) == 4 * 12 and len(asked) > 4  # two models, two modes
     paths = two_models[1], str(run / "checkpoint")
     base, trained = (load_sampler(path, exam.env, exam.config) for path in paths)
     alone = {"base": (base, exam.method), "trained": (trained, exam.method)}
-    for name, way in (alone | evaluate.controls(base, trained)).items():
+    for name, way in (alone | controls.controls(base, trained)).items():
         found = {**results, **results["controls"]}[name]
-        for mode, T in evaluate.MODES.items():
+        for mode, T in controls.MODES.items():
             figures, talks = dataclasses.replace(exam, method=way[1])(way[0], problems, T)
             assert found[mode] == figures, (name, mode)
             alone[name, mode] = talks
@@ -232,7 +232,7 @@ def test_controls_that_share_first_attempts_have_the_figures_of_each_alone(
     assert text == format_reflections(*pair) and text.count("before: ") > 1
     results.pop("controls")
     exam.config.controls = False
-    assert evaluate.with_controls(exam, run, problems, find) == results
+    assert controls.with_controls(exam, run, problems, find) == results
     assert (run / "reflections.txt").read_text() == text
 
 

@@ -36,11 +36,14 @@ class Hooks(NamedTuple):
     step_batch: (step, state) -> Batch: rollout and verdicts, turned into advantages
     evaluate:   step -> (figures that join the metrics, transcripts), every --eval_every steps
     plot:       run -> None: the run's picture, at every saved state, on the first rank
+    look:       (step, batch, scores) -> None: for the page of rollouts, on the first rank, at the
+                first step, the last, and those that are evaluated
     """
 
     step_batch: Callable[[int, dict], Batch]
     evaluate: Callable[[int], tuple[dict, str]]
     plot: Callable[[Path], None]
+    look: Callable[[int, Batch, Scores], None] | None = None
 
 
 def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict) -> None:
@@ -72,7 +75,7 @@ def train(config, run: Path, scorer: Scorer, sampler, hooks: Hooks, state: dict)
                     if memory["row"] is None:
                         learnt = scorer, sampler, optimizer, memory["step"], hooks, memory["state"]
                         memory["row"] = memory["state"]["last"] = train_step(config, *learnt)
-                if config.eval_every and (memory["step"] + 1) % config.eval_every == 0:
+                if is_watched(memory["step"], config):
                     with safely(), interruptible():
                         figures, text = hooks.evaluate(memory["step"])
                     memory["row"] |= figures
@@ -138,8 +141,17 @@ def train_step(config, scorer, sampler, optimizer, step: int, hooks: Hooks, stat
     row |= {"skipped": int(bool(wrong)), "idle": int(idle)}
     made = flops(scorer, scorer.nodes - nodes, scorer.scored - scored)
     row |= pace(batch, Done(sampled - started, time.perf_counter() - sampled, made))
+    if hooks.look and (is_watched(step, config) or step in (0, config.steps - 1)):
+        run = Path(config.output_dir)
+        with saving(run):
+            on_first(hooks.look, step, batch, scores)
     finite = {key: value for key, value in row.items() if math.isfinite(value)}  # JSON has no NaN
     return finite | ({"not_finite": ", ".join(wrong)} if wrong else {})
+
+
+def is_watched(step: int, config) -> bool:
+    """Whether the model is evaluated after this step."""
+    return bool(config.eval_every) and (step + 1) % config.eval_every == 0
 
 
 @contextmanager

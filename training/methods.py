@@ -7,6 +7,9 @@ business (report/figures.py).
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
 from report.figures import values_of
 from sampling.turns import encode
 from training.batches import row_seeds
@@ -40,6 +43,7 @@ class Protocol(NamedTuple):
     samples: int = 1
     seed: int = 0
     cache_tokens: int | None = None
+    ids: bool = False  # whether a conversation keeps its `contexts`
 
     @property
     def limits(self) -> dict:
@@ -69,6 +73,8 @@ def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
     asked = [problem for problem in problems for _ in range(protocol.samples)]
     said = [[] for _ in asked]
     rows = list(range(len(asked)))  # which conversation a row of the rollout belongs to
+    contexts = [[] for _ in asked]
+    remember(contexts, rows, rollout, protocol)
     for _ in range(protocol.attempts - 1):
         right = [attempts[row][-1]["right"] for row in rows]
         chosen = [i for i in range(len(rows)) if protocol.method in AFTER_ANY or not right[i]]
@@ -80,6 +86,7 @@ def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
         for i, answer in enumerate(attempts_of(env, rollout, problems)):
             attempts[rows[i]].append(answer)
             said[rows[i]] += [between[i]] if between else []
+        remember(contexts, rows, rollout, protocol)
     return [
         {
             "problem": problem,
@@ -87,8 +94,49 @@ def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
             "said": [env.tokenizer.decode(ids) for ids in words],
             "values": values_of(ys, words, protocol.attempts),
         }
-        for problem, ys, words in zip(asked, attempts, said, strict=True)
+        | ({"contexts": kept} if protocol.ids else {})
+        for problem, ys, words, kept in zip(asked, attempts, said, contexts, strict=True)
     ]
+
+
+def remember(contexts: list[list], rows: list[int], rollout, protocol) -> None:
+    """Into the contexts of conversations `rows`: the turns of a rollout's rows.
+
+    A context is a list of turns, each [ids told, ids said, log-probs of these]; it takes the place
+    of the one that it goes on from. A conversation has one, but with fresh attempts.
+    """
+    if not protocol.ids:
+        return
+    tensors = (rollout.ids, rollout.logprobs, rollout.action_mask, rollout.turn)
+    turns = range(rollout.stopped.shape[1])
+    for row, kept in enumerate(contexts[number] for number in rows):
+        ids, logprobs, said, turn = (x[row] for x in tensors)
+        places = [(turn == t, said) for t in turns]
+        context = [
+            [ids[t & ~s].tolist(), ids[t & s].tolist(), logprobs[t & s].tolist()] for t, s in places
+        ]
+        if kept and len(kept[-1]) < len(context):
+            kept.pop()
+        kept.append(context)
+
+
+@torch.no_grad()
+def add_reference(reference, contexts: list[list], temperature: float, piece: int = 16) -> None:
+    """Behind each turn's log-probs in conversations' contexts: those of `reference`, a Scorer."""
+    flat, device = [context for some in contexts for context in some], reference.model.device
+    for start in range(0, len(flat), piece):
+        some = flat[start : start + piece]
+        rows = [[ids for turn in context for ids in turn[:2]] for context in some]
+        ids = [torch.tensor([i for part in row for i in part]) for row in rows]
+        said = [
+            torch.tensor([n % 2 == 1 for n, part in enumerate(row) for _ in part]) for row in rows
+        ]
+        ids, said = (pad_sequence(x, batch_first=True).to(device) for x in (ids, said))  # (b, t)
+        scores = reference(ids, said, temperature or 1.0).logprobs
+        for context, row, mask in zip(some, scores, said, strict=True):
+            lengths = [len(turn[1]) for turn in context]
+            for turn, logprobs in zip(context, row[mask].split(lengths), strict=True):
+                turn.append(logprobs.tolist())
 
 
 def next_attempts(cast, env, before, rows, protocol, free=False):

@@ -72,18 +72,21 @@ def interrupted(path: Path | None, way_on: str):
         stop(f"{stopped}: {kept}", stopped.code)
 
 
-def check_output(output: str) -> None:
-    """ValueError if an evaluation's files can't be written: said before its hours, not after."""
-    path = path_of(output)
+def check_new(flag: str, name: str, suffix: str = "") -> None:
+    """ValueError if a file can't be written as new: said before an evaluation's hours, not after.
+
+    suffix: of what is written beside it on the way.
+    """
+    path = Path(name + suffix)
     try:
-        if Path(output).exists():
-            raise ValueError(f"--output {output}: it exists; name a new file")
+        if Path(name).exists():
+            raise ValueError(f"{flag} {name}: it exists; name a new file")
         there = path.exists()
         open(path, "a").close()  # nothing else tells: root may write where its disk is read-only
         if not there:
             path.unlink()
     except OSError as error:
-        raise ValueError(f"--output {output} can't be written: {error.strerror}") from None
+        raise ValueError(f"{flag} {name} can't be written: {error.strerror}") from None
 
 
 @contextmanager
@@ -110,7 +113,9 @@ def open_output(config, cast, env, problems, left: list[dict]) -> list[dict]:
     One that was left by other flags or with other contents (training/run.py) is a ValueError.
     """
     path, header = path_of(config.output), asdict(config)
-    del header["cache_tokens"]  # who ran out of memory may go on with less
+    for name in ("cache_tokens", "reference"):  # who ran out of memory may go on with less
+        del header[name]
+    header["html"] = config.ids  # else there are none of what was done; its name may be another
     header |= contents_of(env, cast[0].model, {config.split: problems})
     header["the reflector's weights"] = fingerprint(cast[1].model)
     before, *rows = left or [header]

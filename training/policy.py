@@ -45,6 +45,8 @@ class Batch(NamedTuple):
     figures:             the step's own metrics, each a number that joins its line of metrics.jsonl;
                          `reward` among them decides which model is kept
     held:                (B, T) bool or None: tokens of the prompt that get a KL and nothing else
+    rewards:             (B, turns) for the page of rollouts, which marks by it what is right (1);
+                         NaN: nobody judges this turn. None: nobody judges any
     """
 
     rollout: object
@@ -53,6 +55,7 @@ class Batch(NamedTuple):
     denominator: float
     figures: dict
     held: Tensor | None = None
+    rewards: Tensor | None = None
 
     @property
     def scored(self) -> Tensor:

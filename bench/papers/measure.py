@@ -17,10 +17,11 @@ sys.path.insert(0, str(ROOT))
 
 import rrr  # noqa: E402
 import score  # noqa: E402
-from evaluate import MODES, Exam, Protocol, controls, evaluate  # noqa: E402
+from evaluate import MODES, Exam, Protocol, evaluate  # noqa: E402
 from report.figures import votes  # noqa: E402
 from training.batches import pick  # noqa: E402
 from training.checkpoint import write_text  # noqa: E402
+from training.controls import controls  # noqa: E402
 from training.flags import flag, parse_args  # noqa: E402
 from training.models import make_scorer  # noqa: E402
 from training.policy import accumulate_gradients  # noqa: E402

@@ -151,9 +151,14 @@ class Exam:
 
     def hooks(self, step_batch, sampler, problems, keys=WATCHED) -> Hooks:
         """What a training script hands to its loop, with an algorithm's `step_batch`."""
-        run, tokenizer = Path(self.config.output_dir), self.env.tokenizer
+        kept = Path(self.config.output_dir), self.about, self.env.tokenizer
         watch = self.watcher(sampler, problems, keys)
-        return Hooks(step_batch, watch, plot_curves, lambda *step: keep(run, tokenizer, *step))
+        return Hooks(step_batch, watch, plot_curves, lambda *step: keep(*kept, *step))
+
+    @property
+    def about(self) -> str:
+        """The run, at the head of its page."""
+        return f"{self.config.model}, {self.config.task}; some rollouts of training"
 
     def watcher(self, sampler, problems, keys=WATCHED):
         """For the training loop: step -> (figures, a few conversations as text).

@@ -17,12 +17,15 @@ SHOWN = 2000  # rollouts on a page; of more, as many of each step
 MEASURES = ("advantage", "log_ratio", "kl", "logprob")  # the page's names for them stand in it
 
 
-def keep(run: Path, tokenizer, step: int, batch, scores) -> None:
-    """Adds a step's rollouts to the run's rollouts.jsonl, and writes its page anew."""
+def keep(run: Path, about: str, tokenizer, step: int, batch, scores) -> None:
+    """Adds a step's rollouts to the run's rollouts.jsonl, and writes its page anew.
+
+    about: the run, a few words for the page's head.
+    """
     rows = rows_of(tokenizer, step, batch, scores)
     with open(run / "rollouts.jsonl", "a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-    write_run_page(run)
+    write_run_page(run, about)
 
 
 def rows_of(tokenizer, step: int, batch, scores) -> list[dict]:
@@ -111,13 +114,11 @@ def pairs_of(earlier: list[dict], later: list[dict]) -> list[dict]:
     ]
 
 
-def write_run_page(run: Path, pairs: list[dict] = ()) -> None:
+def write_run_page(run: Path, about: str, pairs: list[dict] = ()) -> None:
     """rollouts.html of what is in rollouts.jsonl, if anything is."""
     path = run / "rollouts.jsonl"
     text = path.read_text() if path.exists() else ""
     rows = [json.loads(line) for line in text.split("\n")[:-1]]
-    config = json.loads((run / "config.json").read_text())
-    about = f"{config['model']}, {config['task']}; rollouts of training, of some of the steps"
     write_page(run / "rollouts.html", f"{run.name}: rollouts", about, thinned(rows), pairs)
 
 

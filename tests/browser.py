@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+import urllib.error
 import urllib.request
 
 FOUND = shutil.which("chromium") and shutil.which("chromedriver")
@@ -25,8 +26,11 @@ class Browser:
     def call(self, path: str, method: str = "POST", **what):
         body = json.dumps(what).encode() if method == "POST" else None
         request = urllib.request.Request(self.at + self.session + path, body, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:  # a script's fault, say
+            raise RuntimeError(json.load(error)["value"]["message"]) from None
 
     def run(self, script: str, *arguments):
         """What a function's body returns."""

@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_cross_entropy_of_what_is_imitated(method, loade
     traces = baselines.roll_out(env, sampler, batches.share_of(problems, 0, 0), config)
     traces = [t | {"right": [i % 2, 1]} for i, t in enumerate(traces)]
     batch = baselines.make_batch(traces, sampler, {}, config)
-    assert not batch.kl_coef.any()
+    assert not batch.kl_coef.any() and batch.rewards.tolist() == [t["right"] for t in traces]
     if method == "pair_sft":
         assert not batch.advantages[batch.rollout.turn == 0].any()
     scorer = models.make_scorer(models.load_model(model_dir)[0], config, reference=False)

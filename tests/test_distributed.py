@@ -60,6 +60,7 @@ def one_step(script, model_dir, config):
             attempts = score.roll_out(env, sampler, mine, config)
             rewards = [attempts.v1.right, attempts.v2.right]
             batch = score.make_batch(attempts, 2, 1.0, config)
+            assert torch.equal(batch.rewards[:, 1], rewards[1])  # this rank's
         else:
             episodes = rrr.roll_out_episodes(env, sampler, mine, config)
             rewards = [episodes.retries.right, episodes.present]

@@ -66,7 +66,7 @@ def stopped(model_dir, tmp_path_factory):
 def assert_same(out: Path, reference: Path):
     """Bit for bit, apart from times."""
     assert helpers.metrics(out) == helpers.metrics(reference)
-    for name in ("results.json", "transcripts.txt"):
+    for name in ("results.json", "transcripts.txt", "rollouts.jsonl"):
         assert (out / name).read_text() == (reference / name).read_text()
     ours, theirs = (models.load_model(str(run / "checkpoint"))[0] for run in (out, reference))
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):

@@ -138,6 +138,8 @@ def test_no_other_token_has_an_advantage(model_dir, reward_on, rewarded):
     batch = rrr.make_batch(episodes, config)
     wanted = rollout.action_mask & torch.isin(rollout.turn, torch.tensor(sorted(rewarded)))
     assert ((batch.advantages != 0) == wanted).all()
+    judged = [[0, None, right] for right in (1, 0, 0, 1, 1, 0)]  # what the page of rollouts says
+    assert [[None if r != r else r for r in row] for row in batch.rewards.tolist()] == judged
 
 
 @pytest.mark.parametrize("kl_on, turns", PENALISED)

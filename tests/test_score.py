@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 
+import evaluate
 import helpers
 import score
 from sampler import Sampler
@@ -138,8 +139,8 @@ def test_a_run_writes_its_directory_and_its_update_is_on_policy(model_dir, tmp_p
     assert rows[0]["kl_t1"] == pytest.approx(0, abs=1e-6) and rows[3]["kl_t1"] > 0
     assert "eval_acc_t2" in rows[1] and "eval_acc_t2" not in rows[0]
     written = sorted(p.name for p in (tmp_path / "run").iterdir())
-    files = "checkpoint config.json curves.png metrics.jsonl results.json states transcripts.txt"
-    assert written == [".lock", *files.split()]
+    files = "checkpoint config.json curves.png metrics.jsonl results.json rollouts.html"
+    assert written == [".lock", *files.split(), "rollouts.jsonl", "states", "transcripts.txt"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     names = results["base"]["greedy"].keys()
     assert names == results["trained"]["sampled"].keys() >= {"n", "acc_t1", "delta_se"}
@@ -323,7 +324,9 @@ def test_first_attempts_whose_cache_is_lost_are_not_taken_for_somebody_elses(mod
 
 def test_the_picture_is_drawn_anew_at_every_saved_state(model_dir, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(score, "plot_curves", lambda run: drawn.append(checkpoint.states(run)[0]))
+    monkeypatch.setattr(
+        evaluate, "plot_curves", lambda run: drawn.append(checkpoint.states(run)[0])
+    )
     train_here(model_dir, tmp_path / "run", *"--stage1_steps 2 --stage2_steps 3".split())
     assert [path.name for path in drawn] == ["step_000002", "step_000004", "step_000005"]
 

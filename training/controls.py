@@ -60,5 +60,6 @@ def with_controls(exam, run: Path, problems, find) -> dict:
     text = format_reflections(talks["sampled"][BEFORE], talks["sampled"][AFTER])
     with saving(run):
         on_first(checkpoint.write_text, run / "reflections.txt", text)
-        on_first(write_run_page, run, pairs_of(talks["sampled"][BEFORE], talks["sampled"][AFTER]))
+        pairs = pairs_of(talks["sampled"][BEFORE], talks["sampled"][AFTER])
+        on_first(write_run_page, run, exam.about, pairs)
     return results

@@ -161,19 +161,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(flags, model_dir, tmp_path, m
 
     logged = training.log
 
-    def stop_at_5(run, row, text):
+    def stop_at_6(run, row, text):
         logged(run, row, text)
-        if row["step"] == 4:
+        if row["step"] == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "log", stop_at_5)
+        patch.setattr(training, "log", stop_at_6)
         with pytest.raises(KeyboardInterrupt):
             train_here(model_dir, tmp_path / "cut", *flags)
     resumed = train_here(model_dir, tmp_path / "cut", *flags, "--resume")
     assert helpers.without_times(resumed) == helpers.without_times(whole)
-    results = [(tmp_path / name / "results.json").read_text() for name in ("cut", "whole")]
-    assert results[0] == results[1]
+    for name in ("results.json", "rollouts.jsonl"):
+        assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
 def test_single_turn_trains_first_attempts_alone(model_dir, tmp_path):

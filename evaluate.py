@@ -7,7 +7,7 @@ As a library it is what the training scripts look at their models with (`Exam`).
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,8 @@ class Config(TaskConfig):
     html: str | None = flag(None, "new HTML file, a page of the conversations, token by token")
     reference: str | None = flag(
         None,
-        "model whose log-probs --html compares with; default: the one that the run began with "
-        "whose checkpoint --model is, if it is one",
+        "model whose log-probs --html compares with, or none; default: the one that the run began "
+        "with whose checkpoint --model is, if it is one",
     )
 
     own_flags = "evaluation"  # their heading in --help
@@ -75,7 +75,7 @@ class Config(TaskConfig):
 
     @property
     def ids(self) -> bool:
-        return self.html is not None
+        return bool(self.html)
 
 
 def evaluate(
@@ -117,6 +117,7 @@ def pieces(ways, env, problems, protocol, first: int, what: str) -> Iterator[dic
             span = range(start + part.start, start + part.stop)  # this rank's
             seeds = row_seeds(span, "evaluate", protocol.seed, each=samples)
             mine = problems[span.start : span.stop]
+            protocol = protocol._replace(ids=protocol.ids and start * samples < SHOWN)
             parts = exchange(converse(ways, env, mine, seeds, protocol) if mine else {})
             progress.update(each * count)
             yield {name: [talk for part in parts for talk in part.get(name, ())] for name in ways}
@@ -151,9 +152,12 @@ class Exam:
 
     def hooks(self, step_batch, sampler, problems, keys=WATCHED) -> Hooks:
         """What a training script hands to its loop, with an algorithm's `step_batch`."""
-        kept = Path(self.config.output_dir), self.about, self.env.tokenizer
-        watch = self.watcher(sampler, problems, keys)
-        return Hooks(step_batch, watch, plot_curves, lambda *step: keep(*kept, *step))
+        run = Path(self.config.output_dir)
+
+        def look(step: int, batch, scores) -> None:
+            keep(run, self.about, self.env.tokenizer, step, batch, scores)
+
+        return Hooks(step_batch, self.watcher(sampler, problems, keys), plot_curves, look)
 
     @property
     def about(self) -> str:
@@ -248,9 +252,11 @@ def check(config: Config) -> None:
         )
     if config.output:
         on_first(partial.check_new, "--output", config.output, ".partial")
-    if config.html:
+    if config.html and config.html == config.output:
+        raise ValueError(f"--html and --output are both {config.html}: name two files")
+    if config.html and not (config.output and partial.path_of(config.output).exists()):
         on_first(partial.check_new, "--html", config.html)
-    elif config.reference:
+    if config.reference and not config.html:
         raise ValueError("--reference is for --html, which says what tokens got of it: give that")
 
 
@@ -261,8 +267,8 @@ def describe(config: Config, model, problems: list[dict], done: int) -> None:
     print(said + (f"; goes on after {done:,} conversations" if done else ""))
 
 
-def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict], Callable]:
-    """(figures, conversations, what writes their page) by the flags.
+def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict], str]:
+    """(figures, conversations, what is wrong with their page, if anything) by the flags.
 
     Conversations are kept in `path`, and those there gone on from. Bad input ends it.
     """
@@ -287,20 +293,28 @@ def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict], Ca
     describe(config, sampler.model, problems, len(done))
     protocol = Protocol(**{name: getattr(config, name) for name in Protocol._fields})
     figures, talks = evaluate(cast, env, problems, protocol, done, add)
-    return figures, talks, lambda: write_talks(config, env, talks[:SHOWN], reference)
+    if reference is not None:  # which takes their place
+        for model in {part.model for part in cast}:
+            distributed.drop_weights(model)
+        reference.to(distributed.device())
+    fault = on_first(write_talks, config, env, talks, reference) if config.html else ""
+    return figures, talks, fault
 
 
-def write_talks(config: Config, env, talks: list[dict], reference) -> None:
-    """The page of --html."""
+def write_talks(config: Config, env, talks: list[dict], reference) -> str:
+    """The page of --html; returns why it can't be written, if so."""
+    shown = talks[:SHOWN]
     about = f"{config.method}, {config.split}, T = {config.temperature:g}"
+    about += f"; the first {SHOWN:,} of {len(talks):,}" if len(talks) > SHOWN else ""
+    if reference is not None:
+        about += f"; reference: {reference_of(config)}"
+        add_reference(reference, [talk["contexts"] for talk in shown], config.temperature)
+    rows = [json.dumps(row_of_talk(env.tokenizer, talk)) for talk in shown]
     try:
-        if reference is not None:
-            about += f"; reference: {reference_of(config)}"
-            add_reference(reference, [talk["contexts"] for talk in talks], config.temperature)
-        rows = [row_of_talk(env.tokenizer, talk) for talk in talks]
         write_page(Path(config.html), f"{config.model}, {config.task}", about, rows)
     except OSError as error:
-        stop(f"--html {config.html} can't be written ({error.strerror or error})")
+        return f"--html {config.html} can't be written: {error.strerror or error}"
+    return ""
 
 
 def report(config: Config, figures: dict, talks: list[dict]) -> None:
@@ -319,15 +333,15 @@ def main(config: Config) -> None:
     distributed.start(config)
     path = partial.path_of(config.output) if config.output else None
     with partial.interrupted(path, "the same call goes on from there"):
-        figures, talks, write = evaluate_by(config, path)
+        figures, talks, fault = evaluate_by(config, path)
         if path:
             slim = [{k: v for k, v in talk.items() if k != "contexts"} for talk in talks]
             with partial.keeping(config.output):
                 whole = figures | {"conversations": slim}
                 on_first(partial.finish_output, config.output, whole)
         report(config, figures, talks)
-        if config.html:
-            on_first(write)
+        if fault:
+            stop(fault)
     distributed.finish()
 
 

@@ -217,8 +217,8 @@ def make_batch(episodes: Episodes, config) -> Batch:
     figures = {"stage": 1, "advantage_std": float(std.sum() / (std > 0).sum().clamp_min(1))}
     if present.any():
         figures["reward"] = float(rewards[present.bool()].mean())
-    judged = torch.tensor([0.0, torch.nan, 1.0])  # failures are wrong, reflections nobody judges
-    judged = own(rewards[present.bool()].view(-1, 1) * judged, len(rollout.ids))  # (B, 3)
+    retried = own(rewards[present.bool()].view(-1, 1), len(rollout.ids))  # (B, 1)
+    judged = F.pad(F.pad(retried, (1, 0), value=torch.nan), (1, 0))  # wrong, not judged, the retry
     return Batch(rollout, *per_token, len(advantages), figures, held, judged)
 
 

@@ -62,7 +62,9 @@ def browser():
     )
     try:
         line = next(line for line in driver.stdout if "started successfully on port" in line)
-        yield Browser(int(line.rstrip(".\n").split()[-1]))
+        opened = Browser(int(line.rstrip(".\n").split()[-1]))
+        yield opened
+        opened.call("", "DELETE")  # else Chromium stays
     finally:
         driver.terminate()
         driver.wait()

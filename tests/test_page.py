@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,8 @@ from loss import Scores
 from report import page
 from sampling.rollout import rollout_of
 from test_chat import character_tokenizer
+from training import methods
+from training.distributed import Stopped
 from training.flags import parse_args
 from training.models import load_model
 from training.policy import Batch
@@ -49,7 +53,7 @@ def test_a_row_has_what_every_token_got_and_told_tokens_get_nothing():
     rollout = rollout_of([[told, said, more, again], [told, said[:1], more, again]], 2, sampler)
     number = torch.arange(rollout.ids.numel()).view_as(rollout.ids).float()
     scores = Scores(-number, -number / 2, number / 4, number)
-    rewards = torch.tensor([[0.0, 1.0], [math.nan, 0.5]])
+    rewards = torch.tensor([[0.0, 1.0], [math.nan, 0.9999]], dtype=torch.float64)
     batch = Batch(rollout, number * 10, number, 1.0, {}, rewards=rewards)
     first, second = page.rows_of(tokenizer, 7, batch, scores)
     at = len(told)
@@ -57,13 +61,14 @@ def test_a_row_has_what_every_token_got_and_told_tokens_get_nothing():
         "told": "8 19",
         "said": ["ok", " 3"],
         "reward": 0.0,
+        "cut": True,  # these words are no stop tokens
         "advantage": [10.0 * at, 10.0 * (at + 1)],
         "log_ratio": [-at / 2, -(at + 1) / 2],
         "kl": [at / 4, (at + 1) / 4],
         "logprob": [-at, -at - 1],
     }
     assert [turn["said"] for turn in second["turns"]] == [["ok"], ["bad"]]
-    assert [turn["reward"] for turn in second["turns"]] == [None, 0.5]
+    assert [turn["reward"] for turn in second["turns"]] == [None, 0.9999]  # not right
 
 
 def test_pieces_are_the_text_and_a_letter_of_several_tokens_is_that_of_its_last():
@@ -100,37 +105,88 @@ def test_a_run_keeps_rollouts_of_its_first_step_of_evaluated_ones_and_its_last(r
 
 
 def test_what_a_page_has_no_room_for_is_left_out_of_every_step(monkeypatch):
+    rows = [json.dumps({"step": step, "row": n}) for step in (0, 19) for n in range(4)]
     monkeypatch.setattr(page, "SHOWN", 5)
-    rows = [{"step": step, "row": n} for step in (0, 9) for n in range(4)]
     assert page.thinned(rows) == [rows[0], rows[1], rows[4], rows[5]]
+    monkeypatch.setattr(page, "ROOM", 3 * len(rows[0]))
+    assert page.thinned(rows) == [rows[0], rows[4]] and page.thinned([]) == []
 
 
-@pytest.mark.parametrize("method, turns", [
-    ("self_correct", 2), ("reflect_retry", 3), ("fresh_attempt", 2), ("blind_retry", 2),
-])  # fmt: skip
+METHODS = {"self_correct": 2, "self_refine": 3, "reflect_retry": 3, "blind_retry": 2}
+METHODS |= {"generic_reflection": 2, "fresh_attempt": 2}  # method: turns of the longest
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", ["itself", "the run's base"])
 def test_evaluate_has_the_log_probs_of_its_tokens_beside_the_references(
-    method, turns, tmp_path, run
+    model, method, tmp_path, run
 ):
-    out, html = tmp_path / "x.json", tmp_path / "x.html"
-    flags = ["--model", str(run / "checkpoint"), *"--task tiny --limit 6 --temperature 1".split()]
+    out, html, checkpoint = tmp_path / "x.json", tmp_path / "x.html", str(run / "checkpoint")
+    flags = ["--model", checkpoint, *"--task tiny --limit 6 --temperature 1".split()]
+    flags += ["--reference", checkpoint] if model == "itself" else []
+    if (model, method) == ("itself", "reflect_retry"):
+        flags += ["--reflector", checkpoint]  # which encodes anew what another one has said
     evaluate_here(*flags, "--method", method, "--html", str(html), "--output", str(out))
     talks, data = json.loads(out.read_text())["conversations"], data_in(html)
     assert "contexts" not in talks[0] and len(data["rows"]) == 6
-    assert "reference: models/tiny" in data["about"]  # what the run began with
-    assert max(len(row["turns"]) for row in data["rows"]) == turns
+    used = checkpoint if model == "itself" else "models/tiny"  # what the run began with
+    assert f"reference: {used}" in data["about"]
+    assert max(len(row["turns"]) for row in data["rows"]) == METHODS[method]
     for talk, row in zip(talks, data["rows"], strict=True):
         judged = [turn for turn in row["turns"] if turn["reward"] is not None]
         assert [turn["reward"] for turn in judged] == [y["right"] for y in talk["attempts"]]
         for turn, attempt in zip(judged, talk["attempts"], strict=True):
             assert "".join(turn["said"]).removesuffix(" <end>") == attempt["text"]
-        assert any(any(turn["log_ratio"]) for turn in row["turns"])
+        for turn in row["turns"]:
+            far = max(map(abs, turn["log_ratio"]))
+            assert (far < 1e-3 if model == "itself" else far > 0) and min(turn["logprob"]) < 0
+
+
+def test_the_reference_scores_at_the_temperature_that_was_sampled_at():
     model, tokenizer = load_model("models/tiny")
-    context = [tokenizer("<user> 8 19 16 make 24 <assistant>").input_ids, [9, 4], [-1.0, -2.0]]
-    evaluate.add_reference(Scorer(model), [[[context]]], 0.5)
-    ids = torch.tensor([context[0] + context[1]])
-    logits = model(ids).logits[0, -3:-1] / 0.5
+    told = tokenizer("<user> 8 19 16 make 24 <assistant>").input_ids
+    context = [told, [9, 4], True, [-1.0, -2.0]]
+    methods.add_reference(Scorer(model), [[[context]]], 0.5)
+    logits = model(torch.tensor([told + [9, 4]])).logits[0, -3:-1] / 0.5
     wanted = logits.log_softmax(-1)[[0, 1], [9, 4]]
-    torch.testing.assert_close(torch.tensor(context[3]), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.tensor(context[4]), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_data_gave_has_no_log_probs():
+    turn = [[5], [9, 4], True, [0.0, 0.0], [-1.0, -2.0]]
+    talk = {"contexts": [[turn]], "attempts": [{"right": 0}]}
+    [shown] = page.row_of_talk(tiny.build_tokenizer(), talk)["turns"]
+    assert shown.keys() == {"told", "said", "reward", "cut"} and len(shown["said"]) == 2
+
+
+def test_an_evaluation_goes_on_with_its_page_and_one_without_does_not(tmp_path, capsys):
+    flags = "--task tiny --limit 6 --temperature 1 --output".split() + [str(tmp_path / "x.json")]
+    html, cut = ["--html", str(tmp_path / "x.html")], evaluate.write_page
+
+    def stop(*arguments):
+        cut(*arguments)
+        raise Stopped(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(evaluate, "write_page", stop)
+        evaluate_here(*flags, *html)
+    whole = (tmp_path / "x.html").read_text()
+    assert "left by an evaluation with another html" in helpers.refusal(evaluate, capsys, *flags)
+    evaluate_here(*flags, *html)
+    assert (tmp_path / "x.html").read_text() == whole and (tmp_path / "x.json").exists()
+
+
+def test_a_page_that_cannot_be_written_loses_no_figures(tmp_path, capsys, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_page", full)
+    flags = ["--output", str(tmp_path / "x.json"), "--html", str(tmp_path / "x.html")]
+    with pytest.raises(SystemExit):
+        evaluate_here("--task", "tiny", "--limit", "2", *flags)
+    said = capsys.readouterr()
+    assert "x.html can't be written: No space left" in said.err and "acc_t1" in said.out
+    assert (tmp_path / "x.json").exists()
 
 
 def test_a_page_that_is_there_or_a_reference_without_one_is_refused(tmp_path, capsys):
@@ -141,6 +197,21 @@ def test_a_page_that_is_there_or_a_reference_without_one_is_refused(tmp_path, ca
     assert there.read_text() == "mine"
     said = helpers.refusal(evaluate, capsys, "--reference", "models/tiny")
     assert "--reference is for --html" in said
+    said = helpers.refusal(evaluate, capsys, "--html", "x", "--output", "x")
+    assert "--html and --output are both x" in said
+
+
+def test_a_base_that_is_gone_is_done_without_unless_it_was_asked_for(tmp_path, capsys, run):
+    checkpoint = tmp_path / "run" / "checkpoint"
+    shutil.copytree(run / "checkpoint", checkpoint)
+    (tmp_path / "run" / "config.json").write_text('{"model": "./gone"}')
+    flags = ["--model", str(checkpoint), "--task", "tiny", "--limit", "2"]
+    evaluate_here(*flags, "--html", str(tmp_path / "x.html"))
+    assert "no log-ratios: --reference ./gone: " in capsys.readouterr().out
+    asked = ["--html", tmp_path / "y.html", "--reference", "./gone"]
+    assert "--reference ./gone: " in helpers.refusal(evaluate, capsys, *flags, *asked)
+    evaluate_here(*flags, "--html", str(tmp_path / "z.html"), "--reference", "none")
+    assert "reference" not in data_in(tmp_path / "z.html")["about"]
 
 
 def test_reflections_before_and_after_are_of_the_same_failures():
@@ -166,7 +237,11 @@ def window():
 def turn(said, reward, advantage, told="told"):
     n = len(said)
     values = {"advantage": [advantage] * n, "logprob": [-0.5] * n}
-    return {"told": told, "said": said, "reward": reward} | values
+    return {"told": told, "said": said, "reward": reward, "cut": False} | values
+
+
+def write_page(path, title, rows, pairs=()):
+    page.write_page(path, title, "about", [json.dumps(row) for row in rows], pairs)
 
 
 def click(window, start):
@@ -187,13 +262,13 @@ def test_a_reader_filters_steps_searches_and_sees_what_a_token_got(window, tmp_p
     ]
     half = {"said": "hm", "retry": "x", "right": False}
     pair = {"asked": "p", "failed": "y", "before": half, "after": half | {"right": True}}
-    page.write_page(tmp_path / "x.html", "title", "about", rows, [pair])
+    write_page(tmp_path / "x.html", "title", rows, [pair])
     window.open(tmp_path / "x.html")
 
     def shown():
         return window.run(
             "return [...document.querySelectorAll('#list > button')]"
-            ".map((b) => b.firstChild.parentNode.innerText.split('\\n')[0])"
+            ".map((b) => b.innerText.split('\\n')[0])"
         )
 
     assert shown() == ["○ ○ wrong → wrong"]  # the last step: a part of a reward is not right
@@ -212,8 +287,12 @@ def test_a_reader_filters_steps_searches_and_sees_what_a_token_got(window, tmp_p
     click(window, "all 2")
     window.run("const s = document.getElementById('search'); s.value = 'B'; s.oninput()")
     assert shown() == ["● ○ right → wrong"]
-    click(window, "reflections")
     window.run("const s = document.getElementById('search'); s.value = ''; s.oninput()")
+    window.run("document.getElementById('down').focus(); document.getElementById('down').click()")
+    place = "return document.getElementById('place').innerText"
+    assert window.run(place) == "2 of 2, step 0: wrong → right"
+    assert window.run("return document.activeElement.id") == "down"
+    click(window, "reflections")
     assert shown() == ["○ ● wrong → right"] and window.run(said) == ["y", "hm", "x", "hm", "x"]
     assert window.faults() == []
 
@@ -225,7 +304,7 @@ def test_2000_rollouts_open_fast_fit_the_window_and_nothing_they_say_is_run(
 ):
     said = [HOSTILE, *("word " * 60).split(" ")]
     rows = [{"step": i, "turns": [turn(said, 1.0, 1.0, HOSTILE * 20)] * 2} for i in range(2000)]
-    page.write_page(tmp_path / "x.html", HOSTILE, HOSTILE, rows)
+    write_page(tmp_path / "x.html", HOSTILE, rows)
     window.open(tmp_path / "x.html", width, dark)
     opened = "return performance.timing.domContentLoadedEventEnd - performance.timing.fetchStart"
     assert window.run(opened) < 5000  # half a second where nothing else runs

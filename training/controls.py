@@ -35,7 +35,9 @@ def controls(base, trained) -> dict[str, tuple]:
 
 
 def with_controls(exam, run: Path, problems, find) -> dict:
-    """Figures of both models and, with --controls, of the `controls`; reflections.txt in the run.
+    """Figures of both models and, with --controls, of the `controls`.
+
+    Reflections on the same failures stand in the run's reflections.txt, and on its page.
 
     What begins with the base model's first attempts goes on from the same ones: its own figures
     are those of one of the controls. find: a model's name -> its sampler. exam: an evaluate.Exam.

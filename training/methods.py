@@ -83,9 +83,12 @@ def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
         rollout, between = next_attempts(cast, env, rollout, chosen, protocol, free)
         free = True
         rows = [rows[i] for i in chosen]  # those that have ended leave
+        if between is not None:
+            remember(contexts, rows, between, protocol)
+            for row, ids in zip(rows, between.completion_ids(between.stopped.shape[1] - 1)):
+                said[row].append(ids)
         for i, answer in enumerate(attempts_of(env, rollout, problems)):
             attempts[rows[i]].append(answer)
-            said[rows[i]] += [between[i]] if between else []
         remember(contexts, rows, rollout, protocol)
     return [
         {
@@ -102,21 +105,22 @@ def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
 def remember(contexts: list[list], rows: list[int], rollout, protocol) -> None:
     """Into the contexts of conversations `rows`: the turns of a rollout's rows.
 
-    A context is a list of turns, each [ids told, ids said, log-probs of these]; it takes the place
-    of the one that it goes on from. A conversation has one, but with fresh attempts.
+    A context is a list of turns, each [ids told, ids said, whether it stopped, log-probs]. One that
+    goes on keeps its turns: to a model that has to encode them anew they are a prompt. Fresh
+    attempts begin another one.
     """
     if not protocol.ids:
         return
-    tensors = (rollout.ids, rollout.logprobs, rollout.action_mask, rollout.turn)
-    turns = range(rollout.stopped.shape[1])
+    tensors = (rollout.ids, rollout.logprobs, rollout.action_mask, rollout.turn, rollout.stopped)
+    tensors = [x.cpu() for x in tensors]
     for row, kept in enumerate(contexts[number] for number in rows):
-        ids, logprobs, said, turn = (x[row] for x in tensors)
-        places = [(turn == t, said) for t in turns]
-        context = [
-            [ids[t & ~s].tolist(), ids[t & s].tolist(), logprobs[t & s].tolist()] for t, s in places
-        ]
-        if kept and len(kept[-1]) < len(context):
-            kept.pop()
+        ids, logprobs, said, turn, stopped = (x[row] for x in tensors)
+        before = kept.pop() if kept and len(kept[-1]) < len(stopped) else []
+        context = before[:]
+        for number in range(len(before), len(stopped)):
+            told, spoken = (turn == number) & ~said, (turn == number) & said
+            parts = [ids[told].tolist(), ids[spoken].tolist(), bool(stopped[number])]
+            context.append([*parts, logprobs[spoken].tolist()])
         kept.append(context)
 
 
@@ -140,7 +144,7 @@ def add_reference(reference, contexts: list[list], temperature: float, piece: in
 
 
 def next_attempts(cast, env, before, rows, protocol, free=False):
-    """(rollout whose last turn is the next attempt at `rows`, what was said between or None).
+    """(rollout that ends in the next attempt at `rows`, that of what was said between or None).
 
     free: give up the cache of `before`.
     """
@@ -172,7 +176,7 @@ def next_attempts(cast, env, before, rows, protocol, free=False):
     longest = {"max_new_tokens": protocol.max_reflection_tokens}
     said = answer(reflector, before, ask, rows, free=free, **longest)
     retried = answer(retrier, said, then, list(range(len(rows))), free=True)
-    return retried, said.completion_ids(said.stopped.shape[1] - 1)
+    return retried, said
 
 
 def attempts_of(env, rollout, problems: list[dict]) -> list[dict]:

@@ -231,7 +231,7 @@ def newest(run: Path) -> str:
 
 def log(run: Path, row: dict, text: str) -> None:
     """A line of metrics, and the transcripts of an evaluation if there was one."""
-    for name, more in zip(LOGS, (json.dumps(row) + "\n", text)):
+    for name, more in zip(LOGS[:2], (json.dumps(row) + "\n", text), strict=True):
         if more:
             with open(run / name, "a") as file:
                 file.write(more)

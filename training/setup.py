@@ -75,13 +75,13 @@ def sampler_of(scorer, sampler, env: Env, config, name: str) -> Sampler:
     return load_sampler(name, env, config)
 
 
-def load_sampler(name: str, env: Env, config) -> Sampler:
+def load_sampler(name: str, env: Env, config, device=None) -> Sampler:
     """Of another model in the same conversations; ValueError if ids are other words to it.
 
     Or if it doesn't stop at the end of a turn. What is said between its turns is the env's; its own
     chat template counts for nothing.
     """
-    model, tokenizer = load_model(name, dtype=compute_dtype(config), base=config.base)
+    model, tokenizer = load_model(name, device, compute_dtype(config), config.base)
     if tokenizer.get_vocab() != env.tokenizer.get_vocab():
         raise ValueError(
             f"{name} has another tokenizer than --model {config.model}, and would read other words "
@@ -106,16 +106,27 @@ def prepare_reflector(config, env: Env, sampler, problems: list[dict]):
 
 def reference_of(config) -> str | None:
     """--reference, else the model that the run began with whose checkpoint --model is."""
-    return config.reference or read_config(Path(config.model).parent / "config.json").get("model")
+    if config.reference:
+        return None if config.reference == "none" else config.reference
+    return read_config(Path(config.model).parent / "config.json").get("model")
 
 
 def prepare_reference(config, env: Env) -> Scorer | None:
-    """What scores by the model of `reference_of`, if there is one."""
+    """On the CPU, what scores by the model of `reference_of`, if there is one.
+
+    One that nobody has named, and that can't be had, is done without.
+    """
     name = reference_of(config)
     if not name:
         return None
-    with naming(f"--reference {name}"), said_if_slow(f"loading {name} ..."):
-        return Scorer(load_sampler(name, env, config).model)
+    try:
+        with naming(f"--reference {name}"), said_if_slow(f"loading {name} ..."):
+            return Scorer(load_sampler(name, env, config, device="cpu").model.to("cpu"))
+    except ValueError as error:
+        if config.reference:
+            raise
+        on_first(print, f"no log-ratios: {error}")
+        return None
 
 
 def require_end(env: Env, sampler) -> None:

@@ -1,11 +1,12 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const NAMES = { advantage: "advantage", log_ratio: "log-ratio to the reference",
-                kl: "KL to the reference", logprob: "log-prob" };
+const NAMES = { advantage: "advantage", log_ratio: "log-ratio", kl: "KL", logprob: "log-prob" };
+const LONG = { log_ratio: "log-ratio to the reference", kl: "KL to the reference" };
 const SIGNED = ["advantage", "log_ratio"], CHUNK = 100;
 const NOISE = { log_ratio: 0.05 };  // under which 16-bit floats round: never the full colour
 const $ = (id) => document.getElementById(id);
-const seen = { view: "rows", step: null, outcome: "all", colour: null, query: "", at: 0, shown: [] };
+const seen = { view: "rows", step: null, outcome: "all", query: "", colour: null };
+Object.assign(seen, { shown: [], at: 0 });  // what is in the list, and which of it is looked at
 
 function make(tag, attributes, ...children) {  // text is text, whatever a model has said
   const node = document.createElement(tag);
@@ -16,8 +17,8 @@ function make(tag, attributes, ...children) {  // text is text, whatever a model
   node.append(...children);
   return node;
 }
-const word = (reward) => reward === null ? "" : reward === 1 ? "right" : reward ? String(reward) : "wrong";
 const kind = (reward) => reward === null ? "none" : reward === 1 ? "right" : "wrong";
+const word = (reward) => reward === null ? "" : reward % 1 ? String(reward) : kind(reward);
 function verdicts(row) {  // of its attempts; of a pair: of the retry before training, and after
   if (row.before) return [row.before.right ? 1 : 0, row.after.right ? 1 : 0];
   return row.turns.map((turn) => turn.reward).filter((reward) => reward !== null);
@@ -79,14 +80,15 @@ function legend() {
   const ends = SIGNED.includes(name) ? ["--less", "--more"] : [null, "--much"];
   const stops = ends.map((hue) => hue ? `rgba(var(${hue}), .5)` : "transparent");
   const middle = ends[0] ? "transparent, " : "";
-  const bar = make("i", { style: `background: linear-gradient(90deg, ${stops[0]}, ${middle}${stops[1]})` });
+  const shades = `${stops[0]}, ${middle}${stops[1]}`;
+  const bar = make("i", { style: `background: linear-gradient(90deg, ${shades})` });
   const low = ends[0] ? `−${most}` : "0", high = name === "logprob" ? `−${most}` : `${most}`;
   $("legend").replaceChildren(low, bar, high);
 }
 
 function told(said) {
-  const box = make("pre", { class: "told" }, said), cut = said.split("\n").length > 7 || said.length > 700;
-  if (!cut) return [box];
+  const box = make("pre", { class: "told" }, said);
+  if (said.split("\n").length <= 7 && said.length <= 700) return [box];
   box.classList.add("cut");
   const more = make("button", { class: "link", onclick: () => {
     more.textContent = box.classList.toggle("cut") ? "show all of it" : "show less";
@@ -102,7 +104,7 @@ function said(turn) {
     const shown = piece === "" ? "▫" : piece.replace(/\n/g, "↵\n");  // ▫: a part of a letter
     const token = make("span", { style: paint(seen.colour, values[i]) || null }, shown);
     token.tip = { piece, values: measures.filter((name) => turn[name])
-      .map((name) => [NAMES[name], turn[name][i]]) };
+      .map((name) => [LONG[name] || NAMES[name], turn[name][i]]) };
     box.append(token);
   });
   return box;
@@ -115,11 +117,13 @@ function turnBlock(turn) {
   if (turn.cut) sums.push("cut off by the token limit");
   const verdict = make("span", { class: kind(turn.reward) }, word(turn.reward));
   const spoken = turn.said.length > 0;  // else somebody else's attempt is among what was told
-  const user = [make("div", { class: "who" }, make("b", {}, spoken ? "told" : "told, attempt and all"),
-    ...(spoken ? [] : [verdict])), make("div", { class: "box" }, ...told(turn.told))];
-  const model = [make("div", { class: "who" }, make("b", {}, "model"), verdict, sums.join(", ")),
-    make("div", { class: "box" }, said(turn))];
-  return make("div", { class: "turn" }, ...(turn.told.trim() ? user : []), ...(spoken ? model : []));
+  const head = (name, ...more) => make("div", { class: "who" }, make("b", {}, name), ...more);
+  const user = spoken ? [head("told")] : [head("told, attempt and all", verdict)];
+  user.push(make("div", { class: "box" }, ...told(turn.told)));
+  const model = [head("model", verdict, sums.join(", "))];
+  model.push(make("div", { class: "box" }, said(turn)));
+  const blocks = [...(turn.told.trim() ? user : []), ...(spoken ? model : [])];
+  return make("div", { class: "turn" }, ...blocks);
 }
 function pairBlock(row) {
   const half = (name, it) => make("div", {}, make("div", { class: "who" }, make("b", {}, name)),
@@ -141,14 +145,16 @@ function detail() {
   able("up", seen.at > 0);
   able("down", seen.at < count - 1);
   $("place").textContent = !row ? "Nothing fits." : `${seen.at + 1} of ${count}`
-    + ("step" in row ? `, step ${row.step}` : "") + (row.before ? ", retries: " : ": ") + outcome(row);
-  $("turns").replaceChildren(...(!row ? [] : row.before ? pairBlock(row) : row.turns.map(turnBlock)));
+    + (row.before ? ", retries: " : `${stepOf(row)}: `) + outcome(row);
+  const blocks = !row ? [] : row.before ? pairBlock(row) : row.turns.map(turnBlock);
+  $("turns").replaceChildren(...blocks);
 }
+function stepOf(row) { return "step" in row ? `, step ${row.step}` : ""; }
 function item(row, i) {
-  const step = "step" in row && seen.step === null ? [make("span", { class: "step" }, `step ${row.step}`)] : [];
+  const step = seen.step === null ? make("span", { class: "step" }, stepOf(row).slice(2)) : "";
   const last = row.before ? row.after.retry : row.turns[row.turns.length - 1].said.join("");
   return make("button", { "aria-current": String(i === seen.at), onclick: () => choose(i) },
-    ...step, ...dots(row), outcome(row), make("div", { class: "what" }, asked(row)),
+    step, ...dots(row), outcome(row), make("div", { class: "what" }, asked(row)),
     make("div", { class: "answer" }, last.slice(0, 200)));
 }
 function list() {
@@ -183,13 +189,15 @@ function outcomes() {
     counts.set(outcome(row), (counts.get(outcome(row)) || 0) + 1);
   }
   if (!counts.has(seen.outcome)) counts.set(seen.outcome, 0);
-  const order = [...counts.keys()].sort((a, b) => a === "all" ? -1 : b === "all" ? 1 : a < b ? -1 : 1);
+  const order = ["all", ...[...counts.keys()].filter((name) => name !== "all").sort()];
   $("outcomes").replaceChildren(...order.map((name) => make("button", {
     "aria-pressed": String(name === seen.outcome),
     onclick: () => { seen.outcome = name; show(); } }, `${name} ${counts.get(name)}`)));
   if (pressed) $("outcomes").querySelector('[aria-pressed="true"]').focus();
 }
-function steps() { return [...new Set(data.rows.map((row) => row.step))].filter((step) => step !== undefined); }
+function steps() {
+  return [...new Set(data.rows.map((row) => row.step))].filter((step) => step !== undefined);
+}
 function show() {
   const all = steps(), at = all.indexOf(seen.step);
   seen.shown = filtered();
@@ -238,7 +246,8 @@ if (data.pairs.length) {
 }
 const measures = Object.keys(NAMES).filter((name) => data.rows.some((row) =>
   row.turns.some((turn) => (turn[name] || []).some((value) => value))));
-$("colour").append(...measures.map((name) => make("option", { value: name }, "colour: " + NAMES[name])));
+const choices = measures.map((name) => make("option", { value: name }, "colour: " + NAMES[name]));
+$("colour").append(...choices);
 seen.colour = measures[0] || null;
 $("step").append(make("option", { value: "null" }, "all steps"),
   ...steps().map((step) => make("option", { value: String(step) }, `step ${step}`)));
@@ -255,9 +264,10 @@ $("detail").onscroll = () => { $("tip").hidden = true; };
 document.onmouseover = tip;
 document.onclick = tip;  // where nothing hovers
 document.onkeydown = (event) => {
-  if (/^(INPUT|SELECT)$/.test(event.target.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
-  const go = { ArrowDown: () => move(1), j: () => move(1), ArrowUp: () => move(-1), k: () => move(-1),
-    ArrowLeft: () => $("before").click(), ArrowRight: () => $("after").click() }[event.key];
+  const typing = /^(INPUT|SELECT)$/.test(event.target.tagName);
+  if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
+  const go = { ArrowDown: () => move(1), ArrowUp: () => move(-1), j: () => move(1),
+    k: () => move(-1), ArrowLeft: () => stepBy(-1), ArrowRight: () => stepBy(1) }[event.key];
   const scrolls = event.target === $("detail") && event.key.startsWith("Arrow");
   if (go && !scrolls) { event.preventDefault(); go(); }
 };

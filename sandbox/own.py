@@ -139,8 +139,10 @@ def _serve() -> None:
         replies.write(json.dumps(what) + "\n")
 
     path, text = json.loads(requests.readline())
+    signal.setitimer(signal.ITIMER_REAL, START)  # the caller may be gone before it ends by itself
     try:
         verify = run_file(path, text)["verify"]
+        signal.setitimer(signal.ITIMER_REAL, 0)
     except (Exception, SystemExit) as error:
         return reply(fault=fault_of(error, path))
     reply(ready=True)

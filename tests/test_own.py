@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -134,6 +135,13 @@ def test_no_worker_outlives_its_caller_even_if_it_hangs(write, how):
             return
         time.sleep(0.1)
     pytest.fail("the worker is still there")
+
+
+def test_a_file_that_never_ends_ends_though_its_caller_is_gone(tmp_path):
+    serve = "from sandbox import own; own.START = 0.2; own._serve()"
+    text = json.dumps(["own.py", "while True: pass"]) + "\n"
+    ran = subprocess.run([sys.executable, "-c", serve], cwd=ROOT, input=text, text=True, timeout=60)
+    assert ran.returncode == -signal.SIGALRM
 
 
 def test_a_file_that_changes_during_a_run_judges_as_it_did(write):

@@ -2,10 +2,12 @@
 
     {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
     {"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}
+    {"prompt": "1 + 1?", "answer": "2"}
 
 The user's one message is the problem, and the assistant's last one after it a reply to that; what a
 system says is left out, since the task has prompts of its own. A row that has the task's own field
-for the problem is taken by that, and its chat not looked at.
+for the problem is taken by that, and its chat not looked at. A task in a user's file that has no
+prompt of its own is asked all messages as they stand (`prompt_in`).
 """
 
 import math
@@ -34,14 +36,14 @@ class Chat(NamedTuple):
 
 
 def chat_of(row: dict, field: str) -> Chat:
-    """The chat in a row, unless it has a text in `field`."""
+    """The chat in a row, unless it has a text in `field`; without either, its `prompt`."""
     found = {name: typed(row.get(name), list) for name in CHATS}
     name = next((name for name in CHATS if is_chat(found[name])), None)
     if isinstance(row.get(field), str) or name is None:
-        return Chat(row.get(field))
+        return Chat(row.get(field, row.get("prompt")))
     more = typed(row.get("completion"), list)
     messages = found[name] + (more if is_chat(more) else [])
-    roles = [ROLES.get(role_of(message), role_of(message)) for message in messages]
+    roles = [spoken_by(message) for message in messages]
     if roles.count("user") != 1:
         count = roles.count("user")
         raise ValueError(f"field '{name}' has {count} messages of the user, and a problem is one")
@@ -51,6 +53,22 @@ def chat_of(row: dict, field: str) -> Chat:
     reply = text_of(after[-1], name) if after else ""
     calls = [calls for m in after if isinstance(calls := m.get("tool_calls"), list) and calls]
     return Chat(text_of(messages[asked], name), reply, tuple(calls))
+
+
+def prompt_in(row: dict) -> str | list[dict] | None:
+    """What a row asks as it stands: a text, or messages {role, content} up to the user's last."""
+    found = {name: typed(row.get(name), list) for name in ("prompt", "messages", "conversations")}
+    name = next((name for name in found if is_chat(found[name])), None)
+    if isinstance(row.get("prompt"), str) and name != "prompt":
+        return row["prompt"]
+    said = [{"role": spoken_by(m), "content": text_of(m, name)} for m in found.get(name, [])]
+    while said and said[-1]["role"] != "user":  # the reply, which is to be found by the model
+        said.pop()
+    return said or None
+
+
+def spoken_by(message: dict) -> str:
+    return ROLES.get(role_of(message), role_of(message))
 
 
 def role_of(message: dict):

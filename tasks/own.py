@@ -2,7 +2,9 @@
 
     problems(split) -> list of dicts, the same whenever it is called, none in two splits
                        split: train, validation or test; no such function where --data has rows
-    prompt(problem) -> str, or a list of messages {role, content} that ends with the user's
+    prompt(problem) -> str, or a list of messages {role, content} that ends with the user's; no
+                       such function where rows ask by themselves, in `prompt` (a text or
+                       messages), `messages` or `conversations`: all up to the user's last message
     verify(response, problem) -> True or False, or a reward from 0.0 to 1.0, which is right at 1.0
 
 And if wanted: correct, reflect, retry, what is said between attempts; max_new_tokens,
@@ -22,6 +24,7 @@ from pathlib import Path
 from sandbox import own
 from sandbox.own import OwnError
 from tasks.base import Task
+from tasks.chats import prompt_in
 
 EMBEDDED = {"correct": "fix", "reflect": "reflect", "retry": "retry"}  # all words that it knows
 WORDS = {
@@ -50,7 +53,7 @@ def read(path: str) -> tuple[str, dict]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--task {path} can't be read: {error}") from None
     try:
-        names = own.run_file(file, text)
+        names = {"prompt": prompt_in} | own.run_file(file, text)
     except SystemExit:
         rule = "put that under if __name__ == '__main__':"
         raise ValueError(f"--task {path} ends the process that imports it: {rule}") from None
@@ -122,7 +125,11 @@ def prompt_of(path: str, function, problem: dict) -> str | list[dict]:
     if not roles or roles[-1] != "user" or "system" in roles[1:]:
         form = "a text, or a list of {role, content}, the system's first, the user's last"
         given = own.shortened(json.dumps(problem))
-        raise OwnError(f"{path}: prompt returned {prompt!r}, not {form}, with {given}")
+        whose = "prompt returned"
+        if function is prompt_in:
+            remedy = "add one, or give each row a `prompt` or `messages`"
+            whose = f"it has no function prompt: {remedy}; this one's is"
+        raise OwnError(f"{path}: {whose} {prompt!r}, not {form}, with {given}")
     return prompt
 
 

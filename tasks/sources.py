@@ -74,7 +74,7 @@ def place(task, rows: list[tuple[str | None, str, dict]]) -> dict[str, list[dict
     for given, where, row in rows:
         with naming(where):
             problem = parse_row(task, row)
-        key = task.key(problem)
+            key = task.key(problem)  # of an own task made of its prompt, which may have a fault
         split = given or split_of(key)
         if given == "train" and "validation" not in given_splits and split_of(key) == "validation":
             split = "validation"

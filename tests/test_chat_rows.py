@@ -29,6 +29,8 @@ NONE = "No idea, \\boxed{7}"
     {"messages": json.dumps([*ASKED, assistant(BOXED)])},  # a cell of a CSV
     {"prompt": ASKED, "completion": [assistant(BOXED)]},
     {"prompt": ASKED, "answer": MARKED},
+    {"prompt": "1 + 1?", "answer": MARKED},
+    {"prompt": "Add.", "messages": [*ASKED, assistant(BOXED)]},
     {"prompt": ASKED, "solution": BOXED},
     {"prompt": ASKED, "solution": "One and one.", "answer": 2},
     {"messages": [*ASKED, assistant("#### Adding\n" + BOXED)]},  # a heading is no mark
@@ -117,7 +119,7 @@ def test_a_field_of_a_wrong_type_is_not_passed_over_for_another(field, value):
     ({"messages": []}, "is missing: wanted .*; this row has messages, id"),
     ({"messages": "1 + 1?"}, "is missing: wanted .*; this row has messages, id"),
     ({"messages": [{"text": "1 + 1?"}]}, "is missing: wanted .*; this row has messages, id"),
-    ({"prompt": "1 + 1?", "answer": "#### 2"}, "wanted .*; this row has prompt, answer, id"),
+    ({"prompt": ["1 + 1?"], "answer": "2"}, "no text: wanted .*; this row has prompt, answer, id"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["math", "gsm8k"])
 def test_a_chat_without_one_problem_and_an_answer_is_refused(name, row, message):
@@ -166,6 +168,7 @@ def calling(*calls):
     {"messages": [user("Area?"), assistant("", tool_calls=[AREA])]},
     {"messages": [user("Area?"), assistant(json.dumps([AREA]))]},
     {"prompt": [user("Area?")], "answers": json.dumps([AREA])},
+    {"prompt": "Area?", "answers": [AREA]},
 ])  # fmt: skip
 def test_calls_in_a_chat_are_those_of_its_one_turn_of_calls(row):
     problem = parse_row(TASKS["function_call"], row | {"tools": TOOLS})

@@ -22,6 +22,7 @@ from sandbox import own as workers
 from sandbox.own import OwnError
 from tasks import TASKS, own
 from tasks.env import Env
+from tasks.loading import load_task
 from training.flags import parse_args, run_script
 from training.models import load_model
 
@@ -328,6 +329,48 @@ def test_rows_of_a_file_are_its_problems(write, tmp_path, capsys):
     flags = ["--model", TINY, "--task", path, "--data", f"test={data}", "--split", "test"]
     evaluate.main(parse_args(evaluate.Config, flags))
     assert "3 test problems" in capsys.readouterr().out
+
+
+SYSTEM, ASKED = {"role": "system", "content": "4"}, {"role": "user", "content": "1"}
+TOLD = {"role": "assistant", "content": "2"}
+CHAT = [SYSTEM, ASKED, TOLD, ASKED]
+
+
+@pytest.mark.parametrize("row, prompt", [
+    ({"prompt": "3 make 9"}, "3 make 9"),
+    ({"prompt": "[3]"}, "[3]"),
+    ({"prompt": "3 make 9", "messages": CHAT}, "3 make 9"),
+    ({"prompt": CHAT, "messages": [ASKED]}, CHAT),
+    ({"messages": [*CHAT, TOLD]}, CHAT),
+    ({"prompt": json.dumps(CHAT)}, CHAT),  # a cell of a CSV
+    ({"conversations": [{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]}, [ASKED]),
+])  # fmt: skip
+def test_without_a_function_prompt_a_row_is_asked_as_it_stands_but_for_its_reply(
+    write, row, prompt
+):
+    path = write("def verify(response, problem):\n    return True\n")
+    assert own.own_task(path, True, 10.0).prompt(row) == prompt
+    assert own.own_task(write(FILE), True, 10.0).prompt(row | {"n": 7}) == "7 make 9"
+
+
+def test_rows_that_ask_need_a_verify_alone_which_is_handed_all_of_a_row(write, tmp_path):
+    rows, row = tmp_path / "rows.jsonl", {"messages": [*CHAT, TOLD], "answer": "9"}
+    rows.write_text(json.dumps(row))
+    path = write("def verify(response, problem):\n    return response == problem['answer']\n")
+    flags = ["--model", TINY, "--task", path, "--data", f"test={rows}"]
+    task, splits = load_task(parse_args(evaluate.Config, flags), ["test"])
+    assert splits["test"] == [row] and task.prompt(row) == CHAT
+    assert [task.verify(text, row) for text in ("9", "8")] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("row", [{"n": 1}, {"prompt": " "}, {"messages": [SYSTEM, TOLD]}])
+def test_a_row_that_asks_nothing_is_named_with_what_to_do(write, tmp_path, capsys, row):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "3 make 9"}) + "\n" + json.dumps(row))
+    path = write("def verify(response, problem):\n    return True\n")
+    said = refusal(evaluate, capsys, "--model", TINY, "--task", path, "--data", f"test={rows}")
+    assert "rows.jsonl, line 2: " in said and json.dumps(row) in said and said.count("\n") == 1
+    assert "it has no function prompt: add one, or give each row a `prompt` or `messages`" in said
 
 
 def test_a_verdict_that_fails_in_a_run_ends_it_with_one_line(write, capsys, monkeypatch):

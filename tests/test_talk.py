@@ -124,6 +124,18 @@ def test_two_models_stand_side_by_side(capsys, monkeypatch, tmp_path):
     assert left == "5 + 11 = 16 ; 16 + 10 = 26  wrong" and right and right != left
 
 
+def test_the_readmes_conversation_is_printed_and_judged_so(model, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    readme, names = (ROOT / "README.md").read_text(), ["models/tiny", "runs/score/checkpoint"]
+    told = readme.partition("```\n")[2].partition("\n```")[0]
+    assert f'talk.py --model {names[0]} --beside {names[1]} "{WRONG}"` prints' in readme
+    after = [line[54:] for line in told.splitlines()[1:]]  # of a run that is not here
+    assert told == talk.side_by_side(names, [talk.heard(*model, WRONG, configured(), 0), after])
+    for said, verdict in (text.split("  ") for text in after[1::2]):
+        right = TASKS["tiny"].verify(said, talk.asked(TASKS["tiny"], WRONG)[1])
+        assert talk.VERDICTS[right] == verdict
+
+
 def test_long_texts_stay_in_their_columns_and_empty_lines_stay(monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     talks = [["a b c d e f", "x"], ["q\n\nr"]]

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, if it is th
 
 import transformers as tf  # noqa: E402
 
+import helpers  # noqa: E402, F401, whose embedded task every test has, whichever are run
 from sampling.attention import KVCache  # noqa: E402
 
 logging.disable(logging.DEBUG)  # of which torch.distributed.checkpoint writes much

@@ -742,7 +742,7 @@ def slow_generation_of_0(marker: Path):
 def test_torchrun_ends_all_ranks_when_one_is_killed(tmp_path):
     """The README's command line, with real processes."""
     command = "-m torch.distributed.run --standalone --nproc-per-node 2 score.py".split()
-    command += "--final_problems 8 --save_every 1".split()
+    command += "--problems 2 --group_size 2 --probe 0 --eval_problems 4 --save_every 1".split()
     command = [sys.executable, *command, "--output_dir", str(tmp_path / "run")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
@@ -911,26 +911,26 @@ def test_completions_that_are_empty_train_on(script, model_dir, tmp_path, monkey
 PROGRAM = """
 import dataclasses, os, sys
 import torch
-import helpers, {script}
+import helpers, rrr, score
 from tasks import TASKS
 torch.set_num_threads(1)
 os.cpu_count = lambda: {workers}
 TASKS["tiny"] = dataclasses.replace(TASKS["tiny"], warm_up=lambda: True)  # verdicts in threads
 torch.manual_seed({workers})
-helpers.train_here({script}, {model!r}, helpers.Path({out!r}), *helpers.FEW["{script}"])
+for script in (score, rrr):
+    name = script.__name__
+    helpers.train_here(script, {model!r}, helpers.Path({out!r}) / name, *helpers.FEW[name])
 """
 
 
-@both
-def test_hash_seeds_workers_and_global_random_state_change_nothing(
-    script, model_dir, tmp_path, references
-):
+def test_hash_seeds_workers_and_global_random_state_change_nothing(model_dir, tmp_path, references):
     runs, quiet = [], {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for workers in (1, 7):
-        names = {"script": script, "workers": workers, "model": model_dir}
-        program = PROGRAM.format(**names, out=str(tmp_path / f"{workers}"))
+        out = tmp_path / f"{workers}"
+        program = PROGRAM.format(workers=workers, model=model_dir, out=str(out))
         env = os.environ | {"PYTHONHASHSEED": f"{workers}", "OMP_NUM_THREADS": "1"}
-        runs.append(subprocess.Popen([sys.executable, "-c", program], env=env, **quiet))
-    assert [run.wait() for run in runs] == [0, 0]
-    for workers in (1, 7):
-        assert_same(tmp_path / f"{workers}", references[script])
+        runs.append((out, subprocess.Popen([sys.executable, "-c", program], env=env, **quiet)))
+    for out, run in runs:
+        assert run.wait() == 0
+        for script in SCRIPTS:
+            assert_same(out / script, references[script])

@@ -41,7 +41,7 @@ from tasks.tiny import tiny_answer as answer, tiny_splits
 def verify(response, problem):  # helpers.arbitrary_verdict
     return (sum(map(ord, response)) + problem["target"]) % 2 == 0
 def problems(split):
-    return tiny_splits()[split]
+    return tiny_splits()[split][:600]
 def prompt(problem):
     return " ".join(map(str, problem["nums"])) + f" make {problem['target']}"
 max_new_tokens, max_reflection_tokens = 4, 9
@@ -125,8 +125,8 @@ def test_a_verdict_that_hangs_is_wrong_and_the_next_one_is_asked_anew(
 def test_no_worker_outlives_its_caller_even_if_it_hangs(write, how):
     path = write(HANG.replace("    if", "    print(os.getpid(), flush=True)\n    if", 1))
     Path(path).write_text("import os\n" + Path(path).read_text())
-    code = f"from sandbox import own; own.SLEEP = 1; p = {path!r}\n"
-    code += f"own.verdict(p, open(p).read(), {how!r}, {{}}, 1.0)"
+    code = f"from sandbox import own; own.SLEEP = 0.5; p = {path!r}\n"
+    code += f"own.verdict(p, open(p).read(), {how!r}, {{}}, 0.5)"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE)
     pid = int(caller.stderr.readline())
     caller.kill()

@@ -43,7 +43,7 @@ def test_a_run_says_in_five_lines_what_it_is_about_to_do(model_dir, tmp_path, ca
     threads = torch.get_num_threads()
     assert said[:3] == [
         f"model   {model_dir}: 344,064 parameters, float32 on cpu ({threads} threads)",
-        "task    tiny: 13,004 train, 4 validation problems; 3 steps of 8 rows",
+        "task    tiny: 600 train, 4 validation problems; 3 steps of 8 rows",
         'prompt  "<user> 14 6 14 make 5 <assistant>"',
     ]
     assert re.fullmatch(rf"run     {tmp_path}/run, takes up to 16.5 MB of the .* free .*", said[3])

@@ -289,7 +289,7 @@ def test_first_attempts_that_the_data_gives_are_the_failures(model_dir, tmp_path
     assert failures and {json.loads(row)["answer"] for row in failures} == {"1 + 1 = 2"}
 
 
-def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
+def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path, capsys):
     path = tmp_path / "failures.jsonl"
     flags = ("--model", model_dir, "--collect", "--failures", path)
     assert run_rrr(*flags, "--queries", "5").returncode == 0
@@ -303,8 +303,7 @@ def test_failures_are_the_models_own_and_are_read_back(model_dir, tmp_path):
         assert not TASKS["tiny"].verify(row["answer"], row["problem"])
     env = Env(TASKS["tiny"], tokenizer)
     assert rrr.read_failures(str(path), env, Sampler(model, tokenizer), rrr.Config()) == rows
-    again = run_rrr(*flags)
-    assert again.returncode == 2 and "does not exist yet" in again.stderr
+    assert "does not exist yet" in helpers.refusal(rrr, capsys, *flags)
     assert len(path.read_text().splitlines()) == 6
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report.curves import plot_curves
-from report.figures import COLUMNS, summarize, votes
-from report.page import SHOWN, keep, row_of_talk, write_page
+from report.figures import COLUMNS, REWARDS, summarize, votes
+from report.page import SHOWN, keep
 from report.tables import format_table, format_transcripts, format_votes
 from sampling.turns import today
 from tasks.sources import SPLITS
@@ -27,11 +27,12 @@ from training.distributed import exchange, on_first, share, world
 from training.fitting import tasks_own
 from training.flags import TaskConfig, exit_on_bad_input, flag, run_script
 from training.loop import Hooks
-from training.methods import AFTER_ANY, METHODS, Protocol, add_reference, converse
+from training.methods import AFTER_ANY, METHODS, Protocol, converse
+from training.pages import prepare_reference, write_talks
 from training.parts import cache_tokens, longest, tokens_of
 from training.progress import about, bar, counted
 from training.run import saving, stop, time_is_up
-from training.setup import prepare, prepare_reference, prepare_reflector, reference_of
+from training.setup import prepare, prepare_reflector
 
 CACHE_TOKENS = 2**16  # of the conversations that are held in memory together
 MOMENT = 1.0  # seconds that an evaluation may take without a word
@@ -162,7 +163,8 @@ class Exam:
     @property
     def about(self) -> str:
         """The run, at the head of its page."""
-        return f"{self.config.model}, {self.config.task}; some rollouts of training"
+        when = "of the first step, of those that are evaluated, and of the last"
+        return f"{self.config.model}, {self.config.task}; some rollouts {when}"
 
     def watcher(self, sampler, problems, keys=WATCHED):
         """For the training loop: step -> (figures, a few conversations as text).
@@ -240,7 +242,7 @@ def conclude(config, results: dict, count: int, columns=COLUMNS) -> None:
     if "controls" in results:
         columns = ("retry_given_failure", "well_formed_retry")
         print(f"\nAfter the base model's failures:\n\n{format_table(results['controls'], columns)}")
-    print(f"\nrun: {run}")
+    print(f"\nrun: {run}, with curves.png and rollouts.html")
 
 
 def check(config: Config) -> None:
@@ -301,22 +303,6 @@ def evaluate_by(config: Config, path: Path | None) -> tuple[dict, list[dict], st
     return figures, talks, fault
 
 
-def write_talks(config: Config, env, talks: list[dict], reference) -> str:
-    """The page of --html; returns why it can't be written, if so."""
-    shown = talks[:SHOWN]
-    about = f"{config.method}, {config.split}, T = {config.temperature:g}"
-    about += f"; the first {SHOWN:,} of {len(talks):,}" if len(talks) > SHOWN else ""
-    if reference is not None:
-        about += f"; reference: {reference_of(config)}"
-        add_reference(reference, [talk["contexts"] for talk in shown], config.temperature)
-    rows = [json.dumps(row_of_talk(env.tokenizer, talk)) for talk in shown]
-    try:
-        write_page(Path(config.html), f"{config.model}, {config.task}", about, rows)
-    except OSError as error:
-        return f"--html {config.html} can't be written: {error.strerror or error}"
-    return ""
-
-
 def report(config: Config, figures: dict, talks: list[dict]) -> None:
     print(format_transcripts(talks))
     print(f"{figures['n']} {config.split} problems\n")
@@ -325,6 +311,9 @@ def report(config: Config, figures: dict, talks: list[dict]) -> None:
         names += ("retry_given_failure", "well_formed_retry")
     modes = {"sampled" if config.temperature else "greedy": figures}
     print(format_table({config.model: modes}, COLUMNS + names))
+    rates = {figures["acc_t1"], figures["acc_t2"], *(figures.get(name, 0.0) for name in REWARDS)}
+    if config.temperature and rates <= {0.0, 1.0}:
+        print("\nAll rewards are the same: from these problems nothing is learnt.")
     if config.samples > 1:
         print(f"\nMajority votes:\n\n{format_votes(figures)}")
 

@@ -4,10 +4,12 @@
     python talk.py                            # asks for questions, until Ctrl-D
 
 --method says what comes between two attempts. Where the task can judge an answer to a question of
-yours (tiny, countdown), a verdict stands behind it; of others nobody knows whether they are right,
-and methods that go on after wrong answers then go on after any.
+yours (tiny, countdown; a problem of a --task FILE.py, as JSON), a verdict stands behind it; of
+others nobody knows whether they are right, and methods that go on after wrong answers then go on
+after any.
 """
 
+import json
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -98,12 +100,13 @@ def converse(sampler, env: Env, question: str, config, seed: int, say) -> None:
     """
     if not question.strip():
         raise ValueError("the question is empty")
-    check_words(env.tokenizer, question)
     task, problem, judges = asked(env.task, question)
     env, method, last = Env(task, env.tokenizer, env.day), config.method, config.attempts - 1
     with_room(env, sampler, [problem], None, config)
     prompt = task.prompt(problem)
-    say("user", prompt if isinstance(prompt, str) else prompt[-1]["content"])
+    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    check_words(env.tokenizer, prompt)
+    say("user", prompt)
     sampler.on_tokens, how = teller(sampler, say), limits(config)
     rollout = env.first_attempts(sampler, [problem], 1, [seed], **how)
     for attempt in range(config.attempts):
@@ -184,7 +187,19 @@ def side_by_side(names: list[str], talks: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def how_to_ask(task: Task) -> str:
+    """Said of a question that is no problem of a task in the user's file."""
+    problem = {"...": "..."}
+    with suppress(ValueError):  # the file may have none of its own
+        problem = task.generate("train", 0)[0]
+    asked = json.dumps(problem, ensure_ascii=False)
+    return f"({task.name}: asked as it is, without prompt and verdict; a problem is {asked!r})"
+
+
 def answer(names: list[str], models: list, *question) -> None:
+    task, said = models[0][1].task, question[0]
+    if task.file and not task.ask(said):
+        print(how_to_ask(task))
     if len(models) == 1:
         converse(*models[0], *question, aloud)
     else:

@@ -152,10 +152,11 @@ function detail() {
 function stepOf(row) { return "step" in row ? `, step ${row.step}` : ""; }
 function item(row, i) {
   const step = seen.step === null ? make("span", { class: "step" }, stepOf(row).slice(2)) : "";
+  const judged = verdicts(row), parts = judged.some((reward) => reward % 1);
   const last = row.before ? row.after.retry : row.turns[row.turns.length - 1].said.join("");
   return make("button", { "aria-current": String(i === seen.at), onclick: () => choose(i) },
-    step, ...dots(row), outcome(row), make("div", { class: "what" }, asked(row)),
-    make("div", { class: "answer" }, last.slice(0, 200)));
+    step, ...dots(row), parts ? judged.map(word).join(" → ") : outcome(row),
+    make("div", { class: "what" }, asked(row)), make("div", { class: "answer" }, last.slice(0, 200)));
 }
 function list() {
   const some = Math.max(CHUNK, Math.ceil((seen.at + 1) / CHUNK) * CHUNK);

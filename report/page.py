@@ -92,7 +92,7 @@ def row_of_talk(tokenizer, talk: dict) -> dict:
     attempts, turns = talk["attempts"], []
     each = 1 if len(spoken) == len(attempts) else 2  # a reflection between two attempts
     for number, (told, said, stopped, *logprobs) in enumerate(spoken):
-        reward = None if number % each else float(attempts[number // each]["right"])
+        reward = None if number % each else reward_of(attempts[number // each])
         values = {"logprob": logprobs[0]}
         if len(logprobs) == 2:  # the reference's too
             values["log_ratio"] = [a - b for a, b in zip(*logprobs, strict=True)]
@@ -100,6 +100,10 @@ def row_of_talk(tokenizer, talk: dict) -> dict:
             values = {}
         turns.append(turn_of(tokenizer, told, said, reward, stopped, values))
     return {"turns": turns}
+
+
+def reward_of(attempt: dict) -> float:
+    return float(attempt.get("reward", attempt["right"]))
 
 
 def pairs_of(earlier: list[dict], later: list[dict]) -> list[dict]:

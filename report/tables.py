@@ -39,8 +39,14 @@ def format_transcripts(talks: list[dict], count: int = 4) -> str:
         for turn, attempt in enumerate(talk["attempts"]):
             if 0 < turn <= len(talk["said"]):
                 lines.append(f"  {talk['said'][turn - 1]}")
-            lines.append(f"  {'right' if attempt['right'] else 'wrong'}: {attempt['text']}")
+            lines.append(f"  {verdict(attempt)}: {attempt['text']}")
     return "\n".join(lines)
+
+
+def verdict(attempt: dict) -> str:
+    """right, wrong, or a part of a reward."""
+    reward = attempt.get("reward", attempt["right"])
+    return f"{reward:.3g}" if 0 < reward < 1 else "right" if attempt["right"] else "wrong"
 
 
 def format_reflections(earlier: list[dict], later: list[dict], count: int = 20) -> str:

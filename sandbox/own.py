@@ -41,7 +41,10 @@ def verdict(path: str, text: str, response: str, problem: dict, seconds: float) 
         return reply["value"]
     code = _bury(worker)
     if "fault" not in reply and code in LATE:
-        _tell(f"{path}: verify took over {seconds:g} seconds, here and maybe again: that is wrong")
+        _tell(
+            f"{path}: verify took over {seconds:g} seconds, here and maybe again: such answers "
+            "count as wrong (--verify_seconds)"
+        )
         return 0.0
     fault = reply.get("fault", f"verify has ended its process (exit code {code})")
     given = f"with the response {shortened(repr(response))} to {shortened(json.dumps(problem))}"
@@ -52,11 +55,16 @@ def shortened(text: str) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
 
 
+def late() -> int:
+    """How many verdicts have taken too long so far."""
+    return _late
+
+
 def _tell(text: str) -> None:
-    global _told
-    if not _told:  # once is enough
+    global _late
+    if not _late:  # once is enough
         print(text, file=sys.stderr)
-    _told = True
+    _late += 1
 
 
 def _take(path: str, text: str) -> subprocess.Popen:
@@ -172,8 +180,8 @@ def _value(verify, response: str, problem: dict, processor: float, clock: float)
 
 def _reset() -> None:
     """What a process starts with, a forked child too: it must not talk on its parent's pipes."""
-    global _idle, _all, _lock, _told
-    _idle, _all, _lock, _told = {}, set(), threading.Lock(), False
+    global _idle, _all, _lock, _late
+    _idle, _all, _lock, _late = {}, set(), threading.Lock(), 0
 
 
 def _stop() -> None:

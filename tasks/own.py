@@ -194,8 +194,13 @@ def tried(task: Task, splits: dict[str, list[dict]], made_here: bool) -> None:
             here = f"problem {number} of {split}"
             other, where = seen.setdefault(task.key(problem), (split, here))
             if other != split:
-                raise ValueError(f"--task {task.name}: {here} asks what {where} does")
+                what = f"{own.shortened(json.dumps(problem))}: let it be in one split"
+                raise ValueError(f"--task {task.name}: {here} asks what {where} does, {what}")
         for problem in problems[:TRIED]:
             task.answer("", problem)
             task.given and task.given(problem)
-            task.verify("", problem)
+            before, _ = own.late(), task.verify("", problem)
+            if own.late() > before:
+                remedy = "mend it, or raise --verify_seconds"
+                rest = f"{remedy}, with {own.shortened(json.dumps(problem))}"
+                raise OwnError(f"{task.name}: verify('', problem) takes too long: {rest}")

@@ -16,6 +16,7 @@ import evaluate
 import helpers
 import rrr
 import score
+import talk
 from helpers import ROOT, SMALL, refusal
 from sampling import turns
 from sandbox import own as workers
@@ -111,7 +112,7 @@ def test_a_verdict_that_hangs_is_wrong_and_the_next_one_is_asked_anew(
     write, capsys, monkeypatch, how
 ):
     monkeypatch.setattr(workers, "SLEEP", 0.2)
-    monkeypatch.setattr(workers, "_told", False)
+    monkeypatch.setattr(workers, "_late", 0)
     path, before = write(HANG), len(os.listdir("/proc/self/fd"))
     assert judge(path, "fine") == 1
     started = time.monotonic()
@@ -192,6 +193,33 @@ def test_a_file_sees_its_neighbours_and_no_flags_of_ours(write, monkeypatch):
 def test_a_fault_of_the_file_is_said_before_any_work(write, capsys, text, fault):
     said = refusal(evaluate, capsys, "--model", TINY, "--task", write(text))
     assert fault in said and "mine.py" in said and said.count("\n") == 1
+
+
+def test_a_verify_that_always_hangs_is_said_before_any_work(write, capsys, monkeypatch):
+    monkeypatch.setattr(workers, "_late", 0)
+    path = write(FILE + "\ndef verify(response, problem):\n    while True:\n        pass\n")
+    said = refusal(score, capsys, "--task", path, "--verify_seconds", "0.2")
+    assert "verify('', problem) takes too long: mend it, or raise --verify_seconds" in said
+    assert 'with {"n": ' in said
+
+
+def test_limits_that_the_file_does_not_set_are_not_called_its_own(write):
+    config = parse_args(
+        score.Config, ["--task", write(FILE + "max_new_tokens = 9"), "--model", "x"]
+    )
+    assert (config.max_new_tokens, config.chosen["max_new_tokens"]) == (9, "the task's")
+    config = parse_args(score.Config, ["--task", write(FILE), "--model", "x"])
+    assert (config.max_new_tokens, config.chosen["max_new_tokens"]) == (512, "its file sets none")
+
+
+def test_a_question_that_is_no_problem_of_the_file_is_told_how_to_ask(write, capsys):
+    path = write(FILE)
+    flags = ["--task", path, "--model", "models/tiny"]
+    talk.main(parse_args(talk.Config, ["3 4 5 make 17", *flags]))
+    how = f"({path}: asked as it is, without prompt and verdict; a problem is '{{\"n\": 30}}')"
+    assert capsys.readouterr().out.startswith(how)
+    talk.main(parse_args(talk.Config, ['{"n": 30}', *flags]))
+    assert capsys.readouterr().out.startswith("user     30 make 9")
 
 
 def test_no_such_file_is_said(capsys):

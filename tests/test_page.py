@@ -18,7 +18,7 @@ from loss import Scores
 from report import page
 from sampling.rollout import rollout_of
 from test_chat import character_tokenizer
-from training import methods
+from training import pages
 from training.distributed import Stopped
 from training.flags import parse_args
 from training.models import load_model
@@ -146,7 +146,7 @@ def test_the_reference_scores_at_the_temperature_that_was_sampled_at():
     model, tokenizer = load_model("models/tiny")
     told = tokenizer("<user> 8 19 16 make 24 <assistant>").input_ids
     context = [told, [9, 4], True, [-1.0, -2.0]]
-    methods.add_reference(Scorer(model), [[[context]]], 0.5)
+    pages.add_reference(Scorer(model), [[[context]]], 0.5)
     logits = model(torch.tensor([told + [9, 4]])).logits[0, -3:-1] / 0.5
     wanted = logits.log_softmax(-1)[[0, 1], [9, 4]]
     torch.testing.assert_close(torch.tensor(context[4]), wanted, atol=1e-5, rtol=1e-5)
@@ -154,21 +154,25 @@ def test_the_reference_scores_at_the_temperature_that_was_sampled_at():
 
 def test_what_the_data_gave_has_no_log_probs():
     turn = [[5], [9, 4], True, [0.0, 0.0], [-1.0, -2.0]]
-    talk = {"contexts": [[turn]], "attempts": [{"right": 0}]}
+    talk = {"contexts": [[turn]], "attempts": [{"right": 0, "reward": 0.4}]}
     [shown] = page.row_of_talk(tiny.build_tokenizer(), talk)["turns"]
-    assert shown.keys() == {"told", "said", "reward", "cut"} and len(shown["said"]) == 2
+    assert (
+        shown["reward"] == 0.4
+        and shown.keys() == {"told", "said", "reward", "cut"}
+        and len(shown["said"]) == 2
+    )
 
 
 def test_an_evaluation_goes_on_with_its_page_and_one_without_does_not(tmp_path, capsys):
     flags = "--task tiny --limit 6 --temperature 1 --output".split() + [str(tmp_path / "x.json")]
-    html, cut = ["--html", str(tmp_path / "x.html")], evaluate.write_page
+    html, cut = ["--html", str(tmp_path / "x.html")], pages.write_page
 
     def stop(*arguments):
         cut(*arguments)
         raise Stopped(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(evaluate, "write_page", stop)
+        patch.setattr(pages, "write_page", stop)
         evaluate_here(*flags, *html)
     whole = (tmp_path / "x.html").read_text()
     assert "left by an evaluation with another html" in helpers.refusal(evaluate, capsys, *flags)
@@ -180,7 +184,7 @@ def test_a_page_that_cannot_be_written_loses_no_figures(tmp_path, capsys, monkey
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(evaluate, "write_page", full)
+    monkeypatch.setattr(pages, "write_page", full)
     flags = ["--output", str(tmp_path / "x.json"), "--html", str(tmp_path / "x.html")]
     with pytest.raises(SystemExit):
         evaluate_here("--task", "tiny", "--limit", "2", *flags)
@@ -271,7 +275,10 @@ def test_a_reader_filters_steps_searches_and_sees_what_a_token_got(window, tmp_p
             ".map((b) => b.innerText.split('\\n')[0])"
         )
 
-    assert shown() == ["○ ○ wrong → wrong"]  # the last step: a part of a reward is not right
+    assert shown() == ["○ ○ wrong → 0.5"]  # of the last step
+    click(window, "wrong → wrong 1")  # a part of a reward is not right
+    assert shown() == ["○ ○ wrong → 0.5"]
+    click(window, "all 1")
     window.run("document.getElementById('before').click()")
     assert shown() == ["● ○ right → wrong", "○ ● wrong → right"]
     click(window, "wrong → right 1")

@@ -1,4 +1,4 @@
-"""What a run says: five lines before its first step, then bars, or in a log file lines."""
+"""What a run says: six lines before its first step, then bars, or in a log file lines."""
 
 import io
 import re
@@ -36,7 +36,7 @@ def log(monkeypatch, capsys):
     return lambda: capsys.readouterr().err
 
 
-def test_a_run_says_in_five_lines_what_it_is_about_to_do(model_dir, tmp_path, capsys):
+def test_a_run_says_in_six_lines_what_it_is_about_to_do(model_dir, tmp_path, capsys):
     flags = "--stage1_steps 1 --stage2_steps 2 --probe 2 --final_problems 4".split()
     helpers.train_here(score, model_dir, tmp_path / "run", *FEW, *flags)
     said = capsys.readouterr().out.splitlines()
@@ -47,8 +47,9 @@ def test_a_run_says_in_five_lines_what_it_is_about_to_do(model_dir, tmp_path, ca
         'prompt  "<user> 14 6 14 make 5 <assistant>"',
     ]
     assert re.fullmatch(rf"run     {tmp_path}/run, takes up to 16.5 MB of the .* free .*", said[3])
-    assert re.fullmatch(r"time    about \d+ \w+( to \d+ \w+)?, a guess from the probe .*", said[4])
-    assert "now the final table: 16 conversations, about " in said[5]
+    assert re.fullmatch(r"probe   of 2 problems at T = 1: acc_t1 \d+.0%, acc_t2 \d+.0%", said[4])
+    assert re.fullmatch(r"time    about \d+ \w+( to \d+ \w+)?, a guess from the probe .*", said[5])
+    assert "now the final table: 16 conversations, about " in said[6]
 
 
 @pytest.mark.parametrize("script, flags, rows", [
@@ -94,7 +95,9 @@ def test_a_log_file_gets_lines_without_carriage_returns_and_the_last_one(log):
     text = log()
     first, *_, last = lines = text.splitlines()
     assert first.startswith("training: 0 of 3") and "training: 3 of 3" in last and len(lines) == 4
-    assert last.endswith("left, retry=2.000, kl_reflection=0.500, idle=2, tokens_s=2/22, mfu=0.250")
+    assert last.endswith(
+        "left, retry=2.000, kl_reflection=0.500, idle_steps=2, tokens_s=2/22, mfu=0.250"
+    )
     assert lines[1].endswith("kl_reflection=0.500, tokens_s=-/22")
     assert "\r" not in text and "\x1b" not in text
 

@@ -22,5 +22,7 @@ To be read in this order; each module's docstring says more.
     loggers.py      metrics handed on to TensorBoard, wandb, Trackio
     failures.py     a file of failures, for rrr.py to reflect on
     methods.py      several attempts at a problem, which evaluate.py makes figures of
+    controls.py     who reflects and who retries: what RRR's gain is compared with
+    pages.py        the page of an evaluation's conversations
     partial.py      what is done of an evaluation, kept in case it is stopped
 """

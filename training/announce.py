@@ -1,6 +1,7 @@
-"""What a run says before its first step: in five lines, what it is about to do.
+"""What a run says before its first step: in six lines, what it is about to do.
 
-A sixth says what was chosen to fit another model than the embedded one.
+One of them, what its probe has found, is said in setup.py. A seventh says what was chosen to fit
+another model than the embedded one.
 """
 
 import json

@@ -66,10 +66,14 @@ def fitted(config_class, asked: dict):
     embedded = not others or speaks_as_embedded(config.model, config.base)
     fits = {} if embedded else {name: other.of(config.task) for name, other in others.items()}
     if is_own(getattr(config, "task", None)):
-        fits |= {k: v for k, v in limits_of(config.task).items() if k in others}
+        in_file = {k: v for k, v in limits_of(config.task).items() if k in others}
+        fits |= in_file
     preset = papers_preset(config) if getattr(config, "preset", None) else {}
     config = config_class(**(fits | preset | asked))
     chosen = {name: others[name].whose for name in fits if name not in preset | asked}
+    if is_own(getattr(config, "task", None)):
+        unset = (k for k, whose in chosen.items() if whose == TASKS_OWN and k not in in_file)
+        chosen |= dict.fromkeys(unset, "its file sets none")
     if getattr(config, "lora_rank", None) and "lr" not in asked:
         config.lr = lr_of_adapters(config, embedded)
         chosen["lr"] = "for adapters"

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from loss import Scores
+from tasks.own import is_own
 from training import checkpoint, distributed
 from training.card import write_card
 from training.command import exit_on_bad_input
@@ -235,7 +236,8 @@ def end_step(config, run: Path, memory: dict, text: str, progress) -> None:
     with saving(run):
         on_first(log, run, row, text)
     memory["idle"] += row["idle"]
-    show(progress, row, config.shown, memory["idle"])
+    shown = {"reward": "reward"} if is_own(config.task) else {}  # which may have parts
+    show(progress, row, config.shown | shown, memory["idle"])
     memory["bad"] = memory["bad"] + 1 if row["skipped"] else 0
     if memory["bad"] == config.max_skipped:
         fault = f"not finite in {memory['bad']} steps in a row: {row['not_finite']}"
@@ -259,7 +261,7 @@ def close_window(memory: dict, last: bool) -> bool:
 def show(progress, row: dict, names: dict[str, str], idle: int) -> None:
     """The step's figures beside the bar, by `names` {shown as: figure}, and idle steps so far."""
     figures = {name: row[key] for name, key in names.items() if key in row}
-    figures |= {"idle": idle} if idle else {}
+    figures |= {"idle_steps": idle} if idle else {}
     figures |= said(row)
     shown = {k: f"{v:.3f}" if isinstance(v, float) else v for k, v in figures.items()}
     progress.set_postfix(shown, refresh=False)

@@ -7,9 +7,6 @@ business (report/figures.py).
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
 from report.figures import values_of
 from sampling.turns import encode
 from training.batches import row_seeds
@@ -90,15 +87,16 @@ def go_on(cast, env, problems, firsts: list, protocol) -> list[dict]:
         for i, answer in enumerate(attempts_of(env, rollout, problems)):
             attempts[rows[i]].append(answer)
         remember(contexts, rows, rollout, protocol)
+    kept = ("text", "answer", "right", "reward")
     return [
         {
             "problem": problem,
-            "attempts": [{key: y[key] for key in ("text", "answer", "right")} for y in ys],
+            "attempts": [{key: y[key] for key in kept if key in y} for y in ys],
             "said": [env.tokenizer.decode(ids) for ids in words],
             "values": values_of(ys, words, protocol.attempts),
         }
-        | ({"contexts": kept} if protocol.ids else {})
-        for problem, ys, words, kept in zip(asked, attempts, said, contexts, strict=True)
+        | ({"contexts": context} if protocol.ids else {})
+        for problem, ys, words, context in zip(asked, attempts, said, contexts, strict=True)
     ]
 
 
@@ -122,25 +120,6 @@ def remember(contexts: list[list], rows: list[int], rollout, protocol) -> None:
             parts = [ids[told].tolist(), ids[spoken].tolist(), bool(stopped[number])]
             context.append([*parts, logprobs[spoken].tolist()])
         kept.append(context)
-
-
-@torch.no_grad()
-def add_reference(reference, contexts: list[list], temperature: float, piece: int = 16) -> None:
-    """Behind each turn's log-probs in conversations' contexts: those of `reference`, a Scorer."""
-    flat, device = [context for some in contexts for context in some], reference.model.device
-    for start in range(0, len(flat), piece):
-        some = flat[start : start + piece]
-        rows = [[ids for turn in context for ids in turn[:2]] for context in some]
-        ids = [torch.tensor([i for part in row for i in part]) for row in rows]
-        said = [
-            torch.tensor([n % 2 == 1 for n, part in enumerate(row) for _ in part]) for row in rows
-        ]
-        ids, said = (pad_sequence(x, batch_first=True).to(device) for x in (ids, said))  # (b, t)
-        scores = reference(ids, said, temperature or 1.0).logprobs
-        for context, row, mask in zip(some, scores, said, strict=True):
-            lengths = [len(turn[1]) for turn in context]
-            for turn, logprobs in zip(context, row[mask].split(lengths), strict=True):
-                turn.append(logprobs.tolist())
 
 
 def next_attempts(cast, env, before, rows, protocol, free=False):

@@ -159,9 +159,10 @@ def _read_files(name: str, base: str | None = None):
         return _read_adapted(path, base)
     looks_local = path.exists() or name.startswith((".", "/", "models/", "runs/"))
     if looks_local and not (path / "config.json").is_file():
-        raise ValueError(
-            f"--model {name}: no config.json there; give a Hugging Face model directory"
-        )
+        remedy = "give a Hugging Face model directory"
+        if (path.parent / "states").is_dir():
+            remedy = "its run has none yet: go on with it, --resume and --max_minutes leave one"
+        raise ValueError(f"--model {name}: no config.json there; {remedy}")
     if looks_local and not any(file for pattern in WEIGHTS for file in path.glob(pattern)):
         raise ValueError(
             f"--model {name}: no weights there (*.safetensors); was the directory copied whole?"

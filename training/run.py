@@ -76,7 +76,7 @@ def what_holds(run: Path, there: set[str], config, before: dict) -> str:
         return f"is in use, and holds no run that could go on: {said}"
     if "results.json" in there:
         return f"holds a finished run: {said}; {longer(config, before)}"
-    return f"is in use by a run that has not ended: go on with it (--resume), or {said}"
+    return f"holds a run that has not ended: go on with it (--resume), or {said}"
 
 
 def longer(config, before: dict) -> str:

@@ -20,8 +20,6 @@ from training.loggers import names_of
 from training.models import check_flags, compute_dtype, fingerprint, load_model
 from training.parts import check_cache
 from training.progress import said_if_slow
-from training.run import read_config
-from training.scorer import Scorer
 
 
 def prepare(
@@ -104,31 +102,6 @@ def prepare_reflector(config, env: Env, sampler, problems: list[dict]):
     return sampler, problems
 
 
-def reference_of(config) -> str | None:
-    """--reference, else the model that the run began with whose checkpoint --model is."""
-    if config.reference:
-        return None if config.reference == "none" else config.reference
-    return read_config(Path(config.model).parent / "config.json").get("model")
-
-
-def prepare_reference(config, env: Env) -> Scorer | None:
-    """On the CPU, what scores by the model of `reference_of`, if there is one.
-
-    One that nobody has named, and that can't be had, is done without.
-    """
-    name = reference_of(config)
-    if not name:
-        return None
-    try:
-        with naming(f"--reference {name}"), said_if_slow(f"loading {name} ..."):
-            return Scorer(load_sampler(name, env, config, device="cpu").model.to("cpu"))
-    except ValueError as error:
-        if config.reference:
-            raise
-        on_first(print, f"no log-ratios: {error}")
-        return None
-
-
 def require_end(env: Env, sampler) -> None:
     """ValueError if a turn of this chat can't end."""
     stop = env.seam("correct")[0]
@@ -191,6 +164,10 @@ def probe(look, problems: list[dict], config, keys=("acc_t1", "acc_t2")) -> None
     chosen = pick_things(problems, config.seed, 0, min(config.probe, len(problems)))
     figures, _ = look(chosen, config.temperature, "probe")
     rates = {key: figures.get(key, 1.0) for key in keys}  # no failure: there is nothing to retry
+    if rank() == 0:
+        seen = rates | {name: figures[name] for name in REWARDS if name in figures}
+        said = ", ".join(f"{name} {rate:.1%}" for name, rate in seen.items())
+        print(f"probe   of {len(chosen)} problems at T = {config.temperature:g}: {said}")
     if any(figures.get(f"{name}_se") for name in REWARDS):  # parts of rewards differ
         return
     if {*rates.values()} in ({0.0}, {1.0}):

@@ -18,7 +18,8 @@ function make(tag, attributes, ...children) {  // text is text, whatever a model
   return node;
 }
 const kind = (reward) => reward === null ? "none" : reward === 1 ? "right" : "wrong";
-const word = (reward) => reward === null ? "" : reward % 1 ? String(reward) : kind(reward);
+const word = (reward) => reward === null ? ""
+  : reward % 1 ? String(Number(reward.toPrecision(3))) : kind(reward);
 function verdicts(row) {  // of its attempts; of a pair: of the retry before training, and after
   if (row.before) return [row.before.right ? 1 : 0, row.after.right ? 1 : 0];
   return row.turns.map((turn) => turn.reward).filter((reward) => reward !== null);

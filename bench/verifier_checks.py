@@ -32,7 +32,7 @@ BFCL = ("bfcl_simple_python", "bfcl_multiple", "bfcl_parallel", "bfcl_parallel_m
 
 
 def checks(folder: Path, workers: int = 2, every: int = 1) -> list[dict]:
-    """every: of so many gold answers one is written otherwise."""
+    """every: of so many gold answers one is written otherwise, of so many programs one is run."""
     rows = [math_gold(folder, workers), *gsm8k(folder, workers)]
     rows += written_otherwise(
         "MATH-500", [row["answer"] for row in read(folder, "math500")][::every], workers
@@ -40,9 +40,9 @@ def checks(folder: Path, workers: int = 2, every: int = 1) -> list[dict]:
     rows += written_otherwise("GSM8K", [gold for _, gold in gsm8k_pairs(folder)][::every], workers)
     rows += countdown(folder)
     rows += [row for name in BFCL for row in function_calls(folder, name)]
-    rows += code("MBPP", mbpp(folder), workers)
+    rows += code("MBPP", mbpp(folder)[::every], workers)
     rows.append(chats_about_programs(folder, workers, every))
-    return rows + code("HumanEval", humaneval(folder), workers)
+    return rows + code("HumanEval", humaneval(folder)[::every], workers)
 
 
 def measure(check: str, verify, pairs: list[tuple], expected: bool, workers: int = 1) -> dict:

@@ -102,6 +102,7 @@ def test_cost_of_a_step(tiny):
     assert flops == 2 * weights * 3 + 4 * 3 * 10 * 2 * 4 * 8
 
 
+@pytest.mark.slow
 def test_grpo_step_without_trl(model, capsys):
     sizes = {"prompts": 2, "group_size": 2, "median_tokens": 2, "max_new_tokens": 4, "steps": 1}
     figures, out = last_line(bench_grpo, capsys, model=model, repeats=1, **sizes)
@@ -136,6 +137,7 @@ def test_growth(tmp_path, capsys):
     assert (tmp_path / "growth.csv").read_text().splitlines()[0] == "series,size,round,seconds"
 
 
+@pytest.mark.slow
 def test_scaling(capsys):
     small = {"hidden_size": 64, "layers": 1, "vocabulary": 200}
     small |= {"prompt": 4, "new_tokens": 2, "steps": 2}

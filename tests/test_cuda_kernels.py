@@ -310,6 +310,7 @@ def test_steps_that_are_replayed_sample_the_same_from_any_cache(
     tokenizer, max_batch, monkeypatch, in_torch
 ):
     """All of it but the graphs: rows that are none, one place for a state, caches that grow."""
+    monkeypatch.setattr(cuda_step, "sample", sample)  # drawn by torch: a thousand draws take long
     monkeypatch.setattr(sampler_module, "room_for", lambda tokens, limit: tokens)
     model = build(tf.LlamaConfig, max_position_embeddings=400)
     sampler = with_kernels(model, tokenizer, max_batch=max_batch, block=5)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report.curves import plot_curves
-from report.figures import COLUMNS, REWARDS, summarize, votes
+from report.figures import COLUMNS, summarize, votes
 from report.page import SHOWN, keep
 from report.tables import format_table, format_transcripts, format_votes
 from sampling.turns import today
@@ -311,11 +311,20 @@ def report(config: Config, figures: dict, talks: list[dict]) -> None:
         names += ("retry_given_failure", "well_formed_retry")
     modes = {"sampled" if config.temperature else "greedy": figures}
     print(format_table({config.model: modes}, COLUMNS + names))
-    rates = {figures["acc_t1"], figures["acc_t2"], *(figures.get(name, 0.0) for name in REWARDS)}
-    if config.temperature and rates <= {0.0, 1.0}:
-        print("\nAll rewards are the same: from these problems nothing is learnt.")
+    if config.temperature:
+        print(f"\n{signal_in(talks)}")
     if config.samples > 1:
         print(f"\nMajority votes:\n\n{format_votes(figures)}")
+
+
+def signal_in(talks: list[dict]) -> str:
+    """Whether training would find something to reward."""
+    rewards = [[y.get("reward", y["right"]) for y in talk["attempts"]] for talk in talks]
+    some = sum(any(some) for some in rewards)
+    said = f"{some} of {len(talks)} conversations have a reward above 0"
+    if {reward for some in rewards for reward in some} in ({0.0}, {1.0}):
+        return f"{said}: all are the same, and nothing is learnt from them."
+    return f"{said}. Training learns where they differ among answers to the same problem."
 
 
 def main(config: Config) -> None:

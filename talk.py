@@ -12,7 +12,7 @@ after any.
 import json
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import count, zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -21,7 +21,7 @@ from sampler import Sampler
 from tasks.base import PLACEHOLDER, Task
 from tasks.env import Env
 from tasks.loading import load_task, task_of
-from tasks.own import WORDS
+from tasks.own import LIMITS, WORDS, is_own, limits_of
 from training import distributed
 from training.command import DATA
 from training.distributed import Stopped
@@ -65,12 +65,23 @@ def task_for(config) -> Task:
         run = read_config(Path(config.model).parent / "config.json")
         config.task, config.prompts = run.get("task"), config.prompts or run.get("prompts")
         config.task = config.task or ("tiny" if config.embedded else None)
+        take_limits(config)
     if config.task:
         shown = config.shots or config.shots_file  # examples need problems
         return load_task(config, ["train"])[0] if shown else task_of(config)
     words = WORDS | {"critique": WORDS["reflect"], "rewrite": WORDS["correct"]}
     unused = dict.fromkeys(("answer", "verify", "key", "solution"))
     return Task(name="any", first="{question}", view={}, **words, **unused)
+
+
+def take_limits(config) -> None:
+    """Those of a task that no flag has named, where flags say no others."""
+    own = limits_of(config.task) if is_own(config.task) else {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if config.task and f.name in LIMITS and (f.name in config.chosen or value == f.default):
+            fits = value if config.embedded else f.metadata["other"].of(config.task)
+            setattr(config, f.name, own.get(f.name, fits))
 
 
 def load(name: str, task: Task, config) -> tuple[Sampler, Env]:

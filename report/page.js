@@ -41,8 +41,8 @@ function asked(row) {  // the end of the prompt, where the question stands, with
   if (row.before) return row.asked;
   const lines = row.turns[0].told.replace(/<[^<>\n]{1,30}>/g, "\n").split("\n");
   const kept = lines.map((line) => line.trim()).filter((line) => line);
-  if (kept.length > 1 && /^(assistant|model)$/.test(kept[kept.length - 1])) kept.pop();
-  const said = kept.slice(-2).join(" ");
+  const roles = /^(system|user|assistant|model)$/;
+  const said = kept.filter((line) => !roles.test(line)).slice(-2).join(" ");
   return said.length > 160 ? "…" + said.slice(-160) : said;
 }
 const minus = (value) => String(value).replace("-", "−");
@@ -88,7 +88,7 @@ function legend() {
 }
 
 function told(said) {
-  const box = make("pre", { class: "told" }, said);
+  const box = make("pre", { class: "told" }, said.replace(/^\n+/, ""));
   if (said.split("\n").length <= 7 && said.length <= 700) return [box];
   box.classList.add("cut");
   const more = make("button", { class: "link", onclick: () => {
@@ -197,13 +197,16 @@ function outcomes() {
     onclick: () => { seen.outcome = name; show(); } }, `${name} ${counts.get(name)}`)));
   if (pressed) $("outcomes").querySelector('[aria-pressed="true"]').focus();
 }
+function learns(row) {  // what a page opens at, where there is any
+  return !row.before && row.turns.some((turn) => (turn.advantage || []).some(Boolean));
+}
 function steps() {
   return [...new Set(data.rows.map((row) => row.step))].filter((step) => step !== undefined);
 }
 function show() {
   const all = steps(), at = all.indexOf(seen.step);
   seen.shown = filtered();
-  seen.at = 0;
+  seen.at = Math.max(0, seen.shown.findIndex(learns));
   document.body.classList.remove("open");
   $("steps").hidden = seen.view !== "rows" || all.length < 2;
   $("colours").hidden = seen.view !== "rows" || !seen.colour;
@@ -253,7 +256,7 @@ $("colour").append(...choices);
 seen.colour = measures[0] || null;
 $("step").append(make("option", { value: "null" }, "all steps"),
   ...steps().map((step) => make("option", { value: String(step) }, `step ${step}`)));
-seen.step = steps().pop() ?? null;
+seen.step = (data.rows.findLast(learns) || data.rows[data.rows.length - 1] || {}).step ?? null;
 $("step").onchange = () => toStep($("step").value === "null" ? null : Number($("step").value));
 $("before").onclick = () => stepBy(-1);
 $("after").onclick = () => stepBy(1);

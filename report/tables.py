@@ -39,7 +39,8 @@ def format_transcripts(talks: list[dict], count: int = 4) -> str:
         for turn, attempt in enumerate(talk["attempts"]):
             if 0 < turn <= len(talk["said"]):
                 lines.append(f"  {talk['said'][turn - 1]}")
-            lines.append(f"  {verdict(attempt)}: {attempt['text']}")
+            text = attempt["text"].replace("\n", "\n    ")
+            lines.append(f"  {verdict(attempt)}: {text}")
     return "\n".join(lines)
 
 

@@ -222,6 +222,16 @@ def test_a_question_that_is_no_problem_of_the_file_is_told_how_to_ask(write, cap
     assert capsys.readouterr().out.startswith("user     30 make 9")
 
 
+def test_a_talk_about_a_runs_own_task_has_the_files_limits(write):
+    path, found = write(FILE + "max_new_tokens = 9"), []
+    for flags in ([], ["--max_new_tokens", "5"]):
+        config = parse_args(talk.Config, ["--model", "models/tiny", *flags])
+        config.task = path  # read from the run's config.json
+        talk.take_limits(config)
+        found.append(config.max_new_tokens)
+    assert found == [9, 5]
+
+
 def test_no_such_file_is_said(capsys):
     assert "--task no.py can't be read" in refusal(evaluate, capsys, "--task", "no.py")
 

@@ -37,7 +37,7 @@ def log(monkeypatch, capsys):
 
 
 def test_a_run_says_in_six_lines_what_it_is_about_to_do(model_dir, tmp_path, capsys):
-    flags = "--stage1_steps 1 --stage2_steps 2 --probe 2 --final_problems 4".split()
+    flags = "--stage1_steps 1 --stage2_steps 2 --probe 2 --final_problems 4 --warmup 3".split()
     helpers.train_here(score, model_dir, tmp_path / "run", *FEW, *flags)
     said = capsys.readouterr().out.splitlines()
     threads = torch.get_num_threads()
@@ -47,9 +47,10 @@ def test_a_run_says_in_six_lines_what_it_is_about_to_do(model_dir, tmp_path, cap
         'prompt  "<user> 14 6 14 make 5 <assistant>"',
     ]
     assert re.fullmatch(rf"run     {tmp_path}/run, takes up to 16.5 MB of the .* free .*", said[3])
-    assert re.fullmatch(r"probe   of 2 problems at T = 1: acc_t1 \d+.0%, acc_t2 \d+.0%", said[4])
-    assert re.fullmatch(r"time    about \d+ \w+( to \d+ \w+)?, a guess from the probe .*", said[5])
-    assert "now the final table: 16 conversations, about " in said[6]
+    assert said[4] == "note    --warmup 3: the learning rate rises to the very end of this run"
+    assert re.fullmatch(r"probe   of 2 problems at T = 1: acc_t1 \d+.0%, acc_t2 \d+.0%", said[5])
+    assert re.fullmatch(r"time    about \d+ \w+( to \d+ \w+)?, a guess from the probe .*", said[6])
+    assert "now the final table: 16 conversations, about " in said[7]
 
 
 @pytest.mark.parametrize("script, flags, rows", [

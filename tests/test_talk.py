@@ -169,6 +169,10 @@ def test_the_task_is_that_of_the_run_else_what_the_model_speaks(tmp_path):
     flags = ["--task", "countdown", "--output_dir", str(run), *SMALL, "--stage2_steps", "0"]
     score.main(parse_args(score.Config, [*flags, "--stage1_steps", "1", "--problems", "1"]))
     assert talk.task_for(configured("--model", str(run / "checkpoint"))).name == "countdown"
+    config = configured("--model", str(run / "checkpoint"), "--task", "countdown")
+    ours = configured("--model", str(run / "checkpoint"))
+    talk.task_for(ours)  # and the limits are those of this task
+    assert ours.max_new_tokens == config.max_new_tokens
     assert talk.task_for(configured()).name == "tiny"
     assert talk.task_for(configured("--task", "gsm8k")).name == "gsm8k"
     plain = talk.task_for(configured("--model", other))

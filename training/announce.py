@@ -31,6 +31,10 @@ def announce(config, env, sampler, splits: dict[str, list]) -> None:
         print(f"chosen  {chosen(config)}")
     print(f"prompt  {shortened(env.tokenizer.decode(env.prompts(first[:1])[0]))}")
     print(f"run     {config.output_dir}, {disk(config, count, exported)}")
+    if config.warmup >= config.steps:
+        print(
+            f"note    --warmup {config.warmup}: the learning rate rises to the very end of this run"
+        )
 
 
 def trained(config, model) -> tuple[int, int]:
@@ -59,7 +63,11 @@ def machine(model) -> str:
 def chosen(config) -> str:
     """The flags that fit the model (training/fitting.py): as they could be given, and whose."""
     whose = {}
+    method = getattr(config, "method", None)
+    unused = "max_reflection_tokens" if method == "self_correct" else None
     for name, owner in config.chosen.items():
+        if name == unused:
+            continue
         whose.setdefault(owner, []).append(f"--{name} {getattr(config, name)}")
     return "; ".join(f"{' '.join(flags)} ({owner})" for owner, flags in whose.items())
 

@@ -122,8 +122,10 @@ def converse(sampler, env: Env, question: str, config, seed: int, say) -> None:
     rollout = env.first_attempts(sampler, [problem], 1, [seed], **how)
     for attempt in range(config.attempts):
         turn = rollout.stopped.shape[1] - 1
-        right = bool(env.verdicts(rollout, turn, [problem]).right) if judges else None
-        say("verdict", VERDICTS[right] + cut_off(rollout))
+        verdicts = env.verdicts(rollout, turn, [problem]) if judges else None
+        right = bool(verdicts.right) if judges else None
+        part = float(verdicts.rewards) % 1 if judges else 0.0  # of a reward
+        say("verdict", (f"{part:.3g}" if part else VERDICTS[right]) + cut_off(rollout))
         if attempt == last or (right and method not in AFTER_ANY):
             return
         for message in BETWEEN[method]:

@@ -37,12 +37,12 @@ function text(row) {
   }
   return row.text;
 }
-function asked(row) {  // the end of the prompt, where the question stands, without its markup
+function asked(row) {  // the end of what the user said first, without its markup
   if (row.before) return row.asked;
   const lines = row.turns[0].told.replace(/<[^<>\n]{1,30}>/g, "\n").split("\n");
   const kept = lines.map((line) => line.trim()).filter((line) => line);
-  const roles = /^(system|user|assistant|model)$/;
-  const said = kept.filter((line) => !roles.test(line)).slice(-2).join(" ");
+  const mine = kept.slice(kept.lastIndexOf("user") + 1);
+  const said = mine.filter((line) => !/^(assistant|model)$/.test(line)).join(" ");
   return said.length > 160 ? "…" + said.slice(-160) : said;
 }
 const minus = (value) => String(value).replace("-", "−");

@@ -218,8 +218,10 @@ def test_a_question_that_is_no_problem_of_the_file_is_told_how_to_ask(write, cap
     talk.main(parse_args(talk.Config, ["3 4 5 make 17", *flags]))
     how = f"({path}: asked as it is, without prompt and verdict; a problem is '{{\"n\": 30}}')"
     assert capsys.readouterr().out.startswith(how)
+    write(FILE.replace('response == "right"', "0.25"))
     talk.main(parse_args(talk.Config, ['{"n": 30}', *flags]))
-    assert capsys.readouterr().out.startswith("user     30 make 9")
+    said = capsys.readouterr().out
+    assert said.startswith("user     30 make 9") and said.count("  0.25") == 2
 
 
 def test_a_talk_about_a_runs_own_task_has_the_files_limits(write):

@@ -27,6 +27,8 @@ from training.scorer import Scorer
 
 FLAGS = "--problems 2 --group_size 2 --second_attempts 2 --final_problems 2 --eval_problems 2"
 HOSTILE = "</script><script>window.hit = 1</script><img src=x onerror='window.hit = 2'>"
+CHAT = "<|im_start|>system\nBe good.<|im_end|>\n<|im_start|>user\nAdd.\n1 + 1?<|im_end|>\n"
+CHAT += "<|im_start|>assistant\n"
 needs_browser = pytest.mark.skipif(not browser.FOUND, reason="no chromium, which .ci/run installs")
 
 
@@ -262,7 +264,7 @@ def test_a_reader_filters_steps_searches_and_sees_what_a_token_got(window, tmp_p
     rows = [
         {"step": 0, "turns": [turn(["a"], 1.0, 0.0), turn(["b"], 0.0, -2.0)]},
         {"step": 0, "turns": [turn(["c"], 0.0, 0.0), turn(["d", "\n"], 1.0, 2.0)]},
-        {"step": 5, "turns": [turn(["e"], 0.0, 0.0), turn(["f"], 0.5, 1.0)]},
+        {"step": 5, "turns": [turn(["e"], 0.0, 0.0, CHAT), turn(["f"], 0.5, 1.0)]},
     ]
     half = {"said": "hm", "retry": "x", "right": False}
     pair = {"asked": "p", "failed": "y", "before": half, "after": half | {"right": True}}
@@ -276,6 +278,8 @@ def test_a_reader_filters_steps_searches_and_sees_what_a_token_got(window, tmp_p
         )
 
     assert shown() == ["○ ○ wrong → 0.5"]  # of the last step
+    asked = window.run("return document.querySelector('#list .what').innerText")
+    assert asked == "Add. 1 + 1?"
     click(window, "wrong → wrong 1")  # a part of a reward is not right
     assert shown() == ["○ ○ wrong → 0.5"]
     click(window, "all 1")

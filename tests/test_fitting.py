@@ -187,9 +187,7 @@ def test_a_run_says_what_was_chosen_and_whose_it_is(other, tmp_path, capsys):
     assert re.search(r"--token_budget 16384 --checkpointing False \(fits 1/4 of \d+ GB\)$", line)
     evaluate.main(parse_args(evaluate.Config, ["--model", other, "--limit", "2"]))
     said = capsys.readouterr().out.splitlines()[0]
-    assert said.endswith(
-        "self_correct; --max_new_tokens 16 --max_reflection_tokens 72 (the task's)"
-    )
+    assert said.endswith("self_correct; --max_new_tokens 16 (the task's)")  # and no reflections
 
 
 @pytest.mark.parametrize("gigabytes, power", [(16, 24), (24, 25), (40, 26), (80, 27), (141, 27)])

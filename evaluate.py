@@ -252,12 +252,16 @@ def check(config: Config) -> None:
         raise ValueError(
             f"--samples {config.samples} would all be the same: give a --temperature above 0"
         )
+    if (
+        config.html
+        and config.output
+        and Path(config.html).absolute() == Path(config.output).absolute()
+    ):
+        raise ValueError(f"--html and --output are both {config.html}: name two files")
     if config.output:
         on_first(partial.check_new, "--output", config.output, ".partial")
-    if config.html and config.html == config.output:
-        raise ValueError(f"--html and --output are both {config.html}: name two files")
-    if config.html and not (config.output and partial.path_of(config.output).exists()):
-        on_first(partial.check_new, "--html", config.html)
+    if config.html:
+        on_first(partial.check_page, config)
     if config.reference and not config.html:
         raise ValueError("--reference is for --html, which says what tokens got of it: give that")
 
@@ -320,9 +324,8 @@ def report(config: Config, figures: dict, talks: list[dict]) -> None:
 def signal_in(talks: list[dict]) -> str:
     """Whether training would find something to reward."""
     rewards = [[y.get("reward", y["right"]) for y in talk["attempts"]] for talk in talks]
-    some = sum(any(some) for some in rewards)
-    said = f"{some} of {len(talks)} conversations have a reward above 0"
-    if {reward for some in rewards for reward in some} in ({0.0}, {1.0}):
+    said = f"{sum(map(any, rewards))} of {len(talks)} conversations have a reward above 0"
+    if len({reward for turns in rewards for reward in turns}) == 1:
         return f"{said}: all are the same, and nothing is learnt from them."
     return f"{said}. Training learns where they differ among answers to the same problem."
 
@@ -332,14 +335,14 @@ def main(config: Config) -> None:
     path = partial.path_of(config.output) if config.output else None
     with partial.interrupted(path, "the same call goes on from there"):
         figures, talks, fault = evaluate_by(config, path)
-        if path:
+        if path and not fault:
             slim = [{k: v for k, v in talk.items() if k != "contexts"} for talk in talks]
             with partial.keeping(config.output):
                 whole = figures | {"conversations": slim}
                 on_first(partial.finish_output, config.output, whole)
         report(config, figures, talks)
         if fault:
-            stop(fault)
+            stop(fault + (f"; what is done is in {path}, the same call goes on" if path else ""))
     distributed.finish()
 
 

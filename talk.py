@@ -13,11 +13,13 @@ import json
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import count, zip_longest
 from pathlib import Path
 from textwrap import wrap
 
 from sampler import Sampler
+from sandbox.own import shortened
 from tasks.base import PLACEHOLDER, Task
 from tasks.env import Env
 from tasks.loading import load_task, task_of
@@ -78,9 +80,8 @@ def take_limits(config) -> None:
     """Those of a task that no flag has named, where flags say no others."""
     own = limits_of(config.task) if is_own(config.task) else {}
     for f in fields(config):
-        value = getattr(config, f.name)
-        if config.task and f.name in LIMITS and (f.name in config.chosen or value == f.default):
-            fits = value if config.embedded else f.metadata["other"].of(config.task)
+        if config.task and f.name in LIMITS and f.name not in config.asked:
+            fits = f.default if config.embedded else f.metadata["other"].of(config.task)
             setattr(config, f.name, own.get(f.name, fits))
 
 
@@ -200,19 +201,20 @@ def side_by_side(names: list[str], talks: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def how_to_ask(task: Task) -> str:
+@cache
+def how_to_ask(name: str, generate) -> str:
     """Said of a question that is no problem of a task in the user's file."""
     problem = {"...": "..."}
-    with suppress(ValueError):  # the file may have none of its own
-        problem = task.generate("train", 0)[0]
-    asked = json.dumps(problem, ensure_ascii=False)
-    return f"({task.name}: asked as it is, without prompt and verdict; a problem is {asked!r})"
+    with suppress(ValueError), said_if_slow(f"listing the problems of {name} ..."):
+        problem = generate("train", 0)[0]  # or the file has none of its own
+    asked = shortened(json.dumps(problem, ensure_ascii=False))
+    return f"({name}: asked as it is, without prompt and verdict; a problem, as JSON: {asked})"
 
 
 def answer(names: list[str], models: list, *question) -> None:
     task, said = models[0][1].task, question[0]
     if task.file and not task.ask(said):
-        print(how_to_ask(task))
+        print(how_to_ask(task.name, task.generate))
     if len(models) == 1:
         converse(*models[0], *question, aloud)
     else:

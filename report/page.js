@@ -174,7 +174,8 @@ function choose(i) {
   const old = $("list").querySelector('[aria-current="true"]');
   if (old) old.setAttribute("aria-current", "false");
   seen.at = i;
-  if (!$("list").children[i]) list();
+  const there = $("list").children[i];
+  if (!there || !there.hasAttribute("aria-current")) list();  // it may be the one that shows more
   const now = $("list").children[i];
   if (now) { now.setAttribute("aria-current", "true"); now.scrollIntoView({ block: "nearest" }); }
   document.body.classList.add("open");

@@ -216,7 +216,7 @@ def test_a_question_that_is_no_problem_of_the_file_is_told_how_to_ask(write, cap
     path = write(FILE)
     flags = ["--task", path, "--model", "models/tiny"]
     talk.main(parse_args(talk.Config, ["3 4 5 make 17", *flags]))
-    how = f"({path}: asked as it is, without prompt and verdict; a problem is '{{\"n\": 30}}')"
+    how = f'({path}: asked as it is, without prompt and verdict; a problem, as JSON: {{"n": 30}})'
     assert capsys.readouterr().out.startswith(how)
     write(FILE.replace('response == "right"', "0.25"))
     talk.main(parse_args(talk.Config, ['{"n": 30}', *flags]))
@@ -226,12 +226,12 @@ def test_a_question_that_is_no_problem_of_the_file_is_told_how_to_ask(write, cap
 
 def test_a_talk_about_a_runs_own_task_has_the_files_limits(write):
     path, found = write(FILE + "max_new_tokens = 9"), []
-    for flags in ([], ["--max_new_tokens", "5"]):
+    for flags in ([], ["--max_new_tokens", "5"], ["--max_new_tokens", "16"]):
         config = parse_args(talk.Config, ["--model", "models/tiny", *flags])
         config.task = path  # read from the run's config.json
         talk.take_limits(config)
         found.append(config.max_new_tokens)
-    assert found == [9, 5]
+    assert found == [9, 5, 16]
 
 
 def test_no_such_file_is_said(capsys):

@@ -79,6 +79,7 @@ def fitted(config_class, asked: dict):
         chosen["lr"] = "for adapters"
     if chosen:
         config.chosen = chosen
+    config.asked = frozenset(asked)
     return config
 
 

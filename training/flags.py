@@ -105,6 +105,7 @@ class TaskConfig:
         free=True,
     )
 
+    asked = frozenset()  # the flags that were given
     chosen = {}  # {flag: whose value it has}, of those that were chosen to fit the model
 
     @property

@@ -236,8 +236,10 @@ def end_step(config, run: Path, memory: dict, text: str, progress) -> None:
     with saving(run):
         on_first(log, run, row, text)
     memory["idle"] += row["idle"]
-    shown = {"reward": "reward"} if is_own(config.task) else {}  # which may have parts
-    show(progress, row, config.shown | shown, memory["idle"])
+    shown = config.shown
+    if is_own(config.task) and "reward" not in shown.values():  # it may have parts
+        shown = shown | {"reward": "reward"}
+    show(progress, row, shown, memory["idle"])
     memory["bad"] = memory["bad"] + 1 if row["skipped"] else 0
     if memory["bad"] == config.max_skipped:
         fault = f"not finite in {memory['bad']} steps in a row: {row['not_finite']}"

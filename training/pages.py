@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from report.page import SHOWN, row_of_talk, write_page
 from tasks.env import Env
 from tasks.sources import naming
-from training.distributed import on_first
+from training.distributed import rank
 from training.progress import said_if_slow
 from training.run import read_config
 from training.scorer import Scorer
@@ -37,7 +37,8 @@ def prepare_reference(config, env: Env) -> Scorer | None:
     except ValueError as error:
         if config.reference:
             raise
-        on_first(print, f"no log-ratios: {error}")
+        if rank() == 0:
+            print(f"no log-ratios: {error}")
         return None
 
 

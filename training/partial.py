@@ -89,6 +89,13 @@ def check_new(flag: str, name: str, suffix: str = "") -> None:
         raise ValueError(f"{flag} {name} can't be written: {error.strerror}") from None
 
 
+def check_page(config) -> None:
+    """The same of --html; an evaluation that is gone on with may have written it already."""
+    header = (left_over(path_of(config.output)) or [{}])[0] if config.output else {}
+    if header.get("html") != config.html:
+        check_new("--html", config.html)
+
+
 @contextmanager
 def keeping(output: str):
     """Around what writes an evaluation's files: a failure is one line that says what is kept."""
@@ -115,7 +122,6 @@ def open_output(config, cast, env, problems, left: list[dict]) -> list[dict]:
     path, header = path_of(config.output), asdict(config)
     for name in ("cache_tokens", "reference"):  # who ran out of memory may go on with less
         del header[name]
-    header["html"] = config.ids  # else there are none of what was done; its name may be another
     header |= contents_of(env, cast[0].model, {config.split: problems})
     header["the reflector's weights"] = fingerprint(cast[1].model)
     before, *rows = left or [header]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report.curves import plot_curves
-from report.figures import COLUMNS, summarize, votes
+from report.figures import COLUMNS, reward_of, summarize, votes
 from report.page import SHOWN, keep
 from report.tables import format_table, format_transcripts, format_votes
 from sampling.turns import today
@@ -323,7 +323,7 @@ def report(config: Config, figures: dict, talks: list[dict]) -> None:
 
 def signal_in(talks: list[dict]) -> str:
     """Whether training would find something to reward."""
-    rewards = [[y.get("reward", y["right"]) for y in talk["attempts"]] for talk in talks]
+    rewards = [[reward_of(y) for y in talk["attempts"]] for talk in talks]
     said = f"{sum(map(any, rewards))} of {len(talks)} conversations have a reward above 0"
     if len({reward for turns in rewards for reward in turns}) == 1:
         return f"{said}: all are the same, and nothing is learnt from them."

@@ -52,6 +52,11 @@ def values_of(attempts: list[dict], said: list[list[int]], total: int) -> dict:
     return values | ({"reflection_tokens": len(said[0])} if said else {})
 
 
+def reward_of(attempt: dict) -> float:
+    """Of a conversation's attempt: its verdict, or what an own task's verify gave."""
+    return float(attempt.get("reward", attempt["right"]))
+
+
 def edit_distance(a: list[int], b: list[int]) -> int:
     """Levenshtein distance of two id sequences, a row of the table at a time."""
     b = np.asarray(b)

@@ -14,6 +14,8 @@ import math
 import re
 from pathlib import Path
 
+from report.figures import reward_of
+
 KEPT = 64  # rollouts of a step: those of the first problems, of the first rank
 SHOWN = 2000  # rollouts on a page; of more, as many of each step
 ROOM = 100_000_000  # characters on a page, which browsers still open within seconds
@@ -100,10 +102,6 @@ def row_of_talk(tokenizer, talk: dict) -> dict:
             values = {}
         turns.append(turn_of(tokenizer, told, said, reward, stopped, values))
     return {"turns": turns}
-
-
-def reward_of(attempt: dict) -> float:
-    return float(attempt.get("reward", attempt["right"]))
 
 
 def pairs_of(earlier: list[dict], later: list[dict]) -> list[dict]:

@@ -2,7 +2,7 @@
 
 import json
 
-from report.figures import COLUMNS, REWARDS
+from report.figures import COLUMNS, REWARDS, reward_of
 
 
 def format_table(results: dict, columns=COLUMNS) -> str:
@@ -46,7 +46,7 @@ def format_transcripts(talks: list[dict], count: int = 4) -> str:
 
 def verdict(attempt: dict) -> str:
     """right, wrong, or a part of a reward."""
-    reward = attempt.get("reward", attempt["right"])
+    reward = reward_of(attempt)
     return f"{reward:.3g}" if 0 < reward < 1 else "right" if attempt["right"] else "wrong"
 
 
